@@ -1,0 +1,29 @@
+"""Weight to scale and zero: each fit is one class, found by its name.
+
+Imports: ``qtypes`` and torch. Never: a scheme (a fit does not know how codes are stored).
+"""
+
+from quanto_hf.fit.base import FITS, Fit, fit_by_name
+from quanto_hf.fit.grid import Grid
+from quanto_hf.fit.hqq import Hqq
+from quanto_hf.fit.mse import Mse
+from quanto_hf.fit.ranges import Absmax, Minmax
+
+# the names that optimum-quanto's users know
+AbsmaxOptimizer = Absmax
+MaxOptimizer = Minmax
+HqqOptimizer = Hqq
+
+__all__ = [
+    "FITS",
+    "Absmax",
+    "AbsmaxOptimizer",
+    "Fit",
+    "Grid",
+    "Hqq",
+    "HqqOptimizer",
+    "MaxOptimizer",
+    "Minmax",
+    "Mse",
+    "fit_by_name",
+]

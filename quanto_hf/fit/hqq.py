@@ -1,0 +1,60 @@
+"""Half-quadratic quantization: a data-free fit of the zero to an error norm below 1, which forgives outliers."""
+
+import torch
+
+from quanto_hf.fit.base import Fit, ScaleZero, register, stored
+from quanto_hf.fit.grid import Grid
+from quanto_hf.fit.ranges import affine_scale_zero
+
+
+@register
+class Hqq(Fit):
+    """HQQ: minimise the l_p error, p < 1, over the zero, with the scale of the full range.
+
+    Splits the error into a sparse part, found by generalised soft thresholding, and a rest whose best zero is a mean
+    (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023,
+    https://mobiusml.github.io/hqq_blog/). Asymmetric grids only.
+
+    Args:
+        p: the norm; smaller forgives larger outliers.
+        beta: weight of the quadratic part.
+        kappa: what beta is multiplied with after each iteration.
+        iterations: upper bound; a group stops to change when its mean error no longer falls.
+    """
+
+    name = "hqq"
+
+    def __init__(self, p: float = 0.7, beta: float = 10.0, kappa: float = 1.01, iterations: int = 20) -> None:
+        self.p, self.beta, self.kappa, self.iterations = p, beta, kappa, iterations
+
+    def __call__(self, values: torch.Tensor, grid: Grid, dtype: torch.dtype) -> ScaleZero:
+        """See :class:`Fit`.
+
+        Raises:
+            ValueError: the grid is symmetric.
+        """
+        if not grid.has_zero:
+            raise ValueError("fit='hqq' moves the zero, which this type has not; choose fit='mse' or 'absmax'")
+        scale, zero = affine_scale_zero(values, grid, dtype)
+        best_zero, best_error = zero, torch.full_like(zero, torch.inf)
+        beta, scaled = self.beta, values / scale
+        for _ in range(self.iterations):
+            numbers = grid.nearest_(scaled + zero)
+            residual = values - (numbers - zero) * scale
+            error = residual.abs().mean(1, keepdim=True)
+            wins = error < best_error
+            if not wins.any():
+                break
+            best_zero, best_error = torch.where(wins, zero, best_zero), torch.where(wins, error, best_error)
+            sparse = self._shrink(residual, beta)
+            zero = stored((numbers - (values - sparse) / scale).mean(1, keepdim=True), dtype)
+            beta *= self.kappa
+        return scale, best_zero
+
+    def _shrink(self, residual: torch.Tensor, beta: float) -> torch.Tensor:
+        """Generalised soft thresholding: sign(e) * max(0, |e| - |e| ** (p - 1) / beta)."""
+        size = residual.abs()
+        return residual.sign() * (size - size.clamp(min=1e-12).pow(self.p - 1) / beta).clamp_(min=0)
+
+    def __repr__(self) -> str:
+        return f"Hqq(p={self.p}, beta={self.beta}, kappa={self.kappa}, iterations={self.iterations})"

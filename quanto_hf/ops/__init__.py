@@ -1,0 +1,11 @@
+"""How fast: the ops, each with its schema, check, reference (the definition), fake and backward, and their kernels.
+
+Imports: ``qtypes`` and torch. Never: a scheme, a module, transformers.
+"""
+
+from quanto_hf.ops.dequantize import dequantize, groups
+from quanto_hf.ops.linear import linear, linear_grad_input, linear_op
+from quanto_hf.ops.packing import pack, packed_width, unpack
+from quanto_hf.ops.registry import OPS
+
+__all__ = ["OPS", "dequantize", "groups", "linear", "linear_grad_input", "linear_op", "pack", "packed_width", "unpack"]

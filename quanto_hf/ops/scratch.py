@@ -1,0 +1,35 @@
+"""One reused buffer per thread, device and dtype, for weights that are dequantized a block of rows at a time.
+
+Fresh temporaries of some MB each fragment the heap of glibc: loading a 776 MB model then peaked at 710-797 MB instead
+of 396 MB. One buffer also stays in the L2 cache.
+"""
+
+import threading
+
+import torch
+
+_local = threading.local()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A contiguous tensor of the wanted shape with undefined contents.
+
+    It is valid until the same thread asks for the same name, dtype and device again: never return it, or a view of
+    it, to a caller.
+    """
+    buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = _local.__dict__.setdefault("buffers", {})
+    numel = 1
+    for size in shape:
+        numel *= size
+    key = (name, dtype, device)
+    buffer = buffers.get(key)
+    if buffer is None or buffer.numel() < numel:
+        # an ordinary tensor even under inference_mode: it may be used outside of it later
+        with torch.inference_mode(False):
+            buffer = buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+    return buffer[:numel].view(shape)
+
+
+def free() -> None:
+    """Give this thread's buffers back."""
+    _local.__dict__.pop("buffers", None)

@@ -1,0 +1,81 @@
+"""Frozen descriptions of how one weight is stored and multiplied.
+
+Imports: ``qtypes``, ``ops``, ``fit``. Never: a module, a model, transformers. Add a scheme: docs/architecture.md.
+"""
+
+from typing import Any
+
+from quanto_hf.qtypes import QType, qtype
+from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
+from quanto_hf.schemes.grouped import GROUP_SIZES, PER_CHANNEL, Affine, Float8, Grouped, Lookup
+
+SCHEMES: dict[str, type[Grouped]] = {cls.kind: cls for cls in (Affine, Float8, Lookup)}
+
+# What a user gets who names only the number type: (group_size, symmetric).
+DEFAULTS: dict[str, tuple[int, bool]] = {
+    "int8": (PER_CHANNEL, True),
+    "float8_e4m3fn": (PER_CHANNEL, True),
+    "float8_e5m2": (PER_CHANNEL, True),
+    "int4": (64, False),
+    "nf4": (64, True),
+    "fp4": (64, True),
+    "int2": (64, False),
+}
+
+
+def make_scheme(weights: str | QType, group_size: int | None = None, symmetric: bool | None = None) -> Grouped:
+    """The scheme of a number type.
+
+    Args:
+        weights: a name such as ``"int4"``.
+        group_size: columns that share a scale, -1 for whole rows; None is the default of the type.
+        symmetric: None is the default of the type.
+
+    Raises:
+        ValueError: the values do not go together.
+
+    Example:
+        >>> str(make_scheme("int4")), str(make_scheme("int8", group_size=128))
+        ('int4 g64 asym', 'int8 g128')
+    """
+    name = qtype(weights).name
+    default_group, default_symmetric = DEFAULTS[name]
+    cls = next(cls for cls in SCHEMES.values() if name in cls.qtypes)
+    return cls(
+        name,
+        default_group if group_size is None else group_size,
+        default_symmetric if symmetric is None else symmetric,
+    )
+
+
+def scheme_from_dict(data: dict[str, Any]) -> Scheme:
+    """The scheme that ``Scheme.to_dict`` described.
+
+    Raises:
+        ValueError: the kind is not known, or a value is missing, unknown or out of range.
+    """
+    fields = dict(data)
+    kind = fields.pop("kind", None)
+    if kind not in SCHEMES:
+        raise ValueError(f"{kind!r} is not a kind of scheme; this version knows {', '.join(sorted(SCHEMES))}")
+    try:
+        return SCHEMES[kind](**fields)
+    except TypeError as error:
+        raise ValueError(f"the scheme {data} cannot be read: {error}") from None
+
+
+__all__ = [
+    "DEFAULTS",
+    "GROUP_SIZES",
+    "PER_CHANNEL",
+    "SCHEMES",
+    "Affine",
+    "Float8",
+    "Grouped",
+    "Lookup",
+    "Scheme",
+    "TensorSpec",
+    "Tensors",
+    "make_scheme",
+    "scheme_from_dict",
+]

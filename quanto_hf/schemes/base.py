@@ -1,0 +1,90 @@
+"""What a scheme is: a frozen description of how one weight is stored and multiplied."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+
+from quanto_hf.fit import Fit
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Scheme(ABC):
+    """How one weight of shape (..., out_features, in_features) is stored and multiplied.
+
+    Subclasses are frozen dataclasses, hashable, with a ``kind`` that is their name in config.json.
+    """
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def tensors(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorSpec]:
+        """Names, shapes and dtypes of the stored tensors: the one truth for empty modules, saved keys, device maps
+        and reports.
+
+        Args:
+            shape: shape of the float weight, (..., out_features, in_features).
+            dtype: dtype of the float weight.
+        """
+
+    @abstractmethod
+    def quantize(self, weight: torch.Tensor, fit: "Fit | str | None" = None) -> dict[str, torch.Tensor]:
+        """The stored tensors of a float weight, on its device.
+
+        Args:
+            weight: float32, bfloat16 or float16, shape (..., out_features, in_features).
+            fit: what finds scale and zero; None is the default of the scheme.
+
+        Raises:
+            ValueError: the weight has NaN or infinite values, or no columns.
+        """
+
+    @abstractmethod
+    def dequantize(self, tensors: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+        """The float weight, shape (..., out_features, in_features)."""
+
+    @abstractmethod
+    def linear(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x @ weight.T + bias`` for a weight of 2 dimensions; shape (..., out_features), dtype of ``x``."""
+
+    def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the float weight, as an embedding reads them.
+
+        Args:
+            index: integer row numbers, any shape.
+
+        Returns:
+            Shape (*index.shape, in_features).
+        """
+        picked = {name: tensor[index.reshape(-1)] for name, tensor in tensors.items()}
+        return self.dequantize(picked, in_features, dtype).view(*index.shape, in_features)
+
+    def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Bytes of all stored tensors of a weight."""
+        return sum(spec.nbytes for spec in self.tensors(shape, dtype).values())
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """A description in JSON types, with ``kind``; :func:`quanto_hf.schemes.scheme_from_dict` reads it."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """A short name for tables, such as ``int4 g64``."""
