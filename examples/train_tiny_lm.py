@@ -32,7 +32,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SEED = 20_24
+SEED = 2024
 SEQ_LEN = 256
 MICRO_BATCH = 4
 VOCAB_SIZE = 2048
@@ -43,21 +43,21 @@ DOCUMENT_CHARS = 2000  # docstrings of one file are joined into documents of abo
 
 # Distributions under BSD, MIT, Apache 2.0, PSF or HPND licences; what is not installed is left out.
 PACKAGES = """
-    numpy scipy pandas scikit-learn sympy mpmath matplotlib networkx statsmodels scikit-image astropy django sqlalchemy
-    xarray dask distributed nltk sphinx twisted torch transformers huggingface_hub tokenizers accelerate peft datasets
-    evaluate diffusers tensorflow-cpu tensorflow-probability tensorflow-datasets keras jax flax optax chex dm-haiku jraph
-    numpyro pyro-ppl gpytorch botorch lightning pytorch-lightning torchvision torchaudio torchmetrics timm kornia monai
-    captum albumentations gymnasium stable-baselines3 allennlp dgl qiskit cirq-core pennylane optuna xgboost lightgbm
-    pymc arviz numba polars bokeh plotly panel param holoviews seaborn zarr h5py tables sunpy biopython nibabel nilearn
-    mne scikit-bio dipy trimesh pyvista imbalanced-learn mlflow ray langchain langchain-core langchain-community
-    llama-index-core openai anthropic google-cloud-aiplatform google-cloud-compute google-cloud-dlp
-    google-cloud-container google-cloud-bigquery google-cloud-storage aws-cdk-lib azure-mgmt-network azure-mgmt-compute
-    azure-mgmt-web azure-ai-ml azure-storage-blob pulumi-aws kubernetes textblob spacy pyomo cvxpy simpy control
-    python-docx openpyxl wagtail djangorestframework pillow setuptools pip poetry-core moto botocore boto3 apache-beam
-    apache-airflow apache-airflow-core nova neutron keystone cinder oslo.config openstacksdk mypy flask
-    werkzeug tornado aiohttp fastapi starlette pydantic click rich jinja2 celery kombu pytest nbconvert ipython
-    jupyter_client notebook traitlets ipywidgets requests urllib3 cryptography shapely geopandas pyproj rasterio scrapy
-    pyglet kivy panda3d arcade mayavi vtk traits
+    numpy scipy pandas scikit-learn sympy mpmath matplotlib networkx statsmodels scikit-image astropy django
+    sqlalchemy xarray dask distributed nltk sphinx twisted torch transformers huggingface_hub tokenizers accelerate
+    peft datasets evaluate diffusers tensorflow-cpu tensorflow-probability tensorflow-datasets keras jax flax optax
+    chex dm-haiku jraph numpyro pyro-ppl gpytorch botorch lightning pytorch-lightning torchvision torchaudio
+    torchmetrics timm kornia monai captum albumentations gymnasium stable-baselines3 allennlp dgl qiskit cirq-core
+    pennylane optuna xgboost lightgbm pymc arviz numba polars bokeh plotly panel param holoviews seaborn zarr h5py
+    tables sunpy biopython nibabel nilearn mne scikit-bio dipy trimesh pyvista imbalanced-learn mlflow ray langchain
+    langchain-core langchain-community llama-index-core openai anthropic google-cloud-aiplatform google-cloud-compute
+    google-cloud-dlp google-cloud-container google-cloud-bigquery google-cloud-storage aws-cdk-lib azure-mgmt-network
+    azure-mgmt-compute azure-mgmt-web azure-ai-ml azure-storage-blob pulumi-aws kubernetes textblob spacy pyomo cvxpy
+    simpy control python-docx openpyxl wagtail djangorestframework pillow setuptools pip poetry-core moto botocore
+    boto3 apache-beam apache-airflow-core nova neutron keystone cinder oslo.config openstacksdk mypy flask werkzeug
+    tornado aiohttp fastapi starlette pydantic click rich jinja2 celery kombu pytest nbconvert ipython jupyter_client
+    notebook traitlets ipywidgets requests urllib3 cryptography shapely geopandas pyproj rasterio scrapy pyglet kivy
+    panda3d arcade mayavi vtk traits
 """.split()
 
 
@@ -148,10 +148,10 @@ def collect(source_dirs: list[Path], work_dir: Path) -> None:
                         seen.add(key)
                         parts.append(text)
                         length += len(text) + 2
+                        sizes[name] = sizes.get(name, 0) + len(text) + 2
                     if length > DOCUMENT_CHARS:
                         documents.append("\n\n".join(parts))
                         parts, length = [], 0
-                    sizes[name] = sizes.get(name, 0) + len(text) + 2
                 if parts:
                     documents.append("\n\n".join(parts))
             print(f"{name}: {len(taken)} files", flush=True)
@@ -166,7 +166,9 @@ def collect(source_dirs: list[Path], work_dir: Path) -> None:
     with open(work_dir / "train.jsonl", "w") as file:
         file.writelines(json.dumps(text) + "\n" for text in documents)
     (work_dir / "heldout.txt").write_text("\n\n".join(heldout) + "\n")
-    (work_dir / "sources.json").write_text(json.dumps([row for row in about if sizes.get(row["name"])], indent=1))
+    (work_dir / "sources.json").write_text(
+        json.dumps([row | {"bytes": sizes[row["name"]]} for row in about if row["name"] in sizes], indent=1)
+    )
     print(f"{sum(map(len, documents)) / 1e6:.1f} MB for training, {size / 1e3:.0f} kB held out", flush=True)
 
 
@@ -189,7 +191,7 @@ def train_tokenizer(work_dir: Path) -> None:
     tokenizer.save_pretrained(work_dir / "tokenizer")
     np.random.default_rng(SEED).shuffle(documents)
     ids = [
-        encoding.ids + [1]
+        [*encoding.ids, 1]
         for start in range(0, len(documents), 4096)
         for encoding in bpe.encode_batch(documents[start : start + 4096])
     ]
@@ -243,6 +245,10 @@ def export(
     exported.load_state_dict(model.state_dict())
     exported.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    settings = json.loads((temporary / "tokenizer_config.json").read_text())
+    settings = {key: value for key, value in settings.items() if "local" not in key}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that all versions of transformers know
+    (temporary / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (temporary / "heldout.txt").write_bytes((work_dir / "heldout.txt").read_bytes())
     out_dir.mkdir(parents=True, exist_ok=True)
     for path in sorted(temporary.iterdir()):
@@ -254,7 +260,7 @@ def export(
 
 def report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     """Return held-out loss, perplexity, bits per byte and some greedy continuations."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     loss = heldout_loss(model.float(), ids)
     bits = loss / math.log(2) * len(ids) / len(text.encode())
     rows = [f"held-out loss {loss:.4f}  perplexity {math.exp(loss):.3f}  bits per byte {bits:.4f}"]
@@ -353,7 +359,7 @@ def train(args: argparse.Namespace) -> None:
         starts = np.random.default_rng((SEED, step)).integers(0, len(tokens) - SEQ_LEN, args.batch)
         batch = torch.from_numpy(np.stack([tokens[start : start + SEQ_LEN + 1] for start in starts]).astype(np.int64))
         tasks = deque(batch.split(MICRO_BATCH))
-        loss = sum(pool.map(lambda worker: worker.run(tasks), workers))
+        loss = sum(pool.map(Worker.run, workers, [tasks] * len(workers)))
         for worker in workers:
             worker.give_gradients(model)
         torch.nn.utils.clip_grad_norm_(others, 1.0)
@@ -379,7 +385,7 @@ def main() -> None:
         "--source-dir", type=Path, action="append", default=[], help="a folder with packages; repeatable"
     )
     parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--decay-steps", type=int, default=1100)
+    parser.add_argument("--decay-steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=64, help=f"sequences of {SEQ_LEN} tokens per step")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.004)

@@ -1,0 +1,71 @@
+"""Quantize any Hugging Face model while ``from_pretrained`` loads it, save it, reload it, run it.
+
+Importing this module registers the method ``quanto_hf`` with transformers and does nothing else.
+
+Example:
+    >>> import quanto_hf
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = AutoModelForCausalLM.from_pretrained(
+    ...     quanto_hf.tiny_lm(), quantization_config=quanto_hf.QuantoConfig(weights="int4")
+    ... )
+    >>> model.model.layers[0].self_attn.q_proj
+    QLinear(in_features=256, out_features=256, bias=False, weights=int4 g64 asym)
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from quanto_hf import hf as _hf
+from quanto_hf.assets import heldout_text, tiny_lm
+from quanto_hf.fit import AbsmaxOptimizer, HqqOptimizer, MaxOptimizer
+from quanto_hf.flow import dequantize, freeze, quantization_map, quantize, report, requantize
+from quanto_hf.hf import QuantoConfig, install, load_and_quantize_model
+from quanto_hf.io import CheckpointError
+from quanto_hf.nn import QLayerNorm, QLinear
+from quanto_hf.qtypes import QType, qfloat8, qfloat8_e4m3fn, qfloat8_e5m2, qfp4, qint2, qint4, qint8, qnf4, qtype
+
+try:
+    __version__ = version("quanto-hf")
+except PackageNotFoundError:
+    # run from a checkout that is not installed
+    __version__ = "0.0.0"
+
+__all__ = [
+    "AbsmaxOptimizer",
+    "CheckpointError",
+    "HqqOptimizer",
+    "MaxOptimizer",
+    "QLayerNorm",
+    "QLinear",
+    "QType",
+    "QuantoConfig",
+    "QuantoHfQuantizer",
+    "dequantize",
+    "freeze",
+    "heldout_text",
+    "install",
+    "load_and_quantize_model",
+    "qfloat8",
+    "qfloat8_e4m3fn",
+    "qfloat8_e5m2",
+    "qfp4",
+    "qint2",
+    "qint4",
+    "qint8",
+    "qnf4",
+    "qtype",
+    "quantization_map",
+    "quantize",
+    "replace_with_quanto_layers",
+    "report",
+    "requantize",
+    "tiny_lm",
+]
+
+_hf.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("QuantoHfQuantizer", "replace_with_quanto_layers"):
+        return getattr(_hf, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -79,7 +79,9 @@ class Grid:
     def _cells(self, u: torch.Tensor) -> torch.Tensor:
         """Index of each value in the lookup tables: torch.bucketize takes 7 times as long as this and a lookup."""
         u.clamp_(self.lowest, self.highest).sub_(self.lowest).mul_((CELLS - 1) / (self.highest - self.lowest)).round_()
-        return scratch("cells", tuple(u.shape), torch.int32, u.device).copy_(u).view(-1)
+        cells = scratch("cells", tuple(u.shape), torch.int32, u.device).copy_(u).view(-1)
+        # NaN is no integer, and an index out of range: it gets any cell, and is known by its scale, which is NaN too
+        return cells.bitwise_and_(CELLS - 1)
 
     def _table(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         return _lookup_tables(self.qtype, device)

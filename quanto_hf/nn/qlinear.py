@@ -55,9 +55,9 @@ class QLinear(nn.Linear):
         self.weight_error: float | None = None
         for name, spec in scheme.tensors((out_features, in_features), self.weight_dtype).items():
             tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-            self._parameters[PREFIX + name] = nn.Parameter(tensor, requires_grad=False)
+            super().register_parameter(PREFIX + name, nn.Parameter(tensor, requires_grad=False))
         data = torch.empty(out_features, dtype=self.weight_dtype, device=device) if bias else None
-        self._parameters["bias"] = None if data is None else nn.Parameter(data)
+        super().register_parameter("bias", None if data is None else nn.Parameter(data))
 
     @classmethod
     def from_module(
@@ -92,7 +92,7 @@ class QLinear(nn.Linear):
         return self._parameters.get("weight") is None
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
+    def weight(self) -> torch.Tensor:
         """The weight, shape (out_features, in_features), as a float tensor. Of a FROZEN layer it is made anew at each
         read: what is written into it is lost."""
         weight = self._parameters.get("weight")
@@ -138,7 +138,7 @@ class QLinear(nn.Linear):
         weight = self.weight
         self.weight_dtype = weight.dtype
         tensors = self.scheme.quantize(weight, self.fit)
-        self.weight_error = self._error(weight, tensors)
+        self.weight_error = self.measure_error(weight, tensors)
         del self._parameters["weight"]
         self.set_tensors(tensors)
 
@@ -156,7 +156,7 @@ class QLinear(nn.Linear):
             linear.bias = self.bias
         return linear.train(self.training)
 
-    def _error(self, weight: torch.Tensor, tensors: dict[str, torch.Tensor], most: int = 64) -> float | None:
+    def measure_error(self, weight: torch.Tensor, tensors: dict[str, torch.Tensor], most: int = 64) -> float | None:
         """||Q - W|| / ||W|| over at most 64 evenly spaced rows, which costs next to nothing."""
         if weight.numel() == 0 or weight.device.type == "meta":
             return None
@@ -170,11 +170,13 @@ class QLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input @ weight.T + bias``, in the dtype of the input (or of autocast)."""
         x = input
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type
+        # there is no autocast on the meta device, and asking for its state is an error
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.is_floating_point():
+            x = x.to(torch.get_autocast_dtype(device))
         if self.activations is not None:
             x = fake_quantize(x, self.activations)
-        bias = self._parameters["bias"]
+        bias: torch.Tensor | None = self._parameters["bias"]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         if self.is_frozen:
@@ -201,7 +203,7 @@ class QLinear(nn.Linear):
                 return result
             return tensor.to(result.device)
 
-        super()._apply(guarded, recurse)
+        super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
         probe = fn(torch.empty(0, dtype=self.weight_dtype))
         if probe.is_floating_point():
             self.weight_dtype = probe.dtype
@@ -216,8 +218,9 @@ class QLinear(nn.Linear):
             key = f"{prefix}{PREFIX}{name}"
             given = state_dict.get(key)
             if isinstance(given, torch.Tensor) and given.dtype != tensor.dtype:
-                errors.append(f"dtype mismatch for {key}: the state dict has {given.dtype}, {self} holds {tensor.dtype}")
-                return
+                errors.append(f"dtype mismatch for {key}: the state dict has {given.dtype}, {self} has {tensor.dtype}")
+                # go on with what is held already, so that the other bad keys are named as well
+                state_dict = {**state_dict, key: tensor}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *args)
 
     def reset_parameters(self) -> None:

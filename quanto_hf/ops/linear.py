@@ -172,7 +172,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             grad.contiguous(), packed, scale, zero, ctx.qtype, ctx.group_size, ctx.in_features
         )
     if ctx.has_bias and ctx.needs_input_grad[4]:
-        grad_bias = grad.sum(tuple(range(grad.dim() - 1)))
+        # sum(()) would sum everything, for an input of 1 dimension
+        grad_bias = grad.sum_to_size(grad.shape[-1])
     return grad_x, None, None, None, grad_bias, None, None
 
 
@@ -266,7 +267,8 @@ def _grad_blocks(
     in_features: int,
 ) -> torch.Tensor:
     """The same block by block; the sum over blocks is kept in float32."""
-    flat = grad.reshape(-1, grad.shape[-1])
+    # not reshape(-1, ...), which is ambiguous for a weight without rows
+    flat = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
     total = flat.new_zeros((flat.shape[0], in_features), dtype=torch.float32)
     step = block_rows(in_features, grad.dtype)
     for start in range(0, packed.shape[0], step):

@@ -77,9 +77,7 @@ class Op:
 
     def backward(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
         """Register the gradient of ``torch_op``."""
-        torch.library.register_autograd(
-            f"quanto_hf::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY
-        )
+        torch.library.register_autograd(f"quanto_hf::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
     def choose(self, *args: Any) -> Callable[..., torch.Tensor]:
         """The function that runs for these arguments."""

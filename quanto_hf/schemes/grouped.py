@@ -39,11 +39,14 @@ class Grouped(Scheme):
     def __post_init__(self) -> None:
         if self.qtype not in self.qtypes:
             raise ValueError(f"{self.qtype!r} is not a type of the {self.kind} scheme; choose {_or(self.qtypes)}")
-        if self.group_size not in self._group_sizes():
+        # 64.0 is equal to 64, but cuts no tensor; "false" is true
+        if type(self.group_size) is not int or self.group_size not in self._group_sizes():
             raise ValueError(
                 f"group_size={self.group_size!r} does not work for {self.qtype} weights; choose "
                 f"{_or(self._group_sizes())} (-1 is one scale for the whole row)"
             )
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"symmetric={self.symmetric!r} is not known; choose True or False")
         if not self.symmetric and not self._may_have_zero():
             raise ValueError(f"{self.qtype} weights are symmetric: leave out symmetric=False")
 
@@ -85,6 +88,8 @@ class Grouped(Scheme):
                 f"a weight has a float dtype and at least 2 dimensions, "
                 f"but this one has dtype {weight.dtype} and shape {tuple(weight.shape)}"
             )
+        if weight.shape[-1] == 0:
+            raise ValueError(f"a weight has at least 1 column, but this one has shape {tuple(weight.shape)}")
         found = self.default_fit() if fit is None else fit_by_name(fit)
         specs = self.tensors(tuple(weight.shape), weight.dtype)
         result = {name: torch.empty(s.shape, dtype=s.dtype, device=weight.device) for name, s in specs.items()}

@@ -1,0 +1,41 @@
+"""Whole models: which scheme each module gets, the verbs that change a model, and the report.
+
+Imports: everything below ``nn`` included. Never: transformers.
+"""
+
+from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
+from quanto_hf.flow.patterns import first_match, matches
+from quanto_hf.flow.plan import Choice, Plan, apply_plan, make_plan, replace_modules
+from quanto_hf.flow.report import Report, Row, report
+from quanto_hf.flow.verbs import (
+    ACTIVATIONS,
+    activation_type,
+    dequantize,
+    freeze,
+    quantization_map,
+    quantize,
+    requantize,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "Choice",
+    "Evaluation",
+    "Plan",
+    "Report",
+    "Row",
+    "activation_type",
+    "apply_plan",
+    "dequantize",
+    "evaluate",
+    "first_match",
+    "freeze",
+    "make_plan",
+    "matches",
+    "quantization_map",
+    "quantize",
+    "replace_modules",
+    "report",
+    "requantize",
+    "windows",
+]

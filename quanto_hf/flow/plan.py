@@ -1,0 +1,174 @@
+"""Which scheme each module gets, and why a module is left in float."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from quanto_hf.fit import Fit
+from quanto_hf.flow.patterns import first_match, unmatched
+from quanto_hf.nn import QLayerNorm, QLinear, qmodule_for
+from quanto_hf.qtypes import QType
+from quanto_hf.schemes import Scheme, make_scheme
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the weight of one module is quantized: arguments of :func:`quanto_hf.schemes.make_scheme`, and the fit."""
+
+    weights: str | QType
+    group_size: int | None = None
+    symmetric: bool | None = None
+    fit: Fit | str | None = None
+
+    def scheme(self) -> Scheme:
+        """The scheme.
+
+        Raises:
+            ValueError: the values do not go together.
+        """
+        return make_scheme(self.weights, self.group_size, self.symmetric)
+
+    def override(self, values: Mapping[str, Any]) -> "Choice":
+        """The same with some values replaced. Another number type starts from its own defaults."""
+        if "weights" in values:
+            return Choice(**values)
+        return Choice(**{**self.__dict__, **values})
+
+
+@dataclass
+class Plan:
+    """What :func:`make_plan` decided.
+
+    Args:
+        chosen: module name -> how its weight is quantized.
+        norms: names of layer norms whose output is quantized.
+        left: module name -> the reason why it stays float; modules with a quantized counterpart only.
+    """
+
+    chosen: dict[str, Choice] = field(default_factory=dict)
+    norms: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def make_plan(
+    model: nn.Module,
+    choice: Choice,
+    *,
+    activations: QType | None = None,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
+    skip: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Plan:
+    """Decide for every module of a model. Changes nothing.
+
+    Args:
+        model: may be on meta.
+        choice: what a module gets that no override names.
+        activations: number type of activations, or None.
+        include: patterns; only modules that match one are quantized. None means all.
+        exclude: patterns of modules that stay float.
+        skip: exact module name -> reason, for modules that stay float by default.
+        overrides: pattern -> values that replace those of ``choice``; the first pattern that matches counts. The
+            value of ``weights`` may be None: leave these modules in float.
+
+    Raises:
+        ValueError: an override cannot be used.
+
+    Warns:
+        UserWarning: a pattern matches no module; the text names near misses.
+    """
+    exclude, skip, overrides = list(exclude), skip or {}, overrides or {}
+    include = None if include is None else list(include)
+    named = dict(model.named_modules())
+    names = [name for name in named if name]
+    for sentence in unmatched(names, [*exclude, *(include or []), *overrides]):
+        warnings.warn(sentence, stacklevel=2)
+    shared = shared_weights(model)
+    plan = Plan()
+    for name, module in named.items():
+        target = qmodule_for(module)
+        if target is None:
+            continue
+        reason = _reason(name, include, exclude, skip)
+        if target is QLayerNorm:
+            if activations is not None and reason is None:
+                plan.norms.append(name)
+            continue
+        values = overrides.get(first_match(name, overrides) or "", {})
+        if reason is None and "weights" in values and values["weights"] is None:
+            reason = f"an override leaves {first_match(name, overrides)!r} in float"
+        if reason is None and name in shared:
+            reason = f"its weight is tied to {shared[name]}"
+        if reason is None:
+            plan.chosen[name] = choice.override(values)
+        else:
+            plan.left[name] = reason
+    return plan
+
+
+def shared_weights(model: nn.Module) -> dict[str, str]:
+    """Module name -> full name of another parameter that is the same object as its weight."""
+    first: dict[int, str] = {}
+    shared = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner, _, leaf = name.rpartition(".")
+        if id(parameter) in first and leaf == "weight" and first[id(parameter)] != name:
+            shared[owner] = first[id(parameter)]
+            other, _, other_leaf = first[id(parameter)].rpartition(".")
+            if other_leaf == "weight":
+                shared.setdefault(other, name)
+        first.setdefault(id(parameter), name)
+    return shared
+
+
+def _reason(name: str, include: list[str] | None, exclude: list[str], skip: Mapping[str, str]) -> str | None:
+    if name in skip:
+        return skip[name]
+    if (pattern := first_match(name, exclude)) is not None:
+        return f"it matches {pattern!r} of the modules not to convert"
+    if include is not None and first_match(name, include) is None:
+        return "no pattern of the modules to include matches it"
+    return None
+
+
+def apply_plan(model: nn.Module, plan: Plan, activations: QType | None = None) -> None:
+    """Replace each chosen module by its quantized one in state FLOAT, sharing the parameters. In place.
+
+    A module that is reachable by two names stays one module.
+    """
+    made: dict[nn.Module, nn.Module] = {}
+    for name, choice in plan.chosen.items():
+        layer = QLinear.from_module(model.get_submodule(name), choice.scheme(), activations, choice.fit)  # type: ignore[arg-type]
+        made[model.get_submodule(name)] = layer
+    for name in plan.norms:
+        made[model.get_submodule(name)] = QLayerNorm.from_module(model.get_submodule(name), activations)  # type: ignore[arg-type]
+    replace_modules(model, made)
+    for name, reason in plan.left.items():
+        # read by flow.report
+        model.get_submodule(name).quanto_hf_left = reason  # type: ignore[assignment]
+
+
+def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each new module wherever its old one is, hooks included. The model itself cannot be replaced.
+
+    Raises:
+        ValueError: the model itself is a key: there is no parent in which it could be replaced.
+    """
+    if model in made:
+        raise ValueError(
+            f"the model is a bare {type(model).__name__}, which cannot be replaced in place; "
+            f"wrap it: torch.nn.Sequential(model)"
+        )
+    for old, new in made.items():
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            getattr(new, hooks).update(getattr(old, hooks))
+        for flags in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
+            getattr(new, flags).update(getattr(old, flags))
+    for parent in list(model.modules()):
+        for child_name, child in parent._modules.items():
+            if child in made:
+                parent._modules[child_name] = made[child]

@@ -1,0 +1,113 @@
+"""What happened to each parameter, and why."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from quanto_hf.nn import QLinear
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter.
+
+    Args:
+        name: full name, as in the float model.
+        stored: the scheme, or the dtype of a float parameter.
+        shape: shape of the float parameter.
+        nbytes: bytes as stored, scales and zeros included.
+        error: ||Q - W|| / ||W|| of a quantized weight; None if it is not known.
+        reason: why it is float; empty for quantized weights.
+    """
+
+    name: str
+    stored: str
+    shape: tuple[int, ...]
+    nbytes: int
+    error: float | None = None
+    reason: str = ""
+
+    @property
+    def bits(self) -> float:
+        """Bits per element, scales and zeros included."""
+        numel = torch.Size(self.shape).numel()
+        return 8 * self.nbytes / numel if numel else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """One row per parameter, in the order of the model. ``str(report)`` is a table."""
+
+    rows: list[Row]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def bits(self) -> float:
+        """Mean bits per element over all parameters."""
+        numel = sum(torch.Size(row.shape).numel() for row in self.rows)
+        return 8 * self.nbytes / numel if numel else 0.0
+
+    @property
+    def quantized_bits(self) -> float:
+        """Mean bits per element over the quantized weights."""
+        return Report([row for row in self.rows if not row.reason]).bits
+
+    def __str__(self) -> str:
+        width = max((len(row.name) for row in self.rows), default=9)
+        lines = [f"{'parameter':{width}}  {'stored':16} {'bits':>6} {'bytes':>13} {'error':>7}  why it is float"]
+        for row in self.rows:
+            error = "" if row.error is None else f"{row.error:.4f}"
+            lines.append(
+                f"{row.name:{width}}  {row.stored:16} {row.bits:6.2f} {row.nbytes:13,} {error:>7}  {row.reason}"
+            )
+        lines.append(f"{'total':{width}}  {'':16} {self.bits:6.2f} {self.nbytes:13,}")
+        return "\n".join(lines)
+
+
+def report(model: nn.Module, reference: nn.Module | Mapping[str, torch.Tensor] | None = None) -> Report:
+    """One row per parameter of a model: how it is stored, its bits, bytes and error, or why it is float.
+
+    Args:
+        model: any model, also on meta.
+        reference: the float model, or its state dict, for the exact error. Without it the error is the one measured
+            on up to 64 rows of each weight when it was quantized; a reloaded model has none.
+    """
+    exact = reference.state_dict() if isinstance(reference, nn.Module) else reference or {}
+    rows, seen = [], set()
+    for name, module in model.named_modules():
+        if isinstance(module, QLinear) and module.is_frozen:
+            rows.append(_quantized_row(name, module, exact))
+            seen.update(id(tensor) for tensor in module.tensors().values())
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            full = f"{name}.{leaf}" if name else leaf
+            size = parameter.numel() * parameter.element_size()
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            rows.append(Row(full, dtype, tuple(parameter.shape), size, reason=_reason(module, leaf)))
+    return Report(rows)
+
+
+def _quantized_row(name: str, module: QLinear, exact: Mapping[str, torch.Tensor]) -> Row:
+    full = f"{name}.weight" if name else "weight"
+    error = module.weight_error
+    if full in exact:
+        wanted = exact[full].float()
+        error = float((module.weight.float() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in module.tensors().values())
+    return Row(full, str(module.scheme), (module.out_features, module.in_features), size, error)
+
+
+def _reason(module: nn.Module, leaf: str) -> str:
+    if isinstance(module, QLinear):
+        return "not frozen" if leaf == "weight" else "biases stay float"
+    if leaf == "weight" and (reason := getattr(module, "quanto_hf_left", None)):
+        return str(reason)
+    return f"{type(module).__name__} is not a type that is quantized"

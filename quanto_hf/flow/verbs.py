@@ -1,0 +1,192 @@
+"""The verbs for plain torch models: quantize, freeze, requantize, dequantize, quantization_map.
+
+The names and meanings are those of optimum-quanto.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from quanto_hf.fit import Fit
+from quanto_hf.flow.plan import Choice, apply_plan, make_plan, replace_modules
+from quanto_hf.nn import QLinear
+from quanto_hf.qtypes import QType, qtype
+from quanto_hf.schemes import scheme_from_dict
+
+ACTIVATIONS = ("int8", "float8", "float8_e4m3fn", "float8_e5m2")
+
+
+def activation_type(activations: str | QType | None) -> QType | None:
+    """The number type of activations.
+
+    Raises:
+        ValueError: it is not int8 or an 8-bit float.
+    """
+    if activations is None:
+        return None
+    try:
+        kind = qtype(activations)
+    except ValueError:
+        kind = None
+    if kind is None or kind.name not in ACTIVATIONS:
+        raise ValueError(f"activations={activations!r} is not supported; choose None, {', '.join(ACTIVATIONS)}")
+    return kind
+
+
+def as_patterns(patterns: str | Iterable[str] | None) -> list[str] | None:
+    """A list of patterns from one pattern, several, or None."""
+    if patterns is None:
+        return None
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def quantize(
+    model: nn.Module,
+    weights: str | QType = "int8",
+    activations: str | QType | None = None,
+    *,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    optimizer: Fit | str | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> nn.Module:
+    """Replace the linear layers of a model by quantized ones, in place.
+
+    The layers still hold float weights and quantize them at each forward pass, so that the model can be tried, and
+    trained, before :func:`freeze` packs them.
+
+    Args:
+        model: any torch model. Weights that are tied to another parameter, and a ``lm_head``, stay float.
+        weights: a number type: int8, int4, int2, float8, nf4, fp4 ...
+        activations: None, "int8" or "float8": also round inputs of linear layers and outputs of layer norms, per
+            token.
+        group_size: columns that share a scale, -1 for whole rows; None is the default of the type.
+        symmetric: None is the default of the type.
+        optimizer: the fit: "absmax", "minmax", "mse", "hqq" or a :class:`quanto_hf.fit.Fit`; None is the default.
+        include: patterns of modules to quantize (whole name segments or globs); None means all.
+        exclude: patterns of modules that stay float.
+        overrides: pattern -> values that differ there, such as ``{"*.down_proj": {"weights": "int8"}}``.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: a value is not allowed, or the model is a bare linear layer. Nothing has been changed then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        >>> freeze(quantize(model, weights="int4", exclude="2"))[0].scheme
+        Affine(qtype='int4', group_size=64, symmetric=False)
+    """
+    choice = Choice(weights, group_size, symmetric, optimizer)
+    choice.scheme()
+    kind = activation_type(activations)
+    skip = {
+        name: "output heads stay float by default"
+        for name, _ in model.named_modules()
+        if name.rpartition(".")[2] == "lm_head"
+    }
+    plan = make_plan(
+        model,
+        choice,
+        activations=kind,
+        include=as_patterns(include),
+        exclude=as_patterns(exclude) or (),
+        skip={} if include is not None else skip,
+        overrides=overrides,
+    )
+    for name, chosen in plan.chosen.items():
+        try:
+            chosen.scheme()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    apply_plan(model, plan, kind)
+    return model
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Pack the weights of all quantized layers, in place, and let go of the float ones.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: a weight has NaN or infinite values; the text names the layer.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, QLinear):
+            try:
+                module.freeze()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+    return model
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Replace all quantized linear layers by plain ones with the dequantized weights, in place.
+
+    Returns:
+        The model itself, or a plain linear layer if the model is a bare quantized one.
+    """
+    if isinstance(model, QLinear):
+        return model.to_linear()
+    replace_modules(model, {m: m.to_linear() for m in model.modules() if isinstance(m, QLinear)})
+    return model
+
+
+def quantization_map(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Module name -> ``{"scheme": ..., "activations": ...}`` in JSON types, for :func:`requantize`."""
+    return {
+        name: {
+            "scheme": module.scheme.to_dict(),
+            "activations": None if module.activations is None else module.activations.name,
+        }
+        for name, module in model.named_modules()
+        if isinstance(module, QLinear)
+    }
+
+
+def requantize(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], quantization_map: Mapping[str, Mapping[str, Any]]
+) -> nn.Module:
+    """Give a float model of the same architecture the quantized state of another one, in place.
+
+    Args:
+        model: may be on meta, where nothing is allocated twice.
+        state_dict: of the frozen model.
+        quantization_map: of the frozen model.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: the map names a module that the model has not, or that is not a linear layer.
+        RuntimeError: the state dict has missing, unexpected or mismatched tensors; the text names each of them.
+    """
+    modules = dict(model.named_modules())
+    unfit = [name for name in quantization_map if type(modules.get(name)) is not nn.Linear]
+    if unfit:
+        raise ValueError(f"the quantization map names what is not a linear layer of this model: {', '.join(unfit)}")
+    made: dict[nn.Module, nn.Module] = {}
+    for name, entry in quantization_map.items():
+        linear = modules[name]
+        assert isinstance(linear, nn.Linear)
+        made[linear] = QLinear(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            scheme=scheme_from_dict(dict(entry["scheme"])),
+            activations=activation_type(entry.get("activations")),
+            dtype=linear.weight.dtype,
+            device="meta",
+        ).train(linear.training)
+    replace_modules(model, made)
+    model.load_state_dict(state_dict, strict=True, assign=True)
+    for layer in made.values():
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name == "bias")
+    return model

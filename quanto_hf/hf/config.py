@@ -1,0 +1,192 @@
+"""What a user of transformers writes: QuantoConfig."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quanto_hf.fit import FITS
+from quanto_hf.flow import ACTIVATIONS, Choice, activation_type
+from quanto_hf.io import FORMAT_VERSION, check_version
+from quanto_hf.qtypes import weight_names
+from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL
+
+METHOD = "quanto_hf"
+
+# Keys that a former format version had and that have no meaning any more: format version -> names. Version 0 is the
+# first one.
+OLDER_KEYS: dict[int, frozenset[str]] = {}
+
+OVERRIDABLE = ("weights", "group_size", "symmetric", "fit")
+
+
+@dataclass
+class QuantoConfig(QuantizationConfigMixin):
+    """How ``from_pretrained`` quantizes a model.
+
+    Args:
+        weights: number type of the weights: int8, int4, int2, float8 (= float8_e4m3fn), float8_e5m2, nf4, fp4.
+        activations: None (weight-only), "int8" or "float8": also round the inputs of linear layers and the outputs
+            of layer norms, with one scale per token. The numbers are those of a quantized product; the speed is not
+            yet.
+        modules_to_not_convert: patterns of modules that stay float, besides the defaults (output and task heads, tied
+            weights, what the model keeps in float32). A pattern is a run of whole name segments or a glob: ``fc1``
+            does not match ``fc10``, ``*.down_proj`` does what it says.
+        group_size: columns that share a scale: 16, 32, 64, 128, 256, or -1 for whole rows. None is the default of
+            the type: whole rows for 8 bits, 64 below.
+        symmetric: no zero point. None is the default of the type: False for int4 and int2, True for all others.
+        fit: how scales are found: absmax, minmax, mse, hqq. None is the best data-free one of the type.
+        overrides: pattern -> values of weights, group_size, symmetric and fit that differ for these modules, such as
+            ``{"*.down_proj": {"weights": "int8"}}``; ``{"weights": None}`` leaves them in float. The first pattern
+            that matches counts.
+        default_skips: False also quantizes output and task heads. Tied weights stay float all the same.
+        dequantize: load with float weights in plain layers: those of the quantized checkpoint, or, of a float one,
+            the weights rounded as they would be.
+        format_version: format of the checkpoint; written by the library.
+        schemes: resolved scheme of each module; written by the library.
+        quant_method: "quanto_hf".
+
+    Raises:
+        ValueError: lists every value that is not allowed, and the allowed ones.
+
+    Example:
+        >>> QuantoConfig(weights="int4", overrides={"*.down_proj": {"weights": "int8"}}).weights
+        'int4'
+    """
+
+    weights: str = "int8"
+    activations: str | None = None
+    modules_to_not_convert: list[str] | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    fit: str | None = None
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    default_skips: bool = True
+    dequantize: bool = False
+    format_version: int = FORMAT_VERSION
+    schemes: list[dict[str, Any]] | None = None
+    quant_method: str = METHOD
+
+    def __post_init__(self) -> None:
+        self.overrides = {} if self.overrides is None else self.overrides
+        problems = self._problems()
+        if problems:
+            raise ValueError("this QuantoConfig cannot be used:\n  " + "\n  ".join(problems))
+        check_version(self.format_version)
+
+    def _problems(self) -> list[str]:
+        """One sentence for each bad value."""
+        problems = _value_problems(vars(self))
+        if self.quant_method not in (METHOD, "quanto"):
+            problems.append(f"quant_method={self.quant_method!r}; it is {METHOD!r}")
+        try:
+            activation_type(self.activations)
+        except ValueError:
+            problems.append(f"activations={self.activations!r}; choose None, {', '.join(ACTIVATIONS)}")
+        names = self.modules_to_not_convert
+        if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
+            problems.append(f"modules_to_not_convert={names!r}; give a list of names or patterns, or None")
+        for flag in ("default_skips", "dequantize"):
+            if not isinstance(getattr(self, flag), bool):
+                problems.append(f"{flag}={getattr(self, flag)!r}; choose True or False")
+        if not isinstance(self.overrides, Mapping):
+            return [*problems, f"overrides={self.overrides!r}; give a dict of pattern -> values"]
+        for pattern, values in self.overrides.items():
+            if not isinstance(values, Mapping):
+                problems.append(f"overrides[{pattern!r}]={values!r}; give a dict such as {{'weights': 'int8'}}")
+                continue
+            where = f"overrides[{pattern!r}]: "
+            problems += [
+                f"{where}{key!r} is not known; choose {', '.join(OVERRIDABLE)}" for key in set(values) - {*OVERRIDABLE}
+            ]
+            problems += [where + problem for problem in _value_problems(values, may_be_float=True)]
+        if not problems:
+            problems = self._combination_problems()
+        return problems
+
+    def _combination_problems(self) -> list[str]:
+        """Values that are fine alone and do not go together."""
+        problems = []
+        for where, choice in [("", self.choice()), *self._override_choices()]:
+            try:
+                choice.scheme()
+            except ValueError as error:
+                problems.append(f"{where}{error}")
+        return problems
+
+    def _override_choices(self) -> list[tuple[str, Choice]]:
+        return [
+            (f"overrides[{pattern!r}]: ", self.choice().override(values))
+            for pattern, values in self.overrides.items()
+            if values.get("weights", "") is not None
+        ]
+
+    def choice(self) -> Choice:
+        """What a module gets that no override names."""
+        return Choice(self.weights, self.group_size, self.symmetric, self.fit)
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> "QuantoConfig | tuple[QuantoConfig, dict[str, Any]]":
+        """The config of a dict, such as the ``quantization_config`` of a config.json.
+
+        Raises:
+            ValueError: a key is not known (keys of older format versions are dropped), or a value is not allowed.
+        """
+        known = {f.name for f in fields(cls)}
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        check_version(version)
+        older = frozenset[str]().union(*(keys for v, keys in OLDER_KEYS.items() if v >= version))
+        values = {key: value for key, value in config_dict.items() if key not in older}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"unknown keys in the quantization config: {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            )
+        config = cls(**values)
+        unused = config.update(**kwargs)
+        config.__post_init__()
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config in JSON types."""
+        return asdict(self)
+
+    def conflicts(self, other: "QuantoConfig") -> list[str]:
+        """Names of the values, of those that decide how weights are stored, in which two configs differ."""
+        names = ("weights", "activations", "group_size", "symmetric", "fit", "overrides", "modules_to_not_convert")
+        return [
+            name
+            for name in (*names, "default_skips")
+            if _comparable(name, getattr(self, name)) != _comparable(name, getattr(other, name))
+        ]
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """The same value for two ways to write the same."""
+    if name == "weights":
+        return Choice(value).scheme()
+    if name == "activations":
+        return activation_type(value)
+    if name == "modules_to_not_convert":
+        return sorted(value or [])
+    return value
+
+
+def _value_problems(values: Mapping[str, Any], may_be_float: bool = False) -> list[str]:
+    """Bad values among weights, group_size, symmetric and fit."""
+    problems = []
+    if "weights" in values and values["weights"] not in weight_names():
+        if not (may_be_float and values["weights"] is None):
+            none = ", or None for float" if may_be_float else ""
+            problems.append(f"weights={values['weights']!r}; choose one of {', '.join(weight_names())}{none}")
+    group_size = values.get("group_size")
+    if group_size is not None and group_size not in (PER_CHANNEL, *GROUP_SIZES):
+        problems.append(f"group_size={group_size!r}; choose one of {', '.join(map(str, (PER_CHANNEL, *GROUP_SIZES)))}")
+    if values.get("symmetric") not in (None, True, False):
+        problems.append(f"symmetric={values['symmetric']!r}; choose None, True or False")
+    if values.get("fit") is not None and values["fit"] not in FITS:
+        problems.append(f"fit={values['fit']!r}; choose one of {', '.join(sorted(FITS))}")
+    return problems

@@ -1,0 +1,208 @@
+"""The loading operation that turns a float checkpoint tensor into quantized ones, and the check before it."""
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from quanto_hf.io import check_tensors
+from quanto_hf.nn import QLinear
+from quanto_hf.schemes import TensorSpec
+
+
+def split_name(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that owns a parameter, and the parameter's own name."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def waits_for_weight(model: nn.Module, name: str) -> bool:
+    """Whether a name is the float weight of a quantized layer that is not frozen."""
+    try:
+        module, leaf = split_name(model, name)
+    except AttributeError:
+        return False
+    return leaf == "weight" and isinstance(module, QLinear) and not module.is_frozen
+
+
+class QuantizeWeights(ConversionOps):
+    """Quantizes a float weight as it arrives from the checkpoint. It holds no model: the loader copies it often."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str] | None = None,
+        target_patterns: list[str] | None = None,
+        model: nn.Module | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Names of float tensors -> names of stored tensors; what is not to be quantized passes through.
+
+        Raises:
+            ValueError: a tensor has the wrong shape, or NaN or infinite values.
+        """
+        assert model is not None
+        result: dict[str, Any] = {}
+        for name, value in input_dict.items():
+            if not waits_for_weight(model, name):
+                result[name] = value
+                continue
+            layer, _ = split_name(model, name)
+            assert isinstance(layer, QLinear)
+            stored = quantize_into(layer, value[0] if isinstance(value, list) else value, name)
+            prefix = name.removesuffix("weight")
+            result.update({f"{prefix}weight_{part}": tensor for part, tensor in stored.items()})
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        return result
+
+
+def quantize_into(layer: QLinear, weight: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+    """The stored tensors of a weight; the layer gives up its placeholder.
+
+    Raises:
+        ValueError: the weight has the wrong shape, or NaN or infinite values.
+    """
+    wanted = (layer.out_features, layer.in_features)
+    if tuple(weight.shape) != wanted:
+        raise ValueError(f"{name} has shape {tuple(weight.shape)} in the checkpoint, but the model needs {wanted}")
+    try:
+        stored = layer.scheme.quantize(weight, layer.fit)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    layer.weight_error = layer.measure_error(weight, stored)
+    layer._parameters.pop("weight", None)
+    return stored
+
+
+# ------------------------------------------------------------------------------------------------- before loading
+
+
+def check_before_loading(
+    model: Any, headers: Mapping[str, TensorSpec], conversions: Iterable[Any], pre_quantized: bool, complete: bool
+) -> None:
+    """Compare the headers of a checkpoint with an empty quantized model.
+
+    Args:
+        model: the model on meta, quantized layers in place.
+        headers: of the checkpoint files, by the names in the files.
+        conversions: what the loader will do with these names.
+        pre_quantized: whether the checkpoint is quantized.
+        complete: whether the checkpoint was written from the same model class, so that nothing may be missing. Else
+            only quantized layers are compared, and one that the checkpoint does not have at all becomes a plain
+            layer, which transformers initialises.
+
+    Raises:
+        CheckpointError: lists every missing, unexpected and mismatched tensor by name.
+    """
+    state = model.state_dict()
+    targets, unexpected, converted = _rename(model, headers, conversions, state)
+    tied = set(model.all_tied_weights_keys)
+    wanted: dict[str, TensorSpec] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, QLinear):
+            continue
+        names = _checkpoint_names(module, name, pre_quantized)
+        if not complete and not any(n in targets for n in names):
+            _leave_in_float(model, name, module)
+        else:
+            wanted.update({n: _spec(state[n]) for n in names})
+    if pre_quantized and complete:
+        ignored = _ignored(model._keys_to_ignore_on_load_missing)
+        buffers = {name for name, _ in model.named_buffers()}
+        wanted.update(
+            {
+                name: _spec(tensor)
+                for name, tensor in state.items()
+                if name not in tied and name not in buffers and not ignored(name)
+            }
+        )
+    # what a converter merges or splits has other shapes in the file
+    found = {name: spec for name, spec in targets.items() if name not in converted}
+    wanted = {name: spec for name, spec in wanted.items() if name not in converted}
+    if not pre_quantized:
+        # a float checkpoint may have any dtype, and transformers reports what it does not use
+        found = {name: TensorSpec(spec.shape, torch.float32) for name, spec in found.items()}
+        unexpected = []
+    elif not complete:
+        unexpected = [name for name in unexpected if _belongs_to(model, name)]
+    check_tensors(wanted, found, unexpected)
+
+
+def _checkpoint_names(module: QLinear, name: str, pre_quantized: bool) -> list[str]:
+    leaves = [n for n in module._parameters if n.startswith("weight_")] if pre_quantized else ["weight"]
+    if module.bias is not None:
+        leaves.append("bias")
+    return [f"{name}.{leaf}" if name else leaf for leaf in leaves]
+
+
+def _rename(
+    model: Any, headers: Mapping[str, TensorSpec], conversions: Iterable[Any], state: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, TensorSpec], list[str], set[str]]:
+    """Specs by model name, names in the file without a place in the model, and model names made by converters."""
+    conversions = list(conversions)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    ignored = _ignored(model._keys_to_ignore_on_load_unexpected)
+    targets: dict[str, TensorSpec] = {}
+    unexpected: list[str] = []
+    converted: set[str] = set()
+    for key in sorted(headers, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, pattern = key, None
+        if pattern is not None:
+            converter = next(c for c in converters if pattern in c.source_patterns)
+            first = converter.target_patterns[0]
+            names = [name.replace(first, target, 1) for target in converter.target_patterns]
+            converted.update(names)
+            targets.update(dict.fromkeys(names, headers[key]))
+        elif name in state:
+            targets[name] = headers[key]
+        elif not ignored(name) and not name.endswith(("rotary_emb.inv_freq", "position_ids")):
+            unexpected.append(key)
+    return targets, unexpected, converted
+
+
+def _ignored(patterns: Iterable[str] | None) -> Any:
+    if not patterns:
+        return lambda name: False
+    compiled = re.compile("|".join(f"({pattern})" for pattern in patterns))
+    return lambda name: compiled.search(name) is not None
+
+
+def _spec(tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(tuple(tensor.shape), tensor.dtype)
+
+
+def _belongs_to(model: nn.Module, name: str) -> bool:
+    """Whether an unexpected name is that of a quantized layer of the model."""
+    try:
+        return isinstance(split_name(model, name)[0], QLinear)
+    except AttributeError:
+        return False
+
+
+def _leave_in_float(model: nn.Module, name: str, module: QLinear) -> None:
+    """Put a plain layer on meta in the place of a quantized one that the checkpoint does not have."""
+    warnings.warn(
+        f"{name} is not in the checkpoint: it is newly initialised and stays float. Add it to modules_to_not_convert "
+        f"to say so yourself",
+        stacklevel=2,
+    )
+    parent, leaf = split_name(model, name)
+    with torch.device("meta"):
+        linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, dtype=module.weight_dtype)
+    linear.quanto_hf_left = "it is not in the checkpoint"  # type: ignore[assignment]
+    parent._modules[leaf] = linear

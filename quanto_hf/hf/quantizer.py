@@ -1,0 +1,223 @@
+"""The transformers quantizer: empty quantized layers first, then each weight is quantized as it arrives."""
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from transformers.quantizers.base import HfQuantizer
+
+from quanto_hf.flow import Choice, Plan, activation_type, dequantize, make_plan
+from quanto_hf.hf.config import METHOD, QuantoConfig
+from quanto_hf.hf.legacy import LegacyHooks
+from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, split_name, waits_for_weight
+from quanto_hf.hf.replace import replace_by_plan
+from quanto_hf.hf.skips import default_skips
+from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_modules
+from quanto_hf.nn import QLinear
+from quanto_hf.ops.scratch import free
+from quanto_hf.schemes import Scheme, TensorSpec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class QuantoHfQuantizer(LegacyHooks, HfQuantizer):
+    """Quantizes a model while ``from_pretrained`` loads it, or loads one that was saved quantized.
+
+    Args:
+        quantization_config: a :class:`QuantoConfig`, or transformers' config for optimum-quanto.
+        pre_quantized: whether the checkpoint is quantized.
+    """
+
+    requires_calibration = False
+    required_packages = ("accelerate",)
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        # a copy: what is resolved for this model is written into it
+        config = copy.deepcopy(quantization_config)
+        if not isinstance(config, QuantoConfig):
+            config = QuantoConfig(config.weights, config.activations, config.modules_to_not_convert)
+        config.quant_method = METHOD
+        super().__init__(config, **kwargs)
+        if self.pre_quantized and config.schemes is None:
+            raise ValueError(
+                "the checkpoint says that it is quantized with quanto_hf, but its config has no 'schemes': it was not "
+                "written by save_pretrained"
+            )
+        self._dtype = torch.get_default_dtype()
+        self._headers: dict[str, TensorSpec] | None = None
+
+    # ------------------------------------------------------------------------------------------- before loading
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to compile, nothing to install: every device map is fine."""
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the float parts.
+
+        Raises:
+            ValueError: it is not float32, bfloat16 or float16.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype} cannot be quantized; choose one of {', '.join(map(str, DTYPES))}")
+        self._dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        activations = activation_type(config.activations)
+        if self.pre_quantized:
+            plan = self._saved_plan(model)
+        else:
+            plan = make_plan(
+                model,
+                config.choice(),
+                activations=activations,
+                exclude=config.modules_to_not_convert or (),
+                skip=default_skips(model, self._dtype, config.default_skips),
+                overrides=config.overrides,
+            )
+        if not plan.chosen:
+            warnings.warn(
+                f"no linear layer of {type(model).__name__} is quantized; call quanto_hf.report(model) for the reasons",
+                stacklevel=2,
+            )
+        replace_by_plan(model, plan, activations, placeholder=not self.pre_quantized)
+        files = kwargs.get("checkpoint_files") or []
+        if files and all(str(file).endswith(".safetensors") for file in files):
+            self._headers = read_headers(files)
+        return model
+
+    def _saved_plan(self, model: Any) -> Plan:
+        """The plan that was saved with the checkpoint, with names for this model class."""
+        schemes = read_modules(self.quantization_config.schemes)
+        linears = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+        prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+        chosen: dict[str, Choice] = {}
+        absent: list[str] = []
+        for saved, scheme in schemes.items():
+            # a head was added or removed: AutoModel loads what AutoModelForCausalLM saved, and the other way round
+            names = (saved, saved.removeprefix(prefix), prefix + saved)
+            name = next((name for name in names if name in linears), None)
+            if name is None:
+                absent.append(saved)
+            else:
+                chosen[name] = _choice(scheme)
+        if absent and not chosen:
+            raise ValueError(
+                f"none of the {len(absent)} quantized modules of the checkpoint is in {type(model).__name__}; "
+                f"the first one is {absent[0]!r}"
+            )
+        activations = activation_type(self.quantization_config.activations)
+        default = make_plan(
+            model,
+            self.quantization_config.choice(),
+            activations=activations,
+            skip={name: "it was saved in float" for name in linears if name not in chosen},
+        )
+        return Plan(chosen, default.norms, default.left)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """The conversions unchanged: nothing is converted at load. The last hook before it, so the check is here."""
+        conversions = super().update_weight_conversions(weight_conversions, model)
+        if self._headers is not None:
+            architectures = model.config.architectures or []
+            complete = type(model).__name__ in architectures
+            check_before_loading(model, self._headers, conversions, self.pre_quantized, complete)
+            self._headers = None
+        return conversions
+
+    # ------------------------------------------------------------------------------------------- while loading
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether this is the float weight of a quantized layer."""
+        return waits_for_weight(model, param_name)
+
+    def get_quantize_ops(self) -> QuantizeWeights:
+        """The operation that quantizes one weight."""
+        return QuantizeWeights()
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes per element for device maps: the stored tensors count, the float placeholder does not."""
+        return 0.0 if waits_for_weight(model, param_name) else param.element_size()
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Stored tensors keep the dtype that they have in the checkpoint; float ones get that of the model."""
+        names = getattr(converter, "target_patterns", None) or [""]
+        if names[0].rpartition(".")[2] in ("weight_packed", "weight_scale", "weight_zero"):
+            return None
+        parent: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return parent
+
+    # ------------------------------------------------------------------------------------------- after loading
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        free()
+        self._finish_layers(model)
+        config = self.quantization_config
+        config.schemes = describe_modules(model)
+        config.format_version = FORMAT_VERSION
+        if config.dequantize:
+            self.dequantize(model)
+        return model
+
+    def _finish_layers(self, model: Any) -> None:
+        absent = []
+        for name, module in model.named_modules():
+            if not isinstance(module, QLinear):
+                continue
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.device.type == "meta":
+                absent.append(f"{name}.weight")
+                continue
+            # a converter whose first tensor stays float hands the others over as they are
+            module.freeze()
+            module.weight_dtype = self._dtype
+            for tensor in module.tensors().values():
+                # the loader marks every float parameter as trainable
+                tensor.requires_grad_(False)
+        if absent:
+            raise ValueError(
+                "the checkpoint does not fit the model:\n  " + "\n  ".join(f"missing: {name}" for name in absent)
+            )
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        if any(parameter.device.type == "meta" for parameter in model.parameters()):
+            raise ValueError(
+                "a model with offloaded weights cannot be dequantized; load it without disk offload first"
+            )
+        dequantize(model)
+        return model if dtype is None else model.to(dtype)
+
+    # ------------------------------------------------------------------------------------------- what it can do
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        """True: ``save_pretrained`` writes plain tensors in safetensors files."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[None, dict[str, str]]:
+        """The plain state dict, and the format version for the header of each file."""
+        return None, {"quanto_hf_format": str(FORMAT_VERSION)}
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: gradients reach the inputs of quantized layers, their biases, and every float parameter."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """False: a loaded model holds packed weights only. quanto_hf.quantize keeps float ones that can be trained."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """True: every op has a fake, so that torch.compile sees one graph."""
+        return True
+
+
+def _choice(scheme: Scheme) -> Choice:
+    fields = scheme.to_dict()
+    return Choice(fields["qtype"], fields["group_size"], fields["symmetric"])
+
+
+__all__ = ["QuantoHfQuantizer", "split_name"]

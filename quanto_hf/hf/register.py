@@ -1,0 +1,102 @@
+"""Making the method known to transformers, without importing more of it than ``import transformers`` does."""
+
+import importlib.abc
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from quanto_hf.hf.config import METHOD, QuantoConfig
+
+# Importing it takes 0.9 s, so it is patched when somebody else imports it, which from_pretrained does.
+AUTO = "transformers.quantizers.auto"
+
+OVERRIDES = ("quanto",)
+
+_overrides: set[str] = set()
+
+
+def register() -> None:
+    """Register the method ``quanto_hf`` with transformers, now or when its quantizers are imported."""
+    if AUTO in sys.modules:
+        _register(sys.modules[AUTO])
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def install(override: str) -> None:
+    """Let quanto_hf also serve a method that transformers has already.
+
+    Args:
+        override: "quanto": ``transformers.QuantoConfig`` then quantizes with quanto_hf.
+
+    Raises:
+        ValueError: the method cannot be overridden.
+
+    Example:
+        >>> install(override="quanto")
+    """
+    if override not in OVERRIDES:
+        raise ValueError(f"override={override!r} is not possible; choose one of {', '.join(map(repr, OVERRIDES))}")
+    _overrides.add(override)
+    register()
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Registers the method right after :data:`AUTO` has been imported."""
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != AUTO:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _register(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _register(auto: Any) -> None:
+    from quanto_hf.hf.quantizer import QuantoHfQuantizer
+
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QuantoConfig
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = QuantoHfQuantizer
+    for method in _overrides:
+        auto.AUTO_QUANTIZER_MAPPING[method] = QuantoHfQuantizer
+    merge = auto.AutoHfQuantizer.merge_quantization_configs
+    if getattr(merge, "checks_quanto_hf", False):
+        return
+
+    def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        if not isinstance(quantization_config_from_args, QuantoConfig):
+            return merge(quantization_config, quantization_config_from_args)
+        return _merge(merge(quantization_config, None), quantization_config_from_args)
+
+    merge_quantization_configs.checks_quanto_hf = True  # type: ignore[attr-defined]
+    auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)
+
+
+def _merge(saved: Any, given: QuantoConfig) -> QuantoConfig:
+    """The config of a quantized checkpoint, if a given one does not contradict it. transformers itself would use the
+    saved one with no more than a warning."""
+    if not isinstance(saved, QuantoConfig):
+        raise ValueError(
+            f"the checkpoint is quantized already, with {getattr(saved, 'quant_method', saved)}; "
+            f"load it without a QuantoConfig, or quantize the original float checkpoint"
+        )
+    different = saved.conflicts(given)
+    # QuantoConfig(dequantize=True) alone asks for no scheme
+    if different and not (given.dequantize and not QuantoConfig(dequantize=True).conflicts(given)):
+        pairs = ", ".join(f"{n}={getattr(saved, n)!r} (you gave {getattr(given, n)!r})" for n in different)
+        raise ValueError(
+            f"the checkpoint is quantized already, with {pairs}. Load it without a quantization_config, or quantize "
+            f"the original float checkpoint"
+        )
+    saved.dequantize = given.dequantize
+    return saved

@@ -1,0 +1,17 @@
+"""What is written to config.json and to checkpoints, and the checks of what is read.
+
+Imports: ``schemes``, ``nn``, safetensors. Never: transformers. The format itself is in docs/format.md.
+"""
+
+from quanto_hf.io.checkpoint import CheckpointError, check_tensors, read_headers
+from quanto_hf.io.format import FORMAT_VERSION, check_version, describe_modules, read_modules
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointError",
+    "check_tensors",
+    "check_version",
+    "describe_modules",
+    "read_headers",
+    "read_modules",
+]

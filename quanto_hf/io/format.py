@@ -1,0 +1,48 @@
+"""The part of config.json that says how each module of a saved model is stored."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from quanto_hf.nn import QLinear
+from quanto_hf.schemes import Scheme, scheme_from_dict
+
+# Version 0 is provisional: the native kernels decide on version 1.
+FORMAT_VERSION = 0
+
+
+def check_version(version: Any) -> None:
+    """Raise ValueError if a checkpoint of this format version cannot be read."""
+    if not isinstance(version, int) or isinstance(version, bool) or not 0 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"format_version={version!r} cannot be read: this version of quanto_hf reads 0 to {FORMAT_VERSION}; "
+            f"install a newer quanto_hf"
+        )
+
+
+def describe_modules(model: nn.Module) -> list[dict[str, Any]]:
+    """The resolved scheme of each quantized module, one entry per scheme: ``{"scheme": {...}, "modules": [...]}``."""
+    entries: dict[Scheme, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QLinear):
+            entries.setdefault(module.scheme, []).append(name)
+    return [{"scheme": scheme.to_dict(), "modules": names} for scheme, names in entries.items()]
+
+
+def read_modules(entries: Sequence[Mapping[str, Any]]) -> dict[str, Scheme]:
+    """Module name -> scheme, from what :func:`describe_modules` wrote.
+
+    Raises:
+        ValueError: an entry is malformed, or names a module twice.
+    """
+    schemes: dict[str, Scheme] = {}
+    for entry in entries:
+        if not isinstance(entry, Mapping) or set(entry) != {"scheme", "modules"}:
+            raise ValueError(f"an entry of 'schemes' has the keys 'scheme' and 'modules', but this one is {entry!r}")
+        scheme = scheme_from_dict(dict(entry["scheme"]))
+        for name in entry["modules"]:
+            if name in schemes:
+                raise ValueError(f"'schemes' names the module {name!r} twice")
+            schemes[name] = scheme
+    return schemes
