@@ -114,14 +114,16 @@ def shared_weights(model: nn.Module) -> dict[str, str]:
     """Module name -> full name of another parameter that is the same object as its weight."""
     first: dict[int, str] = {}
     shared = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner, _, leaf = name.rpartition(".")
-        if id(parameter) in first and leaf == "weight" and first[id(parameter)] != name:
-            shared[owner] = first[id(parameter)]
-            other, _, other_leaf = first[id(parameter)].rpartition(".")
-            if other_leaf == "weight":
-                shared.setdefault(other, name)
-        first.setdefault(id(parameter), name)
+    # a module with several names comes up once: it shares its weight with nobody
+    for owner, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{owner}.{leaf}" if owner else leaf
+            if id(parameter) in first and leaf == "weight":
+                shared[owner] = first[id(parameter)]
+                other, _, other_leaf = first[id(parameter)].rpartition(".")
+                if other_leaf == "weight":
+                    shared.setdefault(other, name)
+            first.setdefault(id(parameter), name)
     return shared
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from quanto_hf.fit import Fit
 from quanto_hf.flow.plan import Choice, apply_plan, make_plan, replace_modules
-from quanto_hf.nn import QLinear
+from quanto_hf.nn import QLayerNorm, QLinear
 from quanto_hf.qtypes import QType, qtype
 from quanto_hf.schemes import scheme_from_dict
 
@@ -28,7 +28,8 @@ def activation_type(activations: str | QType | None) -> QType | None:
         return None
     try:
         kind = qtype(activations)
-    except ValueError:
+    except (ValueError, TypeError):
+        # TypeError: a list, say, cannot be looked up
         kind = None
     if kind is None or kind.name not in ACTIVATIONS:
         raise ValueError(f"activations={activations!r} is not supported; choose None, {', '.join(ACTIVATIONS)}")
@@ -139,14 +140,15 @@ def dequantize(model: nn.Module) -> nn.Module:
 
 
 def quantization_map(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Module name -> ``{"scheme": ..., "activations": ...}`` in JSON types, for :func:`requantize`."""
+    """Module name -> ``{"scheme": ..., "activations": ...}`` in JSON types, for :func:`requantize`. The scheme of a
+    layer norm, which has no quantized weight, is None."""
     return {
         name: {
-            "scheme": module.scheme.to_dict(),
+            "scheme": module.scheme.to_dict() if isinstance(module, QLinear) else None,
             "activations": None if module.activations is None else module.activations.name,
         }
         for name, module in model.named_modules()
-        if isinstance(module, QLinear)
+        if isinstance(module, QLinear | QLayerNorm)
     }
 
 
@@ -164,29 +166,38 @@ def requantize(
         The model itself.
 
     Raises:
-        ValueError: the map names a module that the model has not, or that is not a linear layer.
+        ValueError: the map names a module that the model has not, or that is of another type.
         RuntimeError: the state dict has missing, unexpected or mismatched tensors; the text names each of them.
     """
     modules = dict(model.named_modules())
-    unfit = [name for name in quantization_map if type(modules.get(name)) is not nn.Linear]
+    unfit = [
+        name
+        for name, entry in quantization_map.items()
+        if type(modules.get(name)) is not (nn.Linear if entry["scheme"] else nn.LayerNorm)
+    ]
     if unfit:
-        raise ValueError(f"the quantization map names what is not a linear layer of this model: {', '.join(unfit)}")
+        raise ValueError(
+            f"the quantization map names what is not a linear layer or layer norm of this model: {', '.join(unfit)}"
+        )
     made: dict[nn.Module, nn.Module] = {}
     for name, entry in quantization_map.items():
-        linear = modules[name]
-        assert isinstance(linear, nn.Linear)
-        made[linear] = QLinear(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
+        module, activations = modules[name], activation_type(entry.get("activations"))
+        if isinstance(module, nn.LayerNorm):
+            made[module] = QLayerNorm.from_module(module, activations)
+            continue
+        assert isinstance(module, nn.Linear)
+        made[module] = QLinear(
+            module.in_features,
+            module.out_features,
+            module.bias is not None,
             scheme=scheme_from_dict(dict(entry["scheme"])),
-            activations=activation_type(entry.get("activations")),
-            dtype=linear.weight.dtype,
+            activations=activations,
+            dtype=module.weight.dtype,
             device="meta",
-        ).train(linear.training)
+        ).train(module.training)
     replace_modules(model, made)
     model.load_state_dict(state_dict, strict=True, assign=True)
     for layer in made.values():
         for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(name == "bias")
+            parameter.requires_grad_(isinstance(layer, QLayerNorm) or name == "bias")
     return model

@@ -66,7 +66,8 @@ class QuantoConfig(QuantizationConfigMixin):
     dequantize: bool = False
     format_version: int = FORMAT_VERSION
     schemes: list[dict[str, Any]] | None = None
-    quant_method: str = METHOD
+    # the base class has this field first; the first positional argument is the weights, as in transformers' QuantoConfig
+    quant_method: str = field(default=METHOD, kw_only=True)
 
     def __post_init__(self) -> None:
         self.overrides = {} if self.overrides is None else self.overrides
@@ -156,23 +157,25 @@ class QuantoConfig(QuantizationConfigMixin):
 
     def conflicts(self, other: "QuantoConfig") -> list[str]:
         """Names of the values, of those that decide how weights are stored, in which two configs differ."""
-        names = ("weights", "activations", "group_size", "symmetric", "fit", "overrides", "modules_to_not_convert")
+        mine, others = self._resolved(), other._resolved()
+        # another number type has another default group size: that the types differ says it all
         return [
-            name
-            for name in (*names, "default_skips")
-            if _comparable(name, getattr(self, name)) != _comparable(name, getattr(other, name))
+            name for name in mine if mine[name] != others[name] and getattr(self, name) != getattr(other, name)
         ]
 
-
-def _comparable(name: str, value: Any) -> Any:
-    """The same value for two ways to write the same."""
-    if name == "weights":
-        return Choice(value).scheme()
-    if name == "activations":
-        return activation_type(value)
-    if name == "modules_to_not_convert":
-        return sorted(value or [])
-    return value
+    def _resolved(self) -> dict[str, Any]:
+        """The values that decide how weights are stored, the same for two ways to write the same."""
+        scheme = self.choice().scheme().to_dict()
+        return {
+            "weights": scheme["qtype"],
+            "activations": activation_type(self.activations),
+            "group_size": scheme["group_size"],
+            "symmetric": scheme["symmetric"],
+            "fit": self.fit,
+            "overrides": self.overrides,
+            "modules_to_not_convert": sorted(self.modules_to_not_convert or []),
+            "default_skips": self.default_skips,
+        }
 
 
 def _value_problems(values: Mapping[str, Any], may_be_float: bool = False) -> list[str]:
@@ -187,6 +190,7 @@ def _value_problems(values: Mapping[str, Any], may_be_float: bool = False) -> li
         problems.append(f"group_size={group_size!r}; choose one of {', '.join(map(str, (PER_CHANNEL, *GROUP_SIZES)))}")
     if values.get("symmetric") not in (None, True, False):
         problems.append(f"symmetric={values['symmetric']!r}; choose None, True or False")
-    if values.get("fit") is not None and values["fit"] not in FITS:
+    # a list of the names: what is not hashable is no name either
+    if values.get("fit") is not None and values["fit"] not in list(FITS):
         problems.append(f"fit={values['fit']!r}; choose one of {', '.join(sorted(FITS))}")
     return problems

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.quantizers.base import HfQuantizer
 
-from quanto_hf.flow import Choice, Plan, activation_type, dequantize, make_plan
+from quanto_hf.flow import Choice, Plan, activation_type, dequantize, first_match, make_plan
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.legacy import LegacyHooks
 from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, split_name, waits_for_weight
@@ -103,27 +103,29 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):
                 absent.append(saved)
             else:
                 chosen[name] = _choice(scheme)
-        if absent and not chosen:
+        if absent and (not chosen or _wrote(model)):
             raise ValueError(
-                f"none of the {len(absent)} quantized modules of the checkpoint is in {type(model).__name__}; "
-                f"the first one is {absent[0]!r}"
+                f"{len(absent)} of the {len(schemes)} quantized modules of the checkpoint are not in "
+                f"{type(model).__name__}; the first one is {absent[0]!r}"
             )
-        activations = activation_type(self.quantization_config.activations)
-        default = make_plan(
-            model,
-            self.quantization_config.choice(),
-            activations=activations,
-            skip={name: "it was saved in float" for name in linears if name not in chosen},
-        )
+        config = self.quantization_config
+        # Layer norms have no entry in 'schemes': what chose them when the model was quantized chooses them again. A
+        # pattern that matches nothing has been warned about then.
+        skip = default_skips(model, self._dtype, config.default_skips)
+        for name, _ in model.named_modules():
+            if (pattern := first_match(name, config.modules_to_not_convert or ())) is not None:
+                skip[name] = f"it matches {pattern!r} of the modules not to convert"
+        skip.update((name, "it was saved in float") for name in linears if name not in chosen)
+        default = make_plan(model, config.choice(), activations=activation_type(config.activations), skip=skip)
+        # an entry of 'schemes' counts more than a default
+        default.left = {name: reason for name, reason in default.left.items() if name not in chosen}
         return Plan(chosen, default.norms, default.left)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The conversions unchanged: nothing is converted at load. The last hook before it, so the check is here."""
         conversions = super().update_weight_conversions(weight_conversions, model)
         if self._headers is not None:
-            architectures = model.config.architectures or []
-            complete = type(model).__name__ in architectures
-            check_before_loading(model, self._headers, conversions, self.pre_quantized, complete)
+            check_before_loading(model, self._headers, conversions, self.pre_quantized, complete=_wrote(model))
             self._headers = None
         return conversions
 
@@ -213,6 +215,11 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):
     def is_compileable(self) -> bool:
         """True: every op has a fake, so that torch.compile sees one graph."""
         return True
+
+
+def _wrote(model: Any) -> bool:
+    """Whether the checkpoint was written from the class of this model, so that everything fits or it is damaged."""
+    return type(model).__name__ in (model.config.architectures or [])
 
 
 def _choice(scheme: Scheme) -> Choice:

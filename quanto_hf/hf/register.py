@@ -86,8 +86,10 @@ def _merge(saved: Any, given: QuantoConfig) -> QuantoConfig:
     """The config of a quantized checkpoint, if a given one does not contradict it. transformers itself would use the
     saved one with no more than a warning."""
     if not isinstance(saved, QuantoConfig):
+        method = getattr(saved, "quant_method", saved)
         raise ValueError(
-            f"the checkpoint is quantized already, with {getattr(saved, 'quant_method', saved)}; "
+            # the methods of transformers are an enum
+            f"the checkpoint is quantized already, with {getattr(method, 'value', method)}; "
             f"load it without a QuantoConfig, or quantize the original float checkpoint"
         )
     different = saved.conflicts(given)

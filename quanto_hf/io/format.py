@@ -38,11 +38,24 @@ def read_modules(entries: Sequence[Mapping[str, Any]]) -> dict[str, Scheme]:
     """
     schemes: dict[str, Scheme] = {}
     for entry in entries:
-        if not isinstance(entry, Mapping) or set(entry) != {"scheme", "modules"}:
-            raise ValueError(f"an entry of 'schemes' has the keys 'scheme' and 'modules', but this one is {entry!r}")
+        if not _is_entry(entry):
+            raise ValueError(
+                f"an entry of 'schemes' has the keys 'scheme' and 'modules', a dict and a list of names, "
+                f"but this one is {entry!r}"
+            )
         scheme = scheme_from_dict(dict(entry["scheme"]))
         for name in entry["modules"]:
             if name in schemes:
                 raise ValueError(f"'schemes' names the module {name!r} twice")
             schemes[name] = scheme
     return schemes
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, Mapping)
+        and set(entry) == {"scheme", "modules"}
+        and isinstance(entry["scheme"], Mapping)
+        and isinstance(entry["modules"], list)
+        and all(isinstance(name, str) for name in entry["modules"])
+    )

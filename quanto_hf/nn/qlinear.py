@@ -33,6 +33,15 @@ class QLinear(nn.Linear):
         activations: number type to which inputs are rounded per token, or None for weight-only.
         dtype: float dtype of the bias, and of ``weight`` when it is read.
         device: where the (empty) tensors of a FROZEN layer are made.
+
+    Example:
+        >>> from quanto_hf.schemes import make_scheme
+        >>> layer = QLinear.from_module(nn.Linear(128, 10), make_scheme("int4"))
+        >>> layer.freeze()
+        >>> layer
+        QLinear(in_features=128, out_features=10, bias=True, weights=int4 g64 asym)
+        >>> {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+        {'weight_packed': (10, 64), 'weight_scale': (10, 2), 'weight_zero': (10, 2), 'bias': (10,)}
     """
 
     def __init__(
@@ -79,6 +88,8 @@ class QLinear(nn.Linear):
         )
         for name in layer.tensors():
             del layer._parameters[PREFIX + name]
+        # weight first, as in nn.Linear: optimizers know parameters by their order
+        del layer._parameters["bias"]
         layer._parameters["weight"] = module._parameters["weight"]
         layer._parameters["bias"] = module._parameters["bias"]
         layer.fit = fit
@@ -146,6 +157,8 @@ class QLinear(nn.Linear):
         """Hold these stored tensors."""
         for name, tensor in tensors.items():
             self._parameters[PREFIX + name] = nn.Parameter(tensor, requires_grad=False)
+        # last, as in a layer that was made frozen
+        self._parameters["bias"] = self._parameters.pop("bias")
 
     def to_linear(self) -> nn.Linear:
         """A plain nn.Linear with the dequantized weight and the same bias."""

@@ -113,18 +113,23 @@ def _fake(packed: Any, scale: Any, zero: Any, qtype: str, group_size: int, in_fe
     return scale.new_empty((packed.shape[0], in_features), dtype=dtype)
 
 
+# Rows, columns, group size and whether integers have a zero: whole groups, a shorter last group, whole rows, and what
+# torch's int8 product takes.
+SAMPLE_WEIGHTS = ((5, 96, 32, True), (1, 200, 64, False), (17, 7, -1, True), (9, 144, -1, False))
+
+
 def sample_weights(seed: int) -> list[tuple[Any, ...]]:
     """(packed, scale, zero, qtype, group_size, in_features) of each number type, with random codes, for tests."""
     generator = torch.Generator().manual_seed(seed)
     cases: list[tuple[Any, ...]] = []
     for name, kind in QTYPES.items():
-        for rows, columns, group_size in ((5, 96, 32), (1, 200, 64), (17, 7, -1)):
+        for rows, columns, group_size, asymmetric in SAMPLE_WEIGHTS:
             low = int(kind.qmin) if kind.storage is torch.int8 else 0
             high = low + kind.levels - 1 if kind.kind != "float" else 0x78
             codes = torch.randint(low, high, (rows, columns), generator=generator).to(kind.storage)
             shape = (rows, groups(columns, group_size))
             scale = torch.rand(shape, generator=generator) * 0.1 + 0.01
-            zero = torch.rand(shape, generator=generator) * kind.levels if kind.kind == "int" and rows != 1 else None
+            zero = torch.rand(shape, generator=generator) * kind.levels if kind.kind == "int" and asymmetric else None
             cases.append((pack(codes, kind.bits), scale, zero, name, group_size, columns))
     return cases
 

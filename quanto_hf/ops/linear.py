@@ -17,6 +17,9 @@ from quanto_hf.qtypes import QTYPES
 
 # Above this many rows torch's int8 product loses to block copy + matmul (benchmarks/linear.py, 4096 x 4096, bfloat16).
 INT8PACK_MAX_ROWS = 8
+# It reads whole vectors of 16 columns and checks nothing: 132 columns read behind the end of both tensors, with wrong
+# results or a segmentation fault (torch 2.13, AVX-512).
+INT8PACK_COLUMNS = 16
 
 
 def _check(
@@ -184,14 +187,14 @@ linear_op.backward(_backward, _setup_context)
 
 
 def _int8pack_refuses(x: Any, packed: Any, scale: Any, zero: Any, bias: Any, qtype: str, group_size: int) -> str | None:
-    if qtype != "int8" or group_size > 0:
-        return "it multiplies per-channel int8 weights only"
+    if qtype != "int8" or group_size > 0 or zero is not None:
+        return "it multiplies symmetric per-channel int8 weights only"
     if x.dtype is not torch.bfloat16:
         return "torch's int8 product is fast in bfloat16 only"
     if x.device.type != "cpu":
         return "it runs on CPU only"
-    if x.shape[-1] % 4 or not x.numel():
-        return "in_features must be a multiple of 4, and the input not empty"
+    if x.shape[-1] % INT8PACK_COLUMNS or not x.numel():
+        return f"in_features must be a multiple of {INT8PACK_COLUMNS}, and the input not empty"
     if x.numel() > INT8PACK_MAX_ROWS * x.shape[-1]:
         return f"above {INT8PACK_MAX_ROWS} rows block copy and matmul is faster"
     return None

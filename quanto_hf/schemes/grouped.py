@@ -99,9 +99,11 @@ class Grouped(Scheme):
         flat = weight.detach().reshape(-1, columns)
         parts = {name: tensor.view(flat.shape[0], -1) for name, tensor in result.items()}
         step = max(1, BLOCK_VALUES // columns)
-        for start in range(0, flat.shape[0], step):
-            block = {name: tensor[start : start + step] for name, tensor in parts.items()}
-            self._quantize_rows(flat[start : start + step], found, block)
+        # under autocast the products of a fit would be rounded to 16 bits
+        with torch.autocast(weight.device.type, enabled=False):
+            for start in range(0, flat.shape[0], step):
+                block = {name: tensor[start : start + step] for name, tensor in parts.items()}
+                self._quantize_rows(flat[start : start + step], found, block)
         return result
 
     def _quantize_rows(self, rows: torch.Tensor, fit: Fit, out: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,81 @@
+"""``quanto-hf eval``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quanto_hf.cli.show import console, progress, table
+
+
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="A causal language model: folder or hub id, float or quantized.")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to evaluate on. Default: the bundled one.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The float model, for the KL divergence from it.")] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help="Quantize the float MODEL with this type on loading; may be repeated.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
+    limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate on the first N windows only.")] = None,
+) -> None:
+    """Perplexity of a causal language model, and its KL divergence from the float one.
+
+    With `--weights`, MODEL is float: it is quantized on loading, and is its own reference.
+
+    Example: `quanto-hf eval out-int4 --reference path/to/float --limit-windows 20`
+    """
+    if weights and reference is not None:
+        raise ValueError("give --reference or --weights: with --weights MODEL itself is the reference")
+    rows, tokens = _evaluate_all(model, text, reference, weights or [], length, limit_windows)
+    shown = table(
+        f"{tokens:,} tokens of {text or 'held-out text'}, in windows of {length}",
+        ["model"],
+        ["perplexity", "vs float", "KL"],
+    )
+    base = rows[0][1].perplexity if weights or reference is not None else None
+    for number, (name, found) in enumerate(rows):
+        change = f"{100 * (found.perplexity / base - 1):+.2f}%" if base and number else ""
+        shown.add_row(name, f"{found.perplexity:.4f}", change, f"{found.kl:.5f}" if number else "")
+    console().print(shown)
+
+
+def _evaluate_all(
+    model: str, text: Path | None, reference: str | None, weights: list[str], length: int, limit: int | None
+) -> tuple[list[tuple[str, Any]], int]:
+    """(name, evaluation) of each model, the float one first where there is one; and the number of tokens."""
+    from quanto_hf import QuantoConfig
+    from quanto_hf.cli import measure
+    from quanto_hf.flow import evaluate
+    from quanto_hf.hf.sources import local_folder
+
+    for name in weights:
+        QuantoConfig(weights=name)
+    written = measure.read_text(text)
+    path = str(local_folder(model))
+    first = path if reference is None else str(local_folder(reference))
+    wanted = [(name, path, name) for name in weights]
+    if reference is not None:
+        wanted = [(model, path, "")]
+    loaded = measure.load(first)
+    if weights and getattr(loaded, "is_quantized", False):
+        raise ValueError(f"{model} is quantized already: --weights needs the float model")
+    if reference is not None and getattr(loaded, "is_quantized", False):
+        raise ValueError(f"{reference} is quantized: --reference is the float model")
+    inputs = measure.cut(written, measure.tokenizer(path), loaded.config, length, limit)
+    base = measure.Remembered(loaded)
+    with progress() as bar:
+        task = bar.add_task("evaluating", total=inputs.shape[0] * (len(wanted) + 1))
+
+        def advance(done: int, before: int = 0) -> None:
+            bar.update(task, completed=before * inputs.shape[0] + done)
+
+        rows = [(reference or model, evaluate(base, inputs, progress=advance))]
+        for number, (name, folder, kind) in enumerate(wanted, start=1):
+            other = measure.load(folder, kind or None)
+            step = _after(advance, number)
+            rows.append((name, evaluate(other, inputs, base, progress=step)))
+    return rows, rows[0][1].tokens
+
+
+def _after(advance: Any, number: int) -> Any:
+    return lambda done: advance(done, number)

@@ -1,0 +1,42 @@
+"""The plot of the demo."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def check_plot(file: Path) -> None:
+    """Say at once, not after the work, that a plot cannot be drawn.
+
+    Raises:
+        ValueError: matplotlib is missing, or the folder of the file is.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError('--plot needs matplotlib: pip install "quanto-hf[cli]"') from None
+    if file.suffix.lower() != ".png":
+        raise ValueError(f"--plot writes a PNG file, but {file} does not end in .png")
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"the folder of {file} does not exist")
+
+
+def draw(file: Path, rows: Sequence[Any]) -> None:
+    """Bytes on disk against perplexity, a labelled point for each row of the demo."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for row in rows:
+        axes.plot(row.disk / 1e6, row.perplexity, "o")
+        axes.annotate(row.name, (row.disk / 1e6, row.perplexity), xytext=(6, 4), textcoords="offset points")
+    axes.set_xlabel("weights on disk (MB)")
+    axes.set_ylabel("perplexity (lower is better)")
+    if max(row.perplexity for row in rows) > 3 * min(row.perplexity for row in rows):
+        # one bad type would press all others into a line
+        axes.set_yscale("log")
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=150)

@@ -1,0 +1,48 @@
+"""Tables, numbers and progress bars."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+# what a table needs where no terminal has a width: in a pipe or a file
+PIPE_WIDTH = 160
+
+
+def console() -> Console:
+    """Standard output; wide where it is no terminal, so that a table is not folded in a file."""
+    made = Console(highlight=False)
+    return made if made.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+
+
+def progress() -> Progress:
+    """A progress bar on stderr that vanishes when done; nothing where stderr is no terminal."""
+    err = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn())
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+
+
+def table(title: str, left: list[str], right: list[str], last: list[str] | None = None) -> Table:
+    """An empty table: columns of text, of numbers, of text."""
+    made = Table(title=title, title_justify="left")
+    for name in left:
+        made.add_column(name)
+    for name in right:
+        made.add_column(name, justify="right")
+    for name in last or []:
+        made.add_column(name, overflow="ellipsis", no_wrap=True, max_width=60)
+    return made
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people.
+
+    Example:
+        >>> size(999), size(4_594_232), size(13_000_000_000)
+        ('999 B', '4.59 MB', '13.00 GB')
+    """
+    value, units: Any = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{nbytes} B" if nbytes < 1000 else f"{value:.2f} {units[0]}"

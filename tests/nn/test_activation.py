@@ -1,0 +1,96 @@
+"""Activations rounded per token: how far off, for whom, and with which gradient."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quanto_hf.nn.activation import fake_quantize
+from quanto_hf.qtypes import QType, qfloat8_e4m3fn, qfloat8_e5m2, qint8
+
+TYPES = (qint8, qfloat8_e4m3fn, qfloat8_e5m2)
+every_type = pytest.mark.parametrize("kind", TYPES, ids=str)
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+every_float = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+
+# half a unit in the last place, and half the smallest number
+FLOAT8 = {"float8_e4m3fn": (2**-4, 2**-10), "float8_e5m2": (2**-3, 2**-17)}
+
+
+@every_type
+@given(
+    token=st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=40), size=st.sampled_from([1e-20, 1e-3, 1.0, 1e20])
+)
+@settings(max_examples=100, deadline=None)
+def test_a_value_is_off_by_half_a_step_at_most(kind: QType, token: list[float], size: float):
+    x = (torch.tensor(token, dtype=torch.float64) * size).float()
+    step = x.double().abs().max() / kind.qmax
+    if kind is qint8:
+        bound = 0.5 * step
+    else:
+        relative, smallest = FLOAT8[kind.name]
+        bound = torch.maximum(x.double().abs() * relative, smallest * step)
+    # float32 rounds the scale, the quotient and the product; below 1e-38 it has fewer digits
+    slack = 4 * 2**-24 * x.double().abs().max() + 1e-38
+    assert ((fake_quantize(x, kind).double() - x.double()).abs() <= bound + slack).all()
+
+
+@every_type
+@every_float
+@pytest.mark.parametrize("shape", [(16,), (0, 16), (3, 16), (2, 3, 16)], ids=str)
+def test_shape_and_dtype_stay(kind: QType, dtype: torch.dtype, shape: tuple[int, ...]):
+    x = torch.randn(shape).to(dtype)
+    kept = x.clone()
+    made = fake_quantize(x, kind)
+    assert made.shape == x.shape and made.dtype == dtype
+    assert torch.equal(x, kept)
+
+
+@every_type
+@every_float
+def test_16_bit_results_are_the_rounded_ones_of_float32(kind: QType, dtype: torch.dtype):
+    x = torch.randn(5, 64).to(dtype)
+    assert torch.equal(fake_quantize(x, kind), fake_quantize(x.float(), kind).to(dtype))
+
+
+def test_int8_uses_whole_steps_and_its_largest_code():
+    x = torch.randn(5, 64)
+    steps = fake_quantize(x, qint8) / (x.abs().amax(-1, keepdim=True) / 127)
+    assert torch.allclose(steps, steps.round(), atol=1e-4)
+    assert torch.equal(steps.abs().amax(-1).round(), torch.full((5,), 127.0))
+
+
+@every_type
+def test_each_token_has_its_own_scale(kind: QType):
+    x = torch.randn(5, 64) * torch.logspace(-6, 6, 5)[:, None]
+    together = fake_quantize(x, kind)
+    assert all(torch.equal(together[i], fake_quantize(x[i], kind)) for i in range(5))
+
+
+@every_type
+@every_float
+def test_a_token_of_zeros_stays_zero(kind: QType, dtype: torch.dtype):
+    x = torch.randn(3, 16).to(dtype)
+    x[1] = 0
+    made = fake_quantize(x, kind)
+    assert not made[1].any() and made[0].any() and made[2].any()
+
+
+@every_type
+def test_a_value_that_is_no_number_is_not_hidden_and_spoils_its_token_only(kind: QType):
+    x = torch.randn(3, 16)
+    x[1, 5] = torch.nan
+    made = fake_quantize(x, kind)
+    assert made[1].isnan().all() and made[[0, 2]].isfinite().all()
+
+
+@every_type
+def test_the_gradient_passes_straight_through(kind: QType):
+    x, grad = torch.randn(3, 16, requires_grad=True), torch.randn(3, 16)
+    made = fake_quantize(x, kind)
+    made.backward(grad)
+    assert torch.equal(x.grad, grad)
+    # x + (q - x) is q but for the rounding of the two sums
+    assert torch.allclose(
+        made, fake_quantize(x.detach(), kind), rtol=0, atol=2 * 2**-24 * float(x.detach().abs().max())
+    )

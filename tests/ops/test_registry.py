@@ -1,0 +1,130 @@
+"""What holds for every op and every kernel, known or yet to be written."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from quanto_hf.ops import OPS
+from quanto_hf.ops.registry import Kernel, Op, reference_only
+from quanto_hf.qtypes import QTYPES
+
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Rounding of a weight to the dtype (at most 3 units in the last place), of the sum, and of the result: the widest
+# relative error that the kernels of these sizes may have. test_linear.py has the exact bound for each element.
+RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}
+
+
+def with_inputs_in(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """A sample with its input or gradient, and its bias, in another dtype."""
+    if not args[0].is_floating_point():
+        return args
+    return tuple(a.to(dtype) if i in (0, 4) and isinstance(a, torch.Tensor) else a for i, a in enumerate(args))
+
+
+def samples(op: Op, dtype: torch.dtype = torch.float32) -> list[tuple[Any, ...]]:
+    return [with_inputs_in(args, dtype) for args in op.samples(0)]
+
+
+def of_type(args: tuple[Any, ...], qtype: str) -> bool:
+    return any(a == qtype for a in args if isinstance(a, str))
+
+
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+every_qtype = pytest.mark.parametrize("qtype", QTYPES)
+
+
+@every_op
+@every_qtype
+def test_torch_library_finds_no_fault(op: Op, qtype: str):
+    cases = [args for args in samples(op) if of_type(args, qtype)]
+    assert cases
+    for args in cases:
+        torch.library.opcheck(op.torch_op, args, test_utils=("test_schema", "test_faketensor"))
+    # tracing costs 50 times as much: one shape of each number type
+    torch.library.opcheck(op.torch_op, cases[-1], test_utils=("test_aot_dispatch_dynamic",))
+
+
+@every_qtype
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_torch_library_finds_no_fault_in_the_gradient_of_linear(qtype: str, dtype: torch.dtype):
+    cases = [args for args in samples(OPS["linear"], dtype) if of_type(args, qtype) and args[4] is not None]
+    x, packed, scale, zero, bias, *rest = cases[-1]
+    args = (x.requires_grad_(), packed, scale, zero, bias.requires_grad_(), *rest)
+    torch.library.opcheck(OPS["linear"].torch_op, args)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+def test_every_kernel_agrees_with_the_reference(op: Op, dtype: torch.dtype):
+    for args in samples(op, dtype):
+        expected = op.reference(*args)
+        atol = RTOL[expected.dtype] * max(1.0, float(expected.float().abs().max()) if expected.numel() else 1.0)
+        for kernel in op.kernels:
+            if kernel.refuses(*args) is None:
+                made = kernel.run(*args)
+                torch.testing.assert_close(made, expected, rtol=RTOL[expected.dtype], atol=atol, msg=kernel.name)
+
+
+@every_op
+def test_every_kernel_has_a_sample_that_it_takes(op: Op):
+    cases = [args for dtype in FLOATS.values() for args in samples(op, dtype)]
+    for kernel in op.kernels:
+        assert any(kernel.refuses(*args) is None for args in cases), f"the samples of {op.name} never run {kernel.name}"
+
+
+@every_op
+def test_the_torch_operator_gives_what_the_op_gives(op: Op):
+    args = samples(op)[0]
+    assert torch.equal(op.torch_op(*args), op(*args))
+
+
+@every_op
+def test_explain_names_the_kernel_that_runs_and_gives_every_other_one_a_sentence(op: Op):
+    for args in samples(op, torch.bfloat16):
+        rows = op.explain(*args)
+        assert [name for name, _ in rows] == [*(kernel.name for kernel in op.kernels), "reference"]
+        assert [sentence for _, sentence in rows].count("runs") == 1
+        assert all(len(sentence.split()) > 2 for _, sentence in rows if sentence != "runs")
+
+
+@every_op
+def test_the_environment_can_ask_for_the_reference(op: Op, monkeypatch):
+    args = samples(op)[0]
+    assert op.choose(*args) is not op.reference
+    monkeypatch.setenv("QUANTO_HF_REFERENCE", "1")
+    assert op.choose(*args) is op.reference
+    *others, last = op.explain(*args)
+    assert last == ("reference", "runs")
+    assert {sentence for _, sentence in others} == {"QUANTO_HF_REFERENCE is set"}
+
+
+@pytest.mark.parametrize("value", ["", "0"], ids=["empty", "0"])
+def test_an_environment_variable_of_0_or_nothing_asks_for_nothing(monkeypatch, value: str):
+    monkeypatch.setenv("QUANTO_HF_REFERENCE", value)
+    assert not reference_only()
+
+
+def test_the_first_kernel_without_an_objection_runs(monkeypatch):
+    op = OPS["linear"]
+    args = samples(op)[0]
+    monkeypatch.setattr(op, "kernels", [])
+    assert op.choose(*args) is op.reference
+    op.kernel("objects", lambda *args: "it never does")(lambda *args: torch.tensor(1.0))
+    op.kernel("first", lambda *args: None)(lambda *args: torch.tensor(2.0))
+    op.kernel("second", lambda *args: None)(lambda *args: torch.tensor(3.0))
+    assert op(*args) == 2.0
+    assert op.explain(*args) == [
+        ("objects", "it never does"),
+        ("first", "runs"),
+        ("second", "a kernel before it runs"),
+        ("reference", "a kernel before it runs"),
+    ]
+    assert [type(kernel) for kernel in op.kernels] == [Kernel] * 3
+
+
+def test_an_op_is_defined_once():
+    first = OPS["linear"]
+    with pytest.raises(ValueError, match="'linear' is defined already"):
+        Op("linear", first.schema, first.check, first.reference, first.fake, first.samples)
+    assert OPS["linear"] is first
