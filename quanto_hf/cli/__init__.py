@@ -5,7 +5,7 @@ Imports: every room above; torch and transformers inside of commands only.
 
 import sys
 
-NEEDS = "the command line needs typer and rich: pip install \"quanto-hf[cli]\""
+NEEDS = 'the command line needs typer and rich: pip install "quanto-hf[cli]"'
 
 
 def main() -> None:

@@ -1,7 +1,5 @@
 """Tables, numbers and progress bars."""
 
-from typing import Any
-
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -19,7 +17,8 @@ def console() -> Console:
 def progress() -> Progress:
     """A progress bar on stderr that vanishes when done; nothing where stderr is no terminal."""
     err = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn())
+    percent = TextColumn("{task.percentage:3.0f}%")
+    columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeElapsedColumn())
     return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
 
@@ -42,7 +41,9 @@ def size(nbytes: int) -> str:
         >>> size(999), size(4_594_232), size(13_000_000_000)
         ('999 B', '4.59 MB', '13.00 GB')
     """
-    value, units: Any = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{nbytes} B" if nbytes < 1000 else f"{value:.2f} {units[0]}"
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{nbytes} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"

@@ -72,5 +72,5 @@ def evaluate(
 
 def _log_probabilities(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     device = next(model.parameters()).device
-    logits = model(input_ids=batch.to(device)).logits
+    logits: torch.Tensor = model(input_ids=batch.to(device)).logits
     return logits[:, :-1].float().log_softmax(-1)

@@ -172,5 +172,5 @@ def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> No
             getattr(new, flags).update(getattr(old, flags))
     for parent in list(model.modules()):
         for child_name, child in parent._modules.items():
-            if child in made:
+            if child is not None and child in made:
                 parent._modules[child_name] = made[child]

@@ -79,7 +79,8 @@ def report(model: nn.Module, reference: nn.Module | Mapping[str, torch.Tensor] |
             on up to 64 rows of each weight when it was quantized; a reloaded model has none.
     """
     exact = reference.state_dict() if isinstance(reference, nn.Module) else reference or {}
-    rows, seen = [], set()
+    rows: list[Row] = []
+    seen: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, QLinear) and module.is_frozen:
             rows.append(_quantized_row(name, module, exact))

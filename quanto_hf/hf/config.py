@@ -22,7 +22,7 @@ OVERRIDABLE = ("weights", "group_size", "symmetric", "fit")
 
 
 @dataclass
-class QuantoConfig(QuantizationConfigMixin):
+class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How ``from_pretrained`` quantizes a model.
 
     Args:
@@ -34,7 +34,7 @@ class QuantoConfig(QuantizationConfigMixin):
             weights, what the model keeps in float32). A pattern is a run of whole name segments or a glob: ``fc1``
             does not match ``fc10``, ``*.down_proj`` does what it says.
         group_size: columns that share a scale: 16, 32, 64, 128, 256, or -1 for whole rows. None is the default of
-            the type: whole rows for 8 bits, 64 below.
+            the type: whole rows for 8 bits, 64 for int4 and int2, 32 for nf4 and fp4.
         symmetric: no zero point. None is the default of the type: False for int4 and int2, True for all others.
         fit: how scales are found: absmax, minmax, mse, hqq. None is the best data-free one of the type.
         overrides: pattern -> values of weights, group_size, symmetric and fit that differ for these modules, such as
@@ -66,7 +66,7 @@ class QuantoConfig(QuantizationConfigMixin):
     dequantize: bool = False
     format_version: int = FORMAT_VERSION
     schemes: list[dict[str, Any]] | None = None
-    # the base class has this field first; the first positional argument is the weights, as in transformers' QuantoConfig
+    # keyword only: the base class has it first, but the first argument is the weights, as in transformers' QuantoConfig
     quant_method: str = field(default=METHOD, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -159,9 +159,7 @@ class QuantoConfig(QuantizationConfigMixin):
         """Names of the values, of those that decide how weights are stored, in which two configs differ."""
         mine, others = self._resolved(), other._resolved()
         # another number type has another default group size: that the types differ says it all
-        return [
-            name for name in mine if mine[name] != others[name] and getattr(self, name) != getattr(other, name)
-        ]
+        return [name for name in mine if mine[name] != others[name] and getattr(self, name) != getattr(other, name)]
 
     def _resolved(self) -> dict[str, Any]:
         """The values that decide how weights are stored, the same for two ways to write the same."""

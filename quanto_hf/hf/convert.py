@@ -113,9 +113,7 @@ def convert_checkpoint(
         return _load_and_save(skeleton, target, config, size, str(reason))
 
 
-def _stream(
-    skeleton: Skeleton, target: OutFolder, size: int, progress: Callable[[int, int], Any] | None
-) -> Conversion:
+def _stream(skeleton: Skeleton, target: OutFolder, size: int, progress: Callable[[int, int], Any] | None) -> Conversion:
     """Write the output files that are not there yet, then what makes the folder loadable."""
     sources = find_sources(skeleton)
     freeze_empty(skeleton)
@@ -224,7 +222,9 @@ def _shard_bytes(size: int | str) -> int:
     except ValueError:
         found = 0
     if found <= 0:
-        raise ValueError(f"max_shard_size={size!r} is not a size; give a number of bytes, or one such as '2GB' or '500MB'")
+        raise ValueError(
+            f"max_shard_size={size!r} is not a size; give a number of bytes, or one such as '2GB' or '500MB'"
+        )
     return found
 
 

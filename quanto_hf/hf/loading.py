@@ -35,7 +35,7 @@ def waits_for_weight(model: nn.Module, name: str) -> bool:
     return leaf == "weight" and isinstance(module, QLinear) and not module.is_frozen
 
 
-class QuantizeWeights(ConversionOps):
+class QuantizeWeights(ConversionOps):  # type: ignore[misc]
     """Quantizes a float weight as it arrives from the checkpoint. It holds no model: the loader copies it often."""
 
     def convert(

@@ -76,7 +76,12 @@ class OutFolder:
     def is_kept(self, name: str) -> bool:
         """Whether a weight file is there with the digest that was recorded when it was written."""
         file = self.path / name
-        if name not in self._verified and name in self.digests and file.is_file() and _digest(file) == self.digests[name]:
+        if (
+            name not in self._verified
+            and name in self.digests
+            and file.is_file()
+            and _digest(file) == self.digests[name]
+        ):
             self._verified.add(name)
         return name in self._verified
 

@@ -21,7 +21,7 @@ from quanto_hf.schemes import Scheme, TensorSpec
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class QuantoHfQuantizer(LegacyHooks, HfQuantizer):
+class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
     """Quantizes a model while ``from_pretrained`` loads it, or loads one that was saved quantized.
 
     Args:
@@ -123,7 +123,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The conversions unchanged: nothing is converted at load. The last hook before it, so the check is here."""
-        conversions = super().update_weight_conversions(weight_conversions, model)
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
         if self._headers is not None:
             check_before_loading(model, self._headers, conversions, self.pre_quantized, complete=_wrote(model))
             self._headers = None
@@ -185,9 +185,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         if any(parameter.device.type == "meta" for parameter in model.parameters()):
-            raise ValueError(
-                "a model with offloaded weights cannot be dequantized; load it without disk offload first"
-            )
+            raise ValueError("a model with offloaded weights cannot be dequantized; load it without disk offload first")
         dequantize(model)
         return model if dtype is None else model.to(dtype)
 

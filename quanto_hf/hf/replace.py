@@ -101,9 +101,7 @@ def replace_with_quanto_layers(
             if (pattern := first_match(prefix + name, exclude)) is not None:
                 skip[name] = f"it matches {pattern!r} of the modules not to convert"
         exclude = []
-    plan = make_plan(
-        model, config.choice(), activations=kind, exclude=exclude, skip=skip, overrides=config.overrides
-    )
+    plan = make_plan(model, config.choice(), activations=kind, exclude=exclude, skip=skip, overrides=config.overrides)
     replace_by_plan(model, plan, kind, placeholder=True)
     if not plan.chosen and not plan.norms:
         warnings.warn("no linear layer of this model has been replaced by a quantized one", stacklevel=2)

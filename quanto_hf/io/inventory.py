@@ -8,9 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quanto_hf.io.checkpoint import CheckpointError, read_headers
 from quanto_hf.io.format import check_version, read_modules
-from quanto_hf.schemes import Scheme, TensorSpec
+from quanto_hf.schemes import Grouped, Scheme, TensorSpec
 
 INDEX = "model.safetensors.index.json"
 PREFIX = "weight_"
@@ -97,16 +99,145 @@ def read_inventory(folder: Path) -> Inventory:
         version = quantization.get("format_version")
         check_version(version)
         schemes = read_modules(quantization.get("schemes") or [])
-    rows, problems = [], []
-    stored = _by_module(headers, schemes)
-    for module, scheme in schemes.items():
-        row, found = _quantized(module, scheme, stored.pop(module, {}))
-        problems += found
-        rows.append(row)
-    taken = {f"{module}.{PREFIX}" for module in schemes}
+    groups: dict[str, dict[str, TensorSpec]] = {}
+    rows = []
     for name, spec in headers.items():
-        if not any(name == prefix + leaf for prefix, leaf in _split(name) if prefix in taken):
+        owner, _, leaf = name.rpartition(".")
+        if schemes and leaf.startswith(PREFIX):
+            groups.setdefault(owner, {})[leaf] = spec
+        else:
             rows.append(Item(name, _text(spec.dtype), prod(spec.shape), _nbytes(spec)))
+    saved = _saved_names(schemes, groups)
+    problems = [f"unexpected: {name}.{leaf}" for name in {*groups} - {*saved.values()} for leaf in groups[name]]
+    for module, scheme in schemes.items():
+        name = saved.get(module, module)
+        found = groups.get(name, {})
+        problems += _problems(name, scheme, found)
+        rows.append(Item(f"{name}.weight", str(scheme), _parameters(scheme, found), sum(map(_nbytes, found.values()))))
     if problems:
         raise CheckpointError(f"{folder} is not what its config says:\n  " + "\n  ".join(sorted(problems)))
-    return Inventory(rows, version, len(files))
+    return Inventory(sorted(rows, key=lambda row: _natural(row.name)), version, len(files))
+
+
+def _read_json(file: Path, absent: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(absent) from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} cannot be read: it holds no JSON object")
+    return found
+
+
+def _read_files(folder: Path) -> tuple[list[Path], dict[str, TensorSpec]]:
+    """The weight files, and the headers of all of them, compared with the index where there is one."""
+    if not (folder / INDEX).exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{folder} has no safetensors files")
+        return files, read_headers(files)
+    weight_map = _read_json(folder / INDEX, "").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX} cannot be read: it has no weight_map")
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise CheckpointError(f"the index of {folder} names files that are not there: {', '.join(absent)}")
+    each = {file.name: read_headers([file]) for file in files}
+    lines = [
+        f"missing: {name}, which the index has in {file}" for name, file in weight_map.items() if name not in each[file]
+    ]
+    lines += [
+        f"unexpected: {name} in {file}, which the index has not"
+        for file, specs in each.items()
+        for name in specs
+        if weight_map.get(name) != file
+    ]
+    if lines:
+        raise CheckpointError(f"the files of {folder} do not fit its index:\n  " + "\n  ".join(sorted(lines)))
+    return files, read_headers(files)
+
+
+def _saved_names(schemes: Mapping[str, Scheme], groups: Mapping[str, Any]) -> dict[str, str]:
+    """Module name -> its name in the files. They differ for models that transformers renames on saving: then it is
+    the one left over with the longest common end."""
+    saved = {module: module for module in schemes if module in groups}
+    free: dict[tuple[str, ...], list[str]] = {}
+    for name in groups:
+        if name not in saved:
+            free.setdefault(tuple(name.split(".")[-2:]), []).append(name)
+    for module in schemes:
+        near = free.get(tuple(module.split(".")[-2:]), [])
+        if module not in saved and near:
+            saved[module] = max(near, key=lambda name: _common_end(name, module))
+            near.remove(saved[module])
+    return saved
+
+
+def _common_end(one: str, other: str) -> int:
+    same = 0
+    for a, b in zip(reversed(one.split(".")), reversed(other.split(".")), strict=False):
+        if a != b:
+            break
+        same += 1
+    return same
+
+
+def _columns(scheme: Scheme, found: Mapping[str, TensorSpec]) -> int | None:
+    """Columns of the float weight. The last byte of a row may be partly used: then the largest that fits is taken."""
+    packed = found.get(f"{PREFIX}packed")
+    if not isinstance(scheme, Grouped) or packed is None or len(packed.shape) < 2:
+        return None
+    per_byte = 8 // scheme.type.bits
+    most = packed.shape[-1] * per_byte
+    for columns in range(most, most - per_byte, -1):
+        if columns > 0 and _wanted(scheme, found, columns) == found:
+            return columns
+    return None
+
+
+def _wanted(scheme: Grouped, found: Mapping[str, TensorSpec], columns: int) -> dict[str, TensorSpec]:
+    shape = (*found[f"{PREFIX}packed"].shape[:-1], columns)
+    return {PREFIX + name: spec for name, spec in scheme.tensors(shape, torch.bfloat16).items()}
+
+
+def _parameters(scheme: Scheme, found: Mapping[str, TensorSpec]) -> int:
+    columns = _columns(scheme, found)
+    return 0 if columns is None else prod(found[f"{PREFIX}packed"].shape[:-1]) * columns
+
+
+def _problems(name: str, scheme: Scheme, found: Mapping[str, TensorSpec]) -> list[str]:
+    """A line for each stored tensor of a weight that is missing, unexpected or wrong."""
+    if not isinstance(scheme, Grouped) or _columns(scheme, found) is not None:
+        return []
+    leaves = {PREFIX + leaf for leaf in scheme.tensors((1, 1), torch.bfloat16)}
+    lines = [f"missing: {name}.{leaf}" for leaf in leaves - {*found}]
+    lines += [f"unexpected: {name}.{leaf} of {scheme} weights" for leaf in {*found} - leaves]
+    packed = found.get(f"{PREFIX}packed")
+    if packed is None or len(packed.shape) < 2 or lines:
+        return lines
+    wanted = _wanted(scheme, found, packed.shape[-1] * 8 // scheme.type.bits)
+    return [
+        f"wrong: {name}.{leaf} is {_text(found[leaf].dtype)} {list(found[leaf].shape)}, but {scheme} weights need "
+        f"{_text(spec.dtype)} {list(spec.shape)}"
+        for leaf, spec in wanted.items()
+        if found[leaf] != spec
+    ]
+
+
+def _text(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _nbytes(spec: TensorSpec) -> int:
+    if not isinstance(spec.dtype, str):
+        return spec.nbytes
+    # a dtype that read_headers does not map to one of torch: U16, F8_E8M0, F4 ...
+    bits = re.match(r"[A-Z]+(\d+)", spec.dtype)
+    return -(-prod(spec.shape) * int(bits.group(1)) // 8) if bits else 0
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

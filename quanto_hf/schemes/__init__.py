@@ -11,14 +11,15 @@ from quanto_hf.schemes.grouped import GROUP_SIZES, PER_CHANNEL, Affine, Float8, 
 
 SCHEMES: dict[str, type[Grouped]] = {cls.kind: cls for cls in (Affine, Float8, Lookup)}
 
-# What a user gets who names only the number type: (group_size, symmetric).
+# What a user gets who names only the number type: (group_size, symmetric). All types of 4 bits then store 4.5 bits per
+# weight, scales and zeros included. Why these: docs/accuracy.md.
 DEFAULTS: dict[str, tuple[int, bool]] = {
     "int8": (PER_CHANNEL, True),
     "float8_e4m3fn": (PER_CHANNEL, True),
     "float8_e5m2": (PER_CHANNEL, True),
     "int4": (64, False),
-    "nf4": (64, True),
-    "fp4": (64, True),
+    "nf4": (32, True),
+    "fp4": (32, True),
     "int2": (64, False),
 }
 
@@ -56,7 +57,8 @@ def scheme_from_dict(data: dict[str, Any]) -> Scheme:
     """
     fields = dict(data)
     kind = fields.pop("kind", None)
-    if kind not in SCHEMES:
+    # a list, say, cannot even be looked up
+    if not isinstance(kind, str) or kind not in SCHEMES:
         raise ValueError(f"{kind!r} is not a kind of scheme; this version knows {', '.join(sorted(SCHEMES))}")
     try:
         return SCHEMES[kind](**fields)

@@ -52,7 +52,9 @@ def nbytes(tensors):
 def formula(plain, model):
     """Bytes of parameters: the stored tensors of each quantized weight by its scheme, the float rest as it is."""
     layers = qlinears(model)
-    stored = sum(layer.scheme.nbytes((layer.out_features, layer.in_features), layer.weight_dtype) for layer in layers.values())
+    stored = sum(
+        layer.scheme.nbytes((layer.out_features, layer.in_features), layer.weight_dtype) for layer in layers.values()
+    )
     return stored + nbytes(p for n, p in plain.named_parameters() if n.removesuffix(".weight") not in layers)
 
 

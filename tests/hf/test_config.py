@@ -53,7 +53,10 @@ def test_a_value_of_a_strange_type_is_refused_like_any_other(name, value):
         ({"weights": "int8", "symmetric": False}, "int8 weights are symmetric"),
         ({"weights": "nf4", "symmetric": False}, "nf4 weights are symmetric"),
         ({"weights": "float8", "group_size": 64}, "group_size=64 does not work for float8_e4m3fn weights; choose -1"),
-        ({"weights": "int4", "overrides": {"fc1": {"symmetric": False, "weights": "int8"}}}, r"overrides\['fc1'\]: int8"),
+        (
+            {"weights": "int4", "overrides": {"fc1": {"symmetric": False, "weights": "int8"}}},
+            r"overrides\['fc1'\]: int8",
+        ),
         ({"weights": "float8", "overrides": {"fc1": {"group_size": 64}}}, r"overrides\['fc1'\]: group_size=64"),
     ],
     ids=["int8", "nf4", "float8", "override-type", "override-group"],
@@ -88,14 +91,16 @@ def test_a_config_with_everything_survives_json():
     config = QuantoConfig(
         weights="int4", activations="float8", modules_to_not_convert=["fc1"], group_size=32, symmetric=True, fit="hqq",
         overrides={"fc2": {"weights": None}, "fc3": {"weights": "int8"}}, default_skips=False, dequantize=True,
-        schemes=[{"scheme": {"kind": "affine", "qtype": "int8", "group_size": -1, "symmetric": True}, "modules": ["a"]}],
+        schemes=[{"scheme": {"kind": "lookup", "qtype": "nf4", "group_size": 64, "symmetric": True}, "modules": []}],
     )  # fmt: skip
     assert QuantoConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert QuantoConfig.from_dict(json.loads(config.to_json_string(use_diff=False))) == config
 
 
 def test_unknown_keys_are_refused_by_name():
-    with pytest.raises(ValueError, match="unknown keys in the quantization config: bits, colour; known are activations"):
+    with pytest.raises(
+        ValueError, match="unknown keys in the quantization config: bits, colour; known are activations"
+    ):
         QuantoConfig.from_dict({"weights": "int8", "colour": 1, "bits": 4})
 
 

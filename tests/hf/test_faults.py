@@ -94,7 +94,9 @@ def test_a_bad_tensor_of_a_quantized_checkpoint_is_named(fault, folders, tmp_pat
 
 
 def test_all_bad_tensors_are_named_in_one_error(folders, tmp_path):
-    faults = [QUANTIZED_FAULTS[name] for name in ("missing-norm", "missing-scale", "extra", "wrong-shape", "wrong-dtype")]
+    faults = [
+        QUANTIZED_FAULTS[name] for name in ("missing-norm", "missing-scale", "extra", "wrong-shape", "wrong-dtype")
+    ]
 
     def change(tensors):
         for fault, _ in faults[:-1]:
@@ -186,10 +188,14 @@ def test_an_entry_for_a_module_that_the_model_does_not_have_is_named(folders, tm
 
 @pytest.mark.parametrize(
     ("key", "value", "text"),
-    [("format_version", 99, "install a newer quanto_hf"), ("colour", 1, "unknown keys in the quantization config: colour"),
-     ("weights", "int3", "weights='int3'"), ("schemes", [{"scheme": {"kind": "magic"}, "modules": []}], "'magic' is not")],
+    [
+        ("format_version", 99, "install a newer quanto_hf"),
+        ("colour", 1, "unknown keys in the quantization config: colour"),
+        ("weights", "int3", "weights='int3'"),
+        ("schemes", [{"scheme": {"kind": "magic"}, "modules": []}], "'magic' is not"),
+    ],
     ids=["version", "key", "weights", "scheme"],
-)  # fmt: skip
+)
 def test_a_quantization_config_that_cannot_be_read_is_refused(key, value, text, folders, tmp_path):
     with pytest.raises(ValueError, match=text):
         load(rewritten(folders / "quantized", tmp_path / "broken", lambda config: config.update({key: value})))

@@ -135,7 +135,9 @@ def test_a_quantized_checkpoint_can_be_offloaded_to_disk(weights, llama, tmp_pat
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
 def test_device_maps_of_one_device_change_nothing(device_map, llama):
     config = QuantoConfig(weights="int4")
-    assert torch.equal(output(load(llama, config, device_map=device_map), "llama"), output(load(llama, config), "llama"))
+    assert torch.equal(
+        output(load(llama, config, device_map=device_map), "llama"), output(load(llama, config), "llama")
+    )
 
 
 def test_accelerate_cpu_offload_and_disk_offload_answer_the_same(llama, tmp_path):

@@ -56,7 +56,9 @@ def load(folder, **kwargs):
 
 def test_a_list_of_the_user_adds_to_the_default(llama):
     model = load(llama, modules_to_not_convert=["down_proj"])
-    left = {row.name: row.reason for row in report(model).rows if row.name.endswith(("head.weight", "down_proj.weight"))}
+    left = {
+        row.name: row.reason for row in report(model).rows if row.name.endswith(("head.weight", "down_proj.weight"))
+    }
     assert left == {
         "model.layers.0.mlp.down_proj.weight": "it matches 'down_proj' of the modules not to convert",
         "model.layers.1.mlp.down_proj.weight": "it matches 'down_proj' of the modules not to convert",

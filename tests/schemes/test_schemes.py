@@ -208,6 +208,7 @@ BAD = {
     "asymmetric-nf4": (lambda: make_scheme("nf4", symmetric=False), ["nf4 weights are symmetric"]),
     "symmetric-text": (lambda: Affine("int4", 64, "false"), ["symmetric='false'", "True or False"]),
     "kind": (lambda: scheme_from_dict({"kind": "magic"}), ["'magic'", "affine, float8, lookup"]),
+    "kind-of-no-name": (lambda: scheme_from_dict({"kind": ["affine"]}), ["['affine']", "affine, float8, lookup"]),
     "no-kind": (lambda: scheme_from_dict({"qtype": "int4"}), ["None", "affine, float8, lookup"]),
     "unknown-field": (lambda: scheme_from_dict({"kind": "affine", "qtype": "int4", "groups": 3}), ["groups"]),
     "missing-field": (lambda: scheme_from_dict({"kind": "affine"}), ["qtype"]),

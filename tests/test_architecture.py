@@ -1,0 +1,159 @@
+"""The house stands: imports point down, public names are explained, examples run, and paths in texts exist."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import quanto_hf
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "quanto_hf"
+
+# A room may import the rooms of a lower number, and its own. io and eager stand side by side.
+ROOMS = {
+    "assets": 0, "qtypes": 0, "ops": 1, "fit": 2, "schemes": 3, "nn": 4, "flow": 5, "io": 6, "eager": 6, "hf": 7,
+    "cli": 8, "__main__": 9,
+}  # fmt: skip
+FOREIGN = ("optimum", "torch.ao", "torchao", "bitsandbytes")
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Packages of an extra: what needs them is not tested where they are missing.
+OPTIONAL = ("typer", "rich", "matplotlib", "peft", "triton", "huggingface_hub", "datasets")
+
+
+def name_of(file):
+    """The dotted name of a module."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(file):
+    """(line, dotted name) of everything that a file imports, inside of functions too."""
+    package = file.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            # "from quanto_hf import nn" imports a room as well
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def room(name):
+    """The room of a dotted name inside the package, or None: the package itself, or a name that it exports."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[0] == "quanto_hf" and parts[1] in ROOMS else None
+
+
+def test_every_part_of_the_package_is_a_known_room():
+    found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert found - {"__init__"} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_no_import_points_upward(file):
+    here = room(name_of(file))
+    if here is None:
+        # the package itself stands on top of all rooms
+        return
+    upward = []
+    for line, name in imports(file):
+        there = room(name)
+        if name.split(".")[0] == "quanto_hf" and there is None:
+            # the package stands above hf, and only the command line above the package
+            allowed = here == "cli"
+        else:
+            allowed = there in (None, "assets", here) or ROOMS[there] < ROOMS[here]
+        if not allowed:
+            upward.append(f"{file.name}:{line} imports {name}")
+    assert upward == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_nothing_is_imported_that_is_about_to_go_away(file):
+    found = [name for _, name in imports(file) if any(f"{name}.".startswith(f"{f}.") for f in FOREIGN)]
+    assert found == []
+
+
+def test_the_reader_of_imports_sees_all_forms(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    file = tmp_path / "quanto_hf" / "nn" / "example.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "import torch.ao.quantization\nfrom quanto_hf import hf\nfrom ..flow import plan\nfrom . import registry\n"
+        "def f():\n    from quanto_hf.cli import main\n"
+    )
+    assert sorted(name for _, name in imports(file)) == [
+        "quanto_hf.cli.main", "quanto_hf.flow.plan", "quanto_hf.hf", "quanto_hf.nn.registry", "torch.ao.quantization",
+    ]  # fmt: skip
+    with pytest.raises(AssertionError, match=r"imports quanto_hf\.hf"):
+        test_no_import_points_upward(file)
+    with pytest.raises(AssertionError):
+        test_nothing_is_imported_that_is_about_to_go_away(file)
+
+
+@pytest.mark.parametrize("name", quanto_hf.__all__)
+def test_every_public_name_is_explained(name):
+    value = getattr(quanto_hf, name)
+    if not (inspect.isclass(value) or inspect.isroutine(value)):
+        # a number type, whose class is explained
+        value = type(value)
+        assert value.__module__.startswith("quanto_hf")
+    assert value.__doc__ and not value.__doc__.startswith(f"{value.__name__}("), "a dataclass without a docstring"
+
+
+def test_the_public_names_are_sorted_and_unique():
+    assert quanto_hf.__all__ == sorted(set(quanto_hf.__all__))
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_every_module_says_what_it_is(file):
+    assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_the_examples_in_docstrings_run(file):
+    if file.name == "__main__.py":
+        pytest.skip("importing it runs the command line")
+    try:
+        module = importlib.import_module(name_of(file))
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in OPTIONAL:
+            raise
+        pytest.skip(f"{error.name} is not installed")
+    names = {"torch": importlib.import_module("torch"), "nn": importlib.import_module("torch.nn")}
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    result = doctest.testmod(module, extraglobs=names, optionflags=flags)
+    assert result.failed == 0
+
+
+TEXTS = [
+    path
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+    if path.exists()
+]
+TOP = ("quanto_hf", "tests", "docs", "examples", "benchmarks")
+
+
+def paths_in(text):
+    """What looks like a path of this repository between backticks."""
+    return [
+        found.rstrip("/")
+        for found in re.findall(r"`([\w./*<>-]+)`", text)
+        if found.split("/")[0] in TOP and "/" in found and not {*"<>*"} & {*found}
+    ]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_paths_in_texts_exist(path):
+    assert [found for found in paths_in(path.read_text(encoding="utf-8")) if not (ROOT / found).exists()] == []
+
+
+def test_paths_in_texts_are_found():
+    text = "see `docs/format.md`, `quanto_hf/nn/`, `tests/<room>`, `pip install x`, `a/b` and `quanto_hf.nn`"
+    assert paths_in(text) == ["docs/format.md", "quanto_hf/nn"]
