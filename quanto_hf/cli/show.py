@@ -5,7 +5,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 # what a table needs where no terminal has a width: in a pipe or a file
-PIPE_WIDTH = 160
+PIPE_WIDTH = 180
 
 
 def console() -> Console:
@@ -26,11 +26,11 @@ def table(title: str, left: list[str], right: list[str], last: list[str] | None 
     """An empty table: columns of text, of numbers, of text."""
     made = Table(title=title, title_justify="left")
     for name in left:
-        made.add_column(name)
+        made.add_column(name, overflow="fold")
     for name in right:
         made.add_column(name, justify="right")
     for name in last or []:
-        made.add_column(name, overflow="ellipsis", no_wrap=True, max_width=60)
+        made.add_column(name, overflow="ellipsis", no_wrap=True, max_width=50)
     return made
 
 

@@ -196,8 +196,6 @@ def requantize(
             device="meta",
         ).train(module.training)
     replace_modules(model, made)
+    # a tensor that is assigned takes over requires_grad from the parameter in its place
     model.load_state_dict(state_dict, strict=True, assign=True)
-    for layer in made.values():
-        for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(isinstance(layer, QLayerNorm) or name == "bias")
     return model

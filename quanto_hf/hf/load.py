@@ -31,7 +31,10 @@ def load_and_quantize_model(
             auto_class = _named_class(saved)
         if config is None and getattr(saved, "quantization_config", None) is None:
             config = QuantoConfig()
-    return auto_class.from_pretrained(path, quantization_config=config, **kwargs)
+    if config is not None:
+        # an AutoModel takes a None for the word that the checkpoint is not quantized
+        kwargs["quantization_config"] = config
+    return auto_class.from_pretrained(path, **kwargs)
 
 
 _HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")

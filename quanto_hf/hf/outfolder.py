@@ -94,6 +94,9 @@ class OutFolder:
         source, target = self.temporary(name), self.path / name
         with open(source, "rb+") as file:
             os.fsync(file.fileno())
+        if name != RECORD:
+            # safetensors makes files that nobody else may read
+            os.chmod(source, (self.path / RECORD).stat().st_mode)
         if WEIGHTS.fullmatch(name):
             # the record first: a file without its digest is written again, a digest without its file is harmless
             self.digests[name] = _digest(source)

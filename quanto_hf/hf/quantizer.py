@@ -143,14 +143,6 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         """Bytes per element for device maps: the stored tensors count, the float placeholder does not."""
         return 0.0 if waits_for_weight(model, param_name) else param.element_size()
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Stored tensors keep the dtype that they have in the checkpoint; float ones get that of the model."""
-        names = getattr(converter, "target_patterns", None) or [""]
-        if names[0].rpartition(".")[2] in ("weight_packed", "weight_scale", "weight_zero"):
-            return None
-        parent: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
-        return parent
-
     # ------------------------------------------------------------------------------------------- after loading
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -174,7 +166,6 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
                 continue
             # a converter whose first tensor stays float hands the others over as they are
             module.freeze()
-            module.weight_dtype = self._dtype
             for tensor in module.tensors().values():
                 # the loader marks every float parameter as trainable
                 tensor.requires_grad_(False)

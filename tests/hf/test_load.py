@@ -28,11 +28,12 @@ def test_another_class_can_be_asked_for(tmp_path):
     assert type(model) is transformers.LlamaModel and len(qlinears(model)) == TINY["llama"].eligible
 
 
-def test_a_quantized_checkpoint_is_loaded_as_it_was_saved(tmp_path):
+@pytest.mark.parametrize("auto_class", [None, transformers.AutoModelForCausalLM, TINY["llama"].cls], ids=str)
+def test_a_quantized_checkpoint_is_loaded_as_it_was_saved(auto_class, tmp_path):
     model = load_and_quantize_model(save("llama", tmp_path / "float"), QuantoConfig("nf4"))
     model.save_pretrained(tmp_path / "saved")
-    reloaded = load_and_quantize_model(tmp_path / "saved")
-    assert {str(layer.scheme) for layer in qlinears(reloaded).values()} == {"nf4 g64"}
+    reloaded = load_and_quantize_model(tmp_path / "saved", auto_class=auto_class)
+    assert {str(layer.scheme) for layer in qlinears(reloaded).values()} == {"nf4 g32"}
     assert torch.equal(output(reloaded, "llama"), output(model, "llama"))
 
 

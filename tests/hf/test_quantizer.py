@@ -66,6 +66,17 @@ def test_the_size_planned_on_meta_is_the_size_after_loading(weights, llama):
     assert planned == sum(p.numel() * p.element_size() for p in loaded.parameters()) == report(loaded).nbytes
 
 
+def test_group_sizes_and_overrides_survive_a_reload(llama, tmp_path):
+    overrides = {"q_proj": {"group_size": 16}, "down_proj": {"symmetric": True}, "k_proj": {"weights": "int8"}}
+    model = load(llama, QuantoConfig("int4", group_size=128, fit="minmax", overrides=overrides))
+    model.save_pretrained(tmp_path)
+    reloaded = load(tmp_path)
+    schemes = {name: str(layer.scheme) for name, layer in qlinears(model).items()}
+    assert set(schemes.values()) == {"int4 g16 asym", "int4 g128", "int8", "int4 g128 asym"}
+    assert {name: str(layer.scheme) for name, layer in qlinears(reloaded).items()} == schemes
+    assert torch.equal(output(reloaded, "llama"), output(model, "llama"))
+
+
 def test_every_stored_tensor_is_frozen_and_every_float_one_trains(llama):
     model = load(llama, QuantoConfig(weights="int4"))
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
