@@ -66,11 +66,10 @@ def main() -> None:
         for rows in args.rows:
             x = torch.randn(rows, in_features, dtype=torch.bfloat16)
             error = validate(scheme, weight, x)
-            ours = [lambda x, t=t: scheme.linear(x, t, None) for t in copies]
+            ours = [lambda x, s=scheme, t=t: s.linear(x, t, None) for t in copies]
             theirs = [lambda x, w=w: F.linear(x, w) for w in floats]
             bf16, quantized = time_pair(theirs, ours, x, args.rounds)
-            call = (x, tensors["packed"], tensors["scale"], tensors.get("zero"), None, name, scheme.group_size)
-            call = (*call[:5], scheme.qtype, scheme.group_size)
+            call = (x, tensors["packed"], tensors["scale"], tensors.get("zero"), None, scheme.qtype, scheme.group_size)
             kernel = next(kernel for kernel, sentence in linear_op.explain(*call) if sentence == "runs")
             print(
                 f"{scheme!s:16}{rows:6}{bf16 * 1e3:10.2f}{quantized * 1e3:10.2f}{bf16 / quantized:8.2f}"

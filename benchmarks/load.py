@@ -3,9 +3,10 @@
     python benchmarks/load.py [--gigabytes 0.8] [--peers]
 
 Makes a random bfloat16 Llama in a temporary folder and loads it in every way, the plain bfloat16 load among them.
-Memory is anonymous memory (RssAnon of /proc/self/status, Linux only) above what the process had before, against the
-bound: quantized footprint + 2 x the largest float tensor + 100 MB. ``--peers`` also runs optimum-quanto, torchao and
-bitsandbytes through transformers, where they are installed.
+``touched`` is the time until every page of every parameter has been read as well: a reload maps the files, and so
+reads nothing until the first forward pass. Memory is anonymous memory (RssAnon of /proc/self/status, Linux only)
+above what the process had before, against the bound: quantized footprint + 2 x the largest float tensor + 100 MB.
+``--peers`` also runs optimum-quanto, torchao and bitsandbytes through transformers, where they are installed.
 """
 
 import argparse
@@ -60,10 +61,14 @@ start = time.perf_counter()
 model = LlamaForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, quantization_config=config)
 seconds = time.perf_counter() - start
 done = True
+for parameter in model.parameters():
+    parameter.detach().contiguous().view(-1).view(torch.uint8)[::4096].sum()
+touched = time.perf_counter() - start
 thread.join()
 if sys.argv[3]:
     model.save_pretrained(sys.argv[3])
-print(json.dumps({"seconds": seconds, "peak": peak - before, "footprint": model.get_memory_footprint()}))
+footprint = model.get_memory_footprint()
+print(json.dumps({"seconds": seconds, "touched": touched, "peak": peak - before, "footprint": footprint}))
 """
 
 
@@ -109,7 +114,9 @@ def main() -> None:
         source = Path(folder) / "float"
         total, largest = make_model(source, args.gigabytes)
         print(f"{total / 1e9:.2f} GB of bfloat16, largest tensor {largest / 1e6:.0f} MB")
-        print(f"{'way':22}{'seconds':>9}{'s per GB':>10}{'footprint MB':>14}{'peak MB':>9}{'bound MB':>10}")
+        print(
+            f"{'way':22}{'seconds':>9}{'touched':>9}{'s per GB':>10}{'footprint MB':>14}{'peak MB':>9}{'bound MB':>10}"
+        )
         for name, config in WAYS.items():
             saved = Path(folder) / name if name in RELOADED else None
             row(name, probe(source, config, saved, True), total, largest)
@@ -125,11 +132,9 @@ def main() -> None:
 
 def row(name: str, result: dict[str, float], total: int, largest: int) -> None:
     bound = result["footprint"] + 2 * largest + 100e6
-    print(
-        f"{name:22}{result['seconds']:9.2f}{result['seconds'] / total * 1e9:10.2f}{result['footprint'] / 1e6:14.1f}"
-        f"{result['peak'] / 1e6:9.1f}{bound / 1e6:10.1f}",
-        flush=True,
-    )
+    seconds = (result["seconds"], result["seconds"] / total * 1e9, result["touched"])
+    megabytes = (result["footprint"] / 1e6, result["peak"] / 1e6, bound / 1e6)
+    print(f"{name:22}" + "".join(f"{v:14.2f}" for v in seconds) + "".join(f"{v:14.1f}" for v in megabytes), flush=True)
 
 
 if __name__ == "__main__":

@@ -204,10 +204,10 @@ def train_tokenizer(work_dir: Path) -> None:
 def make_model() -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=2 * SEQ_LEN,
@@ -314,10 +314,9 @@ def train(args: argparse.Namespace) -> None:
     model = make_model()
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = [torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
     for part in (matrices[::2], matrices[1::2]):  # two, to be stepped by two threads
-        optimizers.append(torch.optim.Muon(part, lr=args.muon_lr, momentum=0.95, weight_decay=0.02))
-    base_rates = [args.adam_lr, args.muon_lr, args.muon_lr]
+        optimizers.append(torch.optim.AdamW(part, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1))
     step, decay_start = 0, args.steps - args.decay_steps
     checkpoint = args.work_dir / "checkpoint.pt"
     if checkpoint.exists():
@@ -353,16 +352,16 @@ def train(args: argparse.Namespace) -> None:
         if decay_start > step and (args.work_dir / "decay-now").exists():
             decay_start = step
         factor = learning_rate_factor(step, decay_start, args.decay_steps)
-        for optimizer, rate in zip(optimizers, base_rates, strict=True):
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * factor
+                group["lr"] = args.lr * factor
         starts = np.random.default_rng((SEED, step)).integers(0, len(tokens) - SEQ_LEN, args.batch)
         batch = torch.from_numpy(np.stack([tokens[start : start + SEQ_LEN + 1] for start in starts]).astype(np.int64))
         tasks = deque(batch.split(MICRO_BATCH))
         loss = sum(pool.map(Worker.run, workers, [tasks] * len(workers)))
         for worker in workers:
             worker.give_gradients(model)
-        torch.nn.utils.clip_grad_norm_(others, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         list(pool.map(lambda optimizer: optimizer.step(), optimizers))
         model.zero_grad()
         losses.append(loss)
@@ -384,11 +383,10 @@ def main() -> None:
     parser.add_argument(
         "--source-dir", type=Path, action="append", default=[], help="a folder with packages; repeatable"
     )
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--decay-steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=64, help=f"sequences of {SEQ_LEN} tokens per step")
-    parser.add_argument("--muon-lr", type=float, default=0.02)
-    parser.add_argument("--adam-lr", type=float, default=0.004)
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--decay-steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=32, help=f"sequences of {SEQ_LEN} tokens per step")
+    parser.add_argument("--lr", type=float, default=0.0025)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--save-seconds", type=float, default=600.0)
     args = parser.parse_args()

@@ -1,6 +1,8 @@
 """``quanto-hf demo``."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +12,7 @@ import typer
 from quanto_hf.cli.show import console, progress, size, table
 
 TYPES = ("int8", "float8", "int4", "nf4", "fp4", "int2")
-# 4,080 predicted tokens: the whole demo takes under a minute on 2 cores
+# 4,080 predicted tokens: the whole demo takes well under a minute
 WINDOWS = 16
 PROMPT = "Return the"
 
@@ -48,9 +50,10 @@ def demo(
         from quanto_hf.cli.plot import check_plot
 
         check_plot(plot)
-    rows, tokens = measure_all(chosen, text, model)
+    with one_thread(model is None):
+        rows, tokens = measure_all(chosen, text, model)
     shown = table(
-        f"{model or 'the bundled model'}: perplexity and KL on {tokens:,} tokens of {text or 'held-out text'}, on CPU",
+        f"{model or 'the bundled model'}: perplexity and KL on {tokens:,} tokens of {text or 'held-out text'}, on {'CPU' if model else 'one CPU thread'}",
         ["type"],
         ["bits/weight", "on disk", "in RAM", "perplexity", "vs float", "KL", "tokens/s"],
         [f"{PROMPT!r} goes on"],
@@ -72,6 +75,21 @@ def demo(
         out.print(f"plot: {plot}")
 
 
+@contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """One thread for the bundled model: it is so small that threads wait for each other longer than they work. Beside
+    another busy process 2 threads made 4 to 60 tokens per second, and one 200."""
+    import torch
+
+    before = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def measure_all(chosen: tuple[str, ...], text: Path | None, model: str | None) -> tuple[list[Measured], int]:
     """The float model and each type; and the number of tokens that were predicted."""
     from quanto_hf import QuantoConfig, tiny_lm
@@ -81,7 +99,8 @@ def measure_all(chosen: tuple[str, ...], text: Path | None, model: str | None) -
     for name in chosen:
         # a wrong name is told before anything is loaded
         QuantoConfig(weights=name)
-    path = str(local_folder(model)) if model else tiny_lm()
+    # mypy takes the folder assets/tiny_lm for a module
+    path = str(local_folder(model)) if model else tiny_lm()  # type: ignore[operator]
     tokens = measure.tokenizer(path)
     with progress() as bar:
         task = bar.add_task("float", total=len(chosen) + 1)
@@ -93,13 +112,13 @@ def measure_all(chosen: tuple[str, ...], text: Path | None, model: str | None) -
         for name in chosen:
             bar.update(task, description=name)
             with tempfile.TemporaryDirectory() as folder:
-                quantized = reload(path, name, folder, inputs[:1])
+                quantized = saved_and_reloaded(path, name, folder, inputs[:1])
                 rows.append(measure_one(quantized, reference, inputs, tokens, folder, name))
             bar.advance(task)
     return rows, inputs.shape[0] * (inputs.shape[1] - 1)
 
 
-def reload(path: str, name: str, folder: str, inputs: Any) -> Any:
+def saved_and_reloaded(path: str, name: str, folder: str, inputs: Any) -> Any:
     """A model quantized on loading, saved to a folder, and loaded from there.
 
     Raises:

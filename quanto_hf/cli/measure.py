@@ -80,7 +80,10 @@ class Remembered(nn.Module):
 
 @torch.no_grad()
 def generate(model: Any, tokens: Any, prompt: str, count: int = 20) -> tuple[str, float]:
-    """What a model goes on with, greedily, and its tokens per second after a warm-up: the better of 2 runs, or of 1 that took a second."""
+    """What a model goes on with, greedily, and its tokens per second after a warm-up.
+
+    The speed is the better one of 2 runs; a model that needs over a second runs once.
+    """
     inputs = tokens(prompt, return_tensors="pt")
     fixed = {"do_sample": False, "pad_token_id": tokens.pad_token_id or tokens.eos_token_id or 0}
     model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, **fixed)

@@ -29,14 +29,19 @@ def draw(file: Path, rows: Sequence[Any]) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for row in rows:
+    labels: dict[int, list[str]] = {}
+    for row in sorted(rows, key=lambda row: -row.perplexity):
         axes.plot(row.disk / 1e6, row.perplexity, "o")
-        axes.annotate(row.name, (row.disk / 1e6, row.perplexity), xytext=(6, 4), textcoords="offset points")
+        # types of the same size and nearly the same perplexity: their names below each other
+        near = labels.setdefault(round(20 * row.disk / max(row.disk for row in rows)), [])
+        offset = (7, 14 - 13 * len(near))
+        axes.annotate(row.name, (row.disk / 1e6, row.perplexity), xytext=offset, textcoords="offset points")
+        near.append(row.name)
     axes.set_xlabel("weights on disk (MB)")
     axes.set_ylabel("perplexity (lower is better)")
-    if max(row.perplexity for row in rows) > 3 * min(row.perplexity for row in rows):
+    if max(row.perplexity for row in rows) > 2 * min(row.perplexity for row in rows):
         # one bad type would press all others into a line
         axes.set_yscale("log")
-    axes.margins(x=0.15)
+    axes.margins(x=0.25, y=0.15)
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=150)

@@ -27,7 +27,7 @@ def _show(message: Any, category: Any, filename: str, lineno: int, file: Any = N
 
 def silence_transformers() -> None:
     """No messages and no progress bars."""
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -125,7 +125,9 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         """The conversions unchanged: nothing is converted at load. The last hook before it, so the check is here."""
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
         if self._headers is not None:
-            check_before_loading(model, self._headers, conversions, self.pre_quantized, complete=_wrote(model))
+            # a copy: conversions remember which names they have seen
+            seen = copy.deepcopy(conversions)
+            check_before_loading(model, self._headers, seen, self.pre_quantized, complete=_wrote(model))
             self._headers = None
         return conversions
 

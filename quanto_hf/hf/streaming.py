@@ -130,7 +130,8 @@ def loaded_dtype(skeleton: Skeleton, name: str, dtype: torch.dtype) -> torch.dty
     owner, leaf = split_name(skeleton.model, name)
     if isinstance(owner, QLinear) and leaf.startswith(PREFIX):
         return dtype
-    for pattern, kept in skeleton.model._get_dtype_plan(skeleton.dtype).items():
+    plan: dict[str, torch.dtype] = skeleton.model._get_dtype_plan(skeleton.dtype)
+    for pattern, kept in plan.items():
         if re.search(pattern.replace("*", ".*"), name):
             return kept
     return dtype

@@ -214,7 +214,7 @@ def test_a_source_that_cannot_be(tmp_path):
     convert_checkpoint(source, tmp_path / "out")
     with pytest.raises(CheckpointError, match="is quantized already, with quanto_hf"):
         convert_checkpoint(tmp_path / "out", tmp_path / "more")
-    with pytest.raises(CheckpointError, match="has no config.json"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
         convert_checkpoint(tmp_path, tmp_path / "more")
     with pytest.raises(ValueError, match="dequantize=True"):
         convert_checkpoint(source, tmp_path / "more", QuantoConfig(dequantize=True))
