@@ -52,8 +52,9 @@ def demo(
         check_plot(plot)
     with one_thread(model is None):
         rows, tokens = measure_all(chosen, text, model)
+    where, what = "CPU" if model else "one CPU thread", text or "held-out text"
     shown = table(
-        f"{model or 'the bundled model'}: perplexity and KL on {tokens:,} tokens of {text or 'held-out text'}, on {'CPU' if model else 'one CPU thread'}",
+        f"{model or 'the bundled model'} on {where}: perplexity and KL on {tokens:,} tokens of {what}",
         ["type"],
         ["bits/weight", "on disk", "in RAM", "perplexity", "vs float", "KL", "tokens/s"],
         [f"{PROMPT!r} goes on"],

@@ -42,6 +42,8 @@ def draw(file: Path, rows: Sequence[Any]) -> None:
     if max(row.perplexity for row in rows) > 2 * min(row.perplexity for row in rows):
         # one bad type would press all others into a line
         axes.set_yscale("log")
-    axes.margins(x=0.25, y=0.15)
+        for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_format("{x:g}")
+    axes.margins(x=0.3, y=0.15)
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=150)

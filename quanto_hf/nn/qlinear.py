@@ -10,6 +10,7 @@ from torch import nn
 from quanto_hf.fit import Fit
 from quanto_hf.nn.activation import fake_quantize
 from quanto_hf.nn.registry import register_qmodule
+from quanto_hf.nn.weight_view import WeightView, refuse_write
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
 
@@ -104,31 +105,32 @@ class QLinear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight, shape (out_features, in_features), as a float tensor. Of a FROZEN layer it is made anew at each
-        read: what is written into it is lost."""
+        """The weight, shape (out_features, in_features), as a float tensor. Of a FROZEN layer it is a
+        :class:`WeightView`, which is dequantized when its values are used, and cannot be written."""
         weight = self._parameters.get("weight")
         if weight is not None:
             return weight
-        made = self.scheme.dequantize(self.tensors(), self.in_features, self.weight_dtype)
+        if torch.compiler.is_compiling():
+            return self.dequantized()
+        stored = next(iter(self.tensors().values()))
+        view = WeightView((self.out_features, self.in_features), self.weight_dtype, stored.device, self.dequantized)
         # transformers initialises tensors that do not have this mark
-        made._is_hf_initialized = True  # type: ignore[attr-defined]
-        return made
+        view._is_hf_initialized = True  # type: ignore[attr-defined]
+        return view
 
     @weight.setter
     def weight(self, value: Any) -> None:
-        self._refuse_weight()
+        refuse_write()
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight of a FROZEN layer as a new plain tensor in ``weight_dtype``."""
+        return self.scheme.dequantize(self.tensors(), self.in_features, self.weight_dtype)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of nn.Module; refuses a ``weight`` for a FROZEN layer, which nothing would read."""
         if name == "weight" and self.is_frozen:
-            self._refuse_weight()
+            refuse_write()
         super().register_parameter(name, param)
-
-    def _refuse_weight(self) -> None:
-        raise RuntimeError(
-            "the weight of a frozen QLinear cannot be set: it is held quantized. Replace the layer by an nn.Linear, "
-            "or dequantize the model first (quanto_hf.dequantize(model), or model.dequantize())"
-        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The stored tensors by the names of the scheme; empty in state FLOAT."""
@@ -164,7 +166,7 @@ class QLinear(nn.Linear):
         """A plain nn.Linear with the dequantized weight and the same bias."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, dtype=self.weight_dtype)
-        linear.weight = nn.Parameter(self.weight.detach())
+        linear.weight = nn.Parameter(self.dequantized() if self.is_frozen else self.weight.detach())
         if self.bias is not None:
             linear.bias = self.bias
         return linear.train(self.training)
@@ -238,7 +240,7 @@ class QLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Refused: a quantized layer has no random initial weight."""
-        self._refuse_weight()
+        refuse_write()
 
     def extra_repr(self) -> str:
         """Features, bias, and the scheme."""

@@ -185,7 +185,7 @@ def test_a_weight_that_cannot_be_frozen_stays_float():
 def test_writing_the_weight_of_a_frozen_layer_is_an_error_that_says_what_to_do(write):
     layer = frozen("int4")
     kept = stored(layer)
-    with pytest.raises(RuntimeError, match=r"cannot be set.*Replace the layer by an nn.Linear.*dequantize"):
+    with pytest.raises(RuntimeError, match=r"cannot be written.*Replace the layer by an nn.Linear.*dequantize"):
         write(layer)
     assert same(stored(layer), kept)
 
