@@ -5,7 +5,7 @@ that are found in the `--source-dir` folders. Source files are parsed with `ast`
 need to lie there (`pip install --no-deps --target SOURCE_DIR ...`). Three steps share a work folder; each is skipped if
 its result is already there, and the training continues from its last checkpoint:
 
-    python examples/train_tiny_lm.py --work-dir /tmp/tiny-lm --source-dir SOURCE_DIR --out-dir quanto_hf/assets/tiny_lm
+    python examples/train_tiny_lm.py --work-dir /tmp/tiny-lm --source-dir SOURCE_DIR --out-dir quanto_hf/assets/tiny-lm
 
 The learning rate is constant after a short warmup, then falls linearly to zero over the last `--decay-steps` steps.
 Creating the file WORK_DIR/decay-now starts that last phase at once.

@@ -40,6 +40,7 @@ __all__ = [
     "QType",
     "QuantoConfig",
     "QuantoHfQuantizer",
+    "convert_checkpoint",
     "dequantize",
     "freeze",
     "heldout_text",
@@ -66,6 +67,6 @@ _hf.register()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("QuantoHfQuantizer", "replace_with_quanto_layers"):
+    if name in ("QuantoHfQuantizer", "convert_checkpoint", "replace_with_quanto_layers"):
         return getattr(_hf, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,9 +7,9 @@ _HERE = Path(__file__).parent
 
 def tiny_lm() -> str:
     """Folder of the bundled Llama-architecture language model, for ``from_pretrained``."""
-    return str(_HERE / "tiny_lm")
+    return str(_HERE / "tiny-lm")
 
 
 def heldout_text() -> str:
     """Text that the bundled model was not trained on."""
-    return (_HERE / "tiny_lm" / "heldout.txt").read_text(encoding="utf-8")
+    return (_HERE / "tiny-lm" / "heldout.txt").read_text(encoding="utf-8")

@@ -100,8 +100,7 @@ def measure_all(chosen: tuple[str, ...], text: Path | None, model: str | None) -
     for name in chosen:
         # a wrong name is told before anything is loaded
         QuantoConfig(weights=name)
-    # mypy takes the folder assets/tiny_lm for a module
-    path = str(local_folder(model)) if model else tiny_lm()  # type: ignore[operator]
+    path = str(local_folder(model)) if model else tiny_lm()
     tokens = measure.tokenizer(path)
     with progress() as bar:
         task = bar.add_task("float", total=len(chosen) + 1)

@@ -6,7 +6,7 @@ Imports: everything below ``nn`` included. Never: transformers.
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
 from quanto_hf.flow.patterns import first_match, matches
 from quanto_hf.flow.plan import Choice, Plan, apply_plan, make_plan, replace_modules
-from quanto_hf.flow.report import Report, Row, report
+from quanto_hf.flow.report import Report, Row, not_quantizable, report
 from quanto_hf.flow.verbs import (
     ACTIVATIONS,
     activation_type,
@@ -32,6 +32,7 @@ __all__ = [
     "freeze",
     "make_plan",
     "matches",
+    "not_quantizable",
     "quantization_map",
     "quantize",
     "replace_modules",

@@ -112,3 +112,29 @@ def _reason(module: nn.Module, leaf: str) -> str:
     if leaf == "weight" and (reason := getattr(module, "quanto_hf_left", None)):
         return str(reason)
     return f"{type(module).__name__} is not a type that is quantized"
+
+
+def not_quantizable(model: nn.Module) -> tuple[float, list[str]]:
+    """Share of the weights of a model that are in modules of a type that cannot be quantized, and these types.
+
+    Embeddings, and parameters of less than 2 dimensions, do not count: nobody expects them to be quantized.
+
+    Example:
+        >>> not_quantizable(nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 1)))
+        (0.5, ['Conv2d'])
+    """
+    total = 0
+    types: dict[str, int] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        # a quantized layer that is empty has its float placeholder as well, or packed codes only
+        if isinstance(module, nn.Linear):
+            total += module.in_features * module.out_features
+            continue
+        numel = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+        total += numel
+        if numel:
+            name = type(module).__name__
+            types[name] = types.get(name, 0) + numel
+    return (sum(types.values()) / total if total else 0.0), sorted(types, key=lambda name: -types[name])

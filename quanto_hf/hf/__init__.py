@@ -3,6 +3,7 @@
 Imports: every room above. The quantizer itself is imported when transformers' quantizers are.
 """
 
+from importlib import import_module
 from typing import Any
 
 from quanto_hf.hf.config import METHOD, QuantoConfig
@@ -13,6 +14,7 @@ __all__ = [
     "METHOD",
     "QuantoConfig",
     "QuantoHfQuantizer",
+    "convert_checkpoint",
     "install",
     "load_and_quantize_model",
     "register",
@@ -20,14 +22,15 @@ __all__ = [
 ]
 
 
+# these import transformers' quantizers and accelerate: 1 s that `import quanto_hf` does not take
+_LAZY = {
+    "QuantoHfQuantizer": "quanto_hf.hf.quantizer",
+    "convert_checkpoint": "quanto_hf.hf.convert",
+    "replace_with_quanto_layers": "quanto_hf.hf.replace",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # these import transformers' quantizers and accelerate: 1 s that `import quanto_hf` does not take
-    if name == "QuantoHfQuantizer":
-        from quanto_hf.hf.quantizer import QuantoHfQuantizer
-
-        return QuantoHfQuantizer
-    if name == "replace_with_quanto_layers":
-        from quanto_hf.hf.replace import replace_with_quanto_layers
-
-        return replace_with_quanto_layers
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

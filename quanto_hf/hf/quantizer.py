@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.quantizers.base import HfQuantizer
 
-from quanto_hf.flow import Choice, Plan, activation_type, dequantize, first_match, make_plan
+from quanto_hf.flow import Choice, Plan, activation_type, dequantize, first_match, make_plan, not_quantizable
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.legacy import LegacyHooks
 from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, split_name, waits_for_weight
@@ -17,6 +17,9 @@ from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_mo
 from quanto_hf.nn import QLinear
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import Scheme, TensorSpec
+
+# Share of the weights from which on it is worth a warning that they cannot be quantized.
+LEFT_IN_FLOAT = 0.1
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,11 +80,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
                 skip=default_skips(model, self._dtype, config.default_skips),
                 overrides=config.overrides,
             )
-        if not plan.chosen:
-            warnings.warn(
-                f"no linear layer of {type(model).__name__} is quantized; call quanto_hf.report(model) for the reasons",
-                stacklevel=2,
-            )
+        if not self.pre_quantized:
+            _warn_of_floats(model, plan)
         replace_by_plan(model, plan, activations, placeholder=not self.pre_quantized)
         files = kwargs.get("checkpoint_files") or []
         if files and all(str(file).endswith(".safetensors") for file in files):
@@ -211,6 +211,22 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
 def _wrote(model: Any) -> bool:
     """Whether the checkpoint was written from the class of this model, so that everything fits or it is damaged."""
     return type(model).__name__ in (model.config.architectures or [])
+
+
+def _warn_of_floats(model: Any, plan: Plan) -> None:
+    """Say so when much less is quantized than the user will think."""
+    share, types = not_quantizable(model)
+    if share > LEFT_IN_FLOAT:
+        warnings.warn(
+            f"{share:.0%} of the weights of {type(model).__name__} stay in float, because they are in modules of a "
+            f"type that quanto_hf does not quantize: {', '.join(types[:5])}",
+            stacklevel=2,
+        )
+    elif not plan.chosen:
+        warnings.warn(
+            f"no linear layer of {type(model).__name__} is quantized; call quanto_hf.report(model) for the reasons",
+            stacklevel=2,
+        )
 
 
 def _choice(scheme: Scheme) -> Choice:

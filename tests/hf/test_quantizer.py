@@ -1,5 +1,7 @@
 """The quantizer: its answers to transformers, sizes before loading, and offloaded models."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -205,3 +207,22 @@ def test_a_model_with_weights_on_disk_refuses_to_be_dequantized(llama, tmp_path)
 def test_a_model_without_linear_layers_to_quantize_warns(llama):
     with pytest.warns(UserWarning, match="no linear layer of LlamaForCausalLM is quantized"):
         load(llama, QuantoConfig(modules_to_not_convert=["model", "lm_head"]))
+
+
+def test_a_model_whose_weights_are_mostly_in_modules_that_cannot_be_quantized_warns(tmp_path):
+    config = transformers.MixtralConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"78% of the weights of MixtralForCausalLM stay in float.*MixtralExperts"):
+        model = transformers.MixtralForCausalLM.from_pretrained(tmp_path, quantization_config=QuantoConfig("int8"))
+    model.save_pretrained(tmp_path / "saved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        transformers.MixtralForCausalLM.from_pretrained(tmp_path / "saved")
