@@ -6,7 +6,7 @@ Imports: ``qtypes`` and torch. Never: a scheme (a fit does not know how codes ar
 from quanto_hf.fit.base import FITS, Fit, fit_by_name
 from quanto_hf.fit.grid import Grid
 from quanto_hf.fit.hqq import Hqq
-from quanto_hf.fit.mse import Mse
+from quanto_hf.fit.mse import Mse, MseGain
 from quanto_hf.fit.ranges import Absmax, Minmax
 
 # the names that optimum-quanto's users know
@@ -25,5 +25,6 @@ __all__ = [
     "MaxOptimizer",
     "Minmax",
     "Mse",
+    "MseGain",
     "fit_by_name",
 ]

@@ -12,6 +12,9 @@ from quanto_hf.ops.scratch import scratch
 START_RATIOS = {2: (0.5, 0.65, 0.8, 1.0), 4: (0.8, 0.9, 1.0), 8: (0.98, 1.0)}
 # Rounds of least squares after it. Gaussian int2 g64: 0.3320 with none and 25 ratios, 0.3250 with 3, 0.3233 with 8.
 ROUNDS = 5
+# Share of the lost gain that MseGain gives back. KL of int2 on the bundled model and worst cosine on MiniLM: 0.247 and
+# 0.603 with 0, 0.210 and 0.569 with 0.5, 0.202 and 0.482 with 1.
+GAIN_BACK = 0.5
 
 
 @register
@@ -27,16 +30,41 @@ class Mse(Fit):
 
     def __call__(self, values: torch.Tensor, grid: Grid, dtype: torch.dtype) -> ScaleZero:
         """See :class:`Fit`."""
-        best, error = None, None
-        for ratio in START_RATIOS[grid.qtype.bits]:
-            best, error = _better(values, grid, _clipped(values, grid, dtype, ratio), best, error)
-        assert best is not None
-        scale, zero = best
-        for _ in range(ROUNDS):
-            scale, zero = _regress(values, grid, scale, zero)
-        scale = stored_scale(scale, dtype)
-        best, _ = _better(values, grid, (scale, None if zero is None else stored(zero, dtype)), best, error)
-        return best
+        return search(values, grid, dtype)[0]
+
+
+@register
+class MseGain(Fit):
+    """The same, with half of the lost gain given back: the default of int2.
+
+    The numbers of least squared error are shorter than the values: of a group with relative error e, the part along
+    the values is 1 - e^2, 0.89 for 2 bits. Every layer would answer that much too small. A scale that is longer by half
+    of it costs little error: on the bundled model the KL of int2 falls from 0.247 to 0.210 (docs/accuracy.md). With 4
+    bits, where 1 - e^2 is 0.993, it changes nothing.
+    """
+
+    name = "mse_gain"
+
+    def __call__(self, values: torch.Tensor, grid: Grid, dtype: torch.dtype) -> ScaleZero:
+        """See :class:`Fit`."""
+        (scale, zero), error = search(values, grid, dtype)
+        size = torch.linalg.vector_norm(values, dim=1, keepdim=True)
+        # a group of zeros has no error and no size; where the error is all there is, the gain is left alone
+        share = (error / size.clamp(min=torch.finfo(size.dtype).tiny)).square().clamp_(max=0.5)
+        return stored_scale(scale * (1 + GAIN_BACK * share / (1 - share)), dtype), zero
+
+
+def search(values: torch.Tensor, grid: Grid, dtype: torch.dtype) -> tuple[ScaleZero, torch.Tensor]:
+    """The scale and zero of :class:`Mse`, and the norm of the error of each group, shape (groups, 1)."""
+    best, error = None, None
+    for ratio in START_RATIOS[grid.qtype.bits]:
+        best, error = _better(values, grid, _clipped(values, grid, dtype, ratio), best, error)
+    assert best is not None
+    scale, zero = best
+    for _ in range(ROUNDS):
+        scale, zero = _regress(values, grid, scale, zero)
+    scale = stored_scale(scale, dtype)
+    return _better(values, grid, (scale, None if zero is None else stored(zero, dtype)), best, error)
 
 
 def _clipped(values: torch.Tensor, grid: Grid, dtype: torch.dtype, ratio: float) -> ScaleZero:

@@ -10,7 +10,12 @@ from quanto_hf.qtypes import QType
 
 # bfloat16 has 8 bits of exponent and 7 of mantissa. Put the exponent and mantissa of a small float at the same place
 # and what is missing is a power of two, the difference of the two exponent biases: 127 - 7, 127 - 15, 127 - 1.
-_BF16_TRICK = {"float8_e4m3fn": (4, 0x7F0, 2.0**120), "float8_e5m2": (5, 0xFE0, 2.0**112)}
+# Name -> bits to shift by, mask without the sign, factor.
+_BF16_TRICK = {
+    "float8_e4m3fn": (4, 0x7F0, 2.0**120),
+    "float8_e5m2": (5, 0xFE0, 2.0**112),
+    "fp4": (2, 0x1C0, 2.0**126),
+}
 
 
 def decode_reference(packed: torch.Tensor, qtype: QType, n: int) -> torch.Tensor:
@@ -52,20 +57,32 @@ def _decode_float8(packed: torch.Tensor, qtype: QType, out: torch.Tensor) -> tor
 def _decode_table(packed: torch.Tensor, qtype: QType, out: torch.Tensor) -> torch.Tensor:
     rows, columns = out.shape
     blocks, rest = divmod(columns, 2 * BLOCK_BYTES)
-    if out.dtype is torch.bfloat16 and not rest and packed.is_contiguous():
-        return _decode_byte_pairs(packed.view(rows, blocks, BLOCK_BYTES), qtype, out)
+    if out.dtype is torch.bfloat16 and rows and blocks and not rest and packed.is_contiguous():
+        blocked = packed.view(rows, blocks, BLOCK_BYTES)
+        return _decode_fp4(blocked, out) if qtype.name == "fp4" else _decode_byte_pairs(blocked, qtype, out)
     codes = unpack(packed, qtype.bits, columns, scratch("codes", out.shape, torch.uint8, out.device))
     index = scratch("index", out.shape, torch.int32, out.device).copy_(codes)
     torch.index_select(_table(qtype, out.dtype, out.device), 0, index.view(-1), out=out.view(-1))
     return out
 
 
+def _decode_fp4(packed: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Bit arithmetic as for float8: a nibble at the top of an int8 has its sign extended by the cast to int16."""
+    planes = out.view(*packed.shape[:2], 2, BLOCK_BYTES).view(torch.int16)
+    nibbles = scratch("codes", tuple(packed.shape), torch.uint8, out.device)
+    planes[:, :, 0].copy_(torch.bitwise_left_shift(packed, 4, out=nibbles).view(torch.int8))
+    planes[:, :, 1].copy_(torch.bitwise_and(packed, 0xF0, out=nibbles).view(torch.int8))
+    shift, mask, factor = _BF16_TRICK["fp4"]
+    planes.bitwise_left_shift_(shift).bitwise_and_(mask - 0x8000)
+    return out.mul_(factor)
+
+
 def _decode_byte_pairs(packed: torch.Tensor, qtype: QType, out: torch.Tensor) -> torch.Tensor:
-    """Four 4-bit codes per lookup: 2 times as fast as one by one (4096 x 4096: 5.5 ms and 12 ms)."""
+    """Four 4-bit codes per lookup: 2 times as fast as one by one (4096 x 4096: 6 ms and 12 ms)."""
     pairs = packed.view(torch.int16)
     index = scratch("index", tuple(pairs.shape), torch.int32, out.device).copy_(pairs).add_(1 << 15)
-    found = scratch("found", (index.numel(),), torch.int64, out.device)
-    torch.index_select(_pair_table(qtype, out.device), 0, index.view(-1), out=found)
+    found = scratch("found", tuple(pairs.shape), torch.int64, out.device)
+    torch.index_select(_pair_table(qtype, out.device), 0, index.view(-1), out=found.view(-1))
     # two neighbouring numbers of the low plane, then two of the high one; two bfloat16 are an int32
     halves = found.view(torch.int32).view(*pairs.shape, 2)
     planes = out.view(*pairs.shape[:2], 2, BLOCK_BYTES).view(torch.int32)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from quanto_hf.fit import Minmax, Mse
 from quanto_hf.fit.grid import Grid
 from quanto_hf.qtypes import QTYPES
+from quanto_hf.schemes import make_scheme
 
 GRIDS = {kind.name: Grid(kind) for kind in QTYPES.values()}
 GRIDS |= {f"{name}-asym": Grid(QTYPES[name], symmetric=False) for name in ("int2", "int4")}
@@ -74,3 +75,25 @@ def test_values_on_a_grid_of_any_size_are_found_exactly():
     # 16 levels of 0.25 from -1.75, each of which occurs
     values = (torch.arange(64) % 16 * 0.25 - 1.75)[None]
     assert error(Mse(), values, GRIDS["int4-asym"]).item() == 0.0
+
+
+def gain(values: torch.Tensor, weights: str, fit: str) -> float:
+    scheme = make_scheme(weights, 64)
+    made = scheme.dequantize(scheme.quantize(values, fit), values.shape[1], torch.float32)
+    return float((made * values).sum() / values.square().sum())
+
+
+def test_mse_gain_gives_half_of_the_lost_gain_of_int2_back():
+    values = torch.randn(256, 512)
+    lost = 1 - gain(values, "int2", "mse")
+    # codes are chosen anew with the longer scale, which takes some of it away again: 0.3 of it was left when measured
+    assert 0.09 < lost < 0.13
+    assert 0.15 < 1 - (1 - gain(values, "int2", "mse_gain")) / lost < 0.5
+
+
+def test_mse_gain_is_mse_where_nothing_is_lost():
+    for values in (torch.zeros(4, 64), torch.full((4, 64), 3.0), torch.tensor([[-1.0, 0.0, 1.0, 2.0] * 16])):
+        for fit in ("mse", "mse_gain"):
+            scheme = make_scheme("int2", 64)
+            made = scheme.dequantize(scheme.quantize(values, fit), 64, torch.float32)
+            assert torch.allclose(made, values, rtol=0.005, atol=1e-6)
