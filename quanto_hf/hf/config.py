@@ -36,7 +36,7 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         group_size: columns that share a scale: 16, 32, 64, 128, 256, or -1 for whole rows. None is the default of
             the type: whole rows for 8 bits, 64 for int4 and int2, 32 for nf4 and fp4.
         symmetric: no zero point. None is the default of the type: False for int4 and int2, True for all others.
-        fit: how scales are found: absmax, minmax, mse, hqq. None is the best data-free one of the type.
+        fit: how scales are found: absmax, minmax, mse, mse_gain, hqq. None is the best data-free one of the type.
         overrides: pattern -> values of weights, group_size, symmetric and fit that differ for these modules, such as
             ``{"*.down_proj": {"weights": "int8"}}``; ``{"weights": None}`` leaves them in float. The first pattern
             that matches counts.
