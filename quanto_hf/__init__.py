@@ -9,7 +9,7 @@ Example:
     ...     quanto_hf.tiny_lm(), quantization_config=quanto_hf.QuantoConfig(weights="int4")
     ... )
     >>> model.model.layers[0].self_attn.q_proj
-    QLinear(in_features=256, out_features=256, bias=False, weights=int4 g64 asym)
+    QLinear(in_features=384, out_features=384, bias=False, weights=int4 g64 asym)
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -10,7 +10,8 @@ from transformers.quantizers.base import HfQuantizer
 from quanto_hf.flow import Choice, Plan, activation_type, dequantize, first_match, make_plan, not_quantizable
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.legacy import LegacyHooks
-from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, split_name, waits_for_weight
+from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, waits_for_weight
+from quanto_hf.hf.register import register
 from quanto_hf.hf.replace import replace_by_plan
 from quanto_hf.hf.skips import default_skips
 from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_modules
@@ -234,4 +235,5 @@ def _choice(scheme: Scheme) -> Choice:
     return Choice(fields["qtype"], fields["group_size"], fields["symmetric"])
 
 
-__all__ = ["QuantoHfQuantizer", "split_name"]
+# for when this module, and not transformers, was the first one to ask for transformers' quantizers
+register()

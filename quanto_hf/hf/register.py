@@ -1,5 +1,6 @@
 """Making the method known to transformers, without importing more of it than ``import transformers`` does."""
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -63,12 +64,14 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def _register(auto: Any) -> None:
-    from quanto_hf.hf.quantizer import QuantoHfQuantizer
-
+    quantizer = getattr(importlib.import_module("quanto_hf.hf.quantizer"), "QuantoHfQuantizer", None)
+    if quantizer is None:
+        # its module is being imported right now, which imported transformers' quantizers; it registers at its end
+        return
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QuantoConfig
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = QuantoHfQuantizer
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer
     for method in _overrides:
-        auto.AUTO_QUANTIZER_MAPPING[method] = QuantoHfQuantizer
+        auto.AUTO_QUANTIZER_MAPPING[method] = quantizer
     merge = auto.AutoHfQuantizer.merge_quantization_configs
     if getattr(merge, "checks_quanto_hf", False):
         return

@@ -168,3 +168,22 @@ def test_a_float_checkpoint_can_be_loaded_with_the_rounded_weights(llama):
     assert qlinears(model) == {}
     weight = quantized.model.layers[0].self_attn.q_proj.weight
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, weight)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from quanto_hf import QuantoHfQuantizer",
+        "from quanto_hf.hf.quantizer import QuantoHfQuantizer",
+        "from quanto_hf import replace_with_quanto_layers, convert_checkpoint",
+        "import transformers.quantizers.auto",
+        "from transformers import AutoModelForCausalLM",
+    ],
+)
+def test_whatever_is_imported_first_the_method_is_registered(first):
+    code = (
+        f"import quanto_hf\n{first}\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as mapping\n"
+        "assert mapping['quanto_hf'] is quanto_hf.QuantoHfQuantizer"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
