@@ -177,10 +177,13 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
                 "the checkpoint does not fit the model:\n  " + "\n  ".join(f"missing: {name}" for name in absent)
             )
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         if any(parameter.device.type == "meta" for parameter in model.parameters()):
             raise ValueError("a model with offloaded weights cannot be dequantized; load it without disk offload first")
         dequantize(model)
+        if isinstance(dtype, str):
+            # save_pretrained leaves the name of the dtype in the config, from where transformers takes it
+            dtype = getattr(torch, dtype)
         return model if dtype is None else model.to(dtype)
 
     # ------------------------------------------------------------------------------------------- what it can do

@@ -226,3 +226,12 @@ def test_a_model_whose_weights_are_mostly_in_modules_that_cannot_be_quantized_wa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         transformers.MixtralForCausalLM.from_pretrained(tmp_path / "saved")
+
+
+def test_a_model_can_be_dequantized_after_it_was_saved(llama, tmp_path):
+    model = load(llama, QuantoConfig("int4"))
+    wanted = output(model, "llama")
+    model.save_pretrained(tmp_path)
+    model.dequantize()
+    assert not qlinears(model)
+    assert relative(output(model, "llama"), wanted) < 1e-5
