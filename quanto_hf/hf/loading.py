@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -147,23 +147,41 @@ def _checkpoint_names(module: QLinear, name: str, pre_quantized: bool) -> list[s
     return [f"{name}.{leaf}" if name else leaf for leaf in leaves]
 
 
+def loader_names(
+    model: Any, keys: Iterable[str], conversions: Iterable[Any], state: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, str, WeightConverter | None]]:
+    """What the loader makes of the names in a checkpoint, in its order.
+
+    Args:
+        model: the model on meta.
+        keys: names in the files.
+        conversions: what the loader does with these names.
+        state: the state dict of ``model``.
+
+    Yields:
+        The name in the file, the (first) name in the model, and the converter that merges or splits the tensor, or
+        None. The model need not have the name.
+    """
+    conversions, prefix = list(conversions), model.base_model_prefix
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        yield key, name, next((c for c in converters if pattern is not None and pattern in c.source_patterns), None)
+
+
 def _rename(
     model: Any, headers: Mapping[str, TensorSpec], conversions: Iterable[Any], state: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, TensorSpec], list[str], set[str]]:
     """Specs by model name, names in the file without a place in the model, and model names made by converters."""
-    conversions = list(conversions)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     ignored = _ignored(model._keys_to_ignore_on_load_unexpected)
     targets: dict[str, TensorSpec] = {}
     unexpected: list[str] = []
     converted: set[str] = set()
-    for key in sorted(headers, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if name not in state and key in state:
-            name, pattern = key, None
-        if pattern is not None:
-            converter = next(c for c in converters if pattern in c.source_patterns)
+    for key, name, converter in loader_names(model, headers, conversions, state):
+        if converter is not None:
             first = converter.target_patterns[0]
             names = [name.replace(first, target, 1) for target in converter.target_patterns]
             converted.update(names)

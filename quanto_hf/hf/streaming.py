@@ -8,16 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from quanto_hf.hf.loading import quantize_into, split_name
+from quanto_hf.hf.loading import loader_names, quantize_into, split_name
 from quanto_hf.hf.skeleton import Skeleton
 from quanto_hf.io import check_tensors, read_headers
 from quanto_hf.nn import QLinear
@@ -48,21 +42,16 @@ def find_sources(skeleton: Skeleton) -> dict[str, Source]:
     model, conversions = skeleton.model, skeleton.conversions
     if not skeleton.files or not all(file.endswith(".safetensors") for file in skeleton.files):
         raise NotStreamable("it is not in safetensors files")
-    entries = [Source(file, key, spec) for file in skeleton.files for key, spec in read_headers([file]).items()]
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    state, prefix = model.state_dict(), model.base_model_prefix
+    entries = {key: Source(file, key, spec) for file in skeleton.files for key, spec in read_headers([file]).items()}
+    state = model.state_dict()
     found: dict[str, Source] = {}
-    for entry in sorted(entries, key=lambda e: dot_natural_key(e.key)):
-        name, converter = rename_source_key(entry.key, renamings, converters, prefix, state)
-        if name not in state and entry.key in state:
-            name, converter = rename_source_key(entry.key, [], [], prefix, state)
+    for key, name, converter in loader_names(model, entries, conversions, state):
         if name not in state:
             # the loader leaves it out too
             continue
         if converter is not None or name in found:
-            raise NotStreamable(f"its tensors are merged or split on loading, such as {entry.key}")
-        found[name] = entry
+            raise NotStreamable(f"its tensors are merged or split on loading, such as {key}")
+        found[name] = entries[key]
     check_tensors(
         {name: TensorSpec(tuple(state[name].shape), torch.float32) for name in found},
         {name: TensorSpec(entry.spec.shape, torch.float32) for name, entry in found.items()},

@@ -13,8 +13,8 @@ T = TypeVar("T", bound=type[nn.Module])
 def register_qmodule(source: type[nn.Module]) -> Callable[[T], T]:
     """Class decorator: the quantized module of a module type.
 
-    A quantized module has a class method ``from_module(module, scheme, activations)``. Subclasses of ``source`` are
-    not replaced by it: ``nn.MultiheadAttention`` for one has a subclass of Linear that it reads by its weight.
+    A quantized module has a class method ``from_module`` whose first argument is the module. Subclasses of ``source``
+    are not replaced by it: ``nn.MultiheadAttention`` for one has a subclass of Linear that it reads by its weight.
     """
 
     def register(cls: T) -> T:
