@@ -1,0 +1,127 @@
+// What every file of the native library shares: the description of a weight and of one call, threads, scratch memory.
+// Standard headers are included here, before any file raises its instruction set: an inline function of theirs that
+// is compiled for AVX-512 must never be the copy that the linker keeps for older processors.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#elif defined(__APPLE__)
+#include <dispatch/dispatch.h>
+#endif
+
+namespace quanto {
+
+
+// How codes are stored. TABLE types are looked up in `Weight::table`: int4, nf4, fp4 (4 bits) and int2 (2 bits).
+enum Codes { INT8 = 0, E4M3 = 1, E5M2 = 2, TABLE4 = 3, TABLE2 = 4 };
+enum Float { F32 = 0, BF16 = 1, F16 = 2 };
+
+constexpr int64_t BLOCK_BYTES = 64;  // docs/format.md: codes are planar in blocks of 64 bytes
+
+constexpr int bits_of(int codes) { return codes == TABLE4 ? 4 : codes == TABLE2 ? 2 : 8; }
+constexpr int size_of(int type) { return type == F32 ? 4 : 2; }
+
+// A quantized matrix of n rows and k columns: w[i, j] = (value(code[i, j]) - zero[i, g]) * scale[i, g], g = j / group.
+struct Weight {
+    const uint8_t* packed;  // n rows of row_bytes(codes, k)
+    const void* scale;      // n rows of `groups`
+    const void* zero;       // the same, or null
+    const float* table;     // 16 values of a TABLE type (int2 uses 4)
+    int64_t n, k, group, groups;
+    int codes, scale_type;
+};
+
+struct Linear {
+    Weight w;
+    const void* x;     // m rows of k
+    const void* bias;  // n, or null
+    void* out;         // m rows of n
+    int64_t m;
+    int x_type;  // of x, bias and out
+    int threads;
+};
+
+constexpr int64_t row_bytes(int codes, int64_t k) {
+    const int64_t per_byte = 8 / bits_of(codes), block = BLOCK_BYTES * per_byte;
+    return k / block * BLOCK_BYTES + (k % block + per_byte - 1) / per_byte;
+}
+
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Runs task(thread, threads) on that many threads and waits. Results never depend on the number of threads: a row of
+// the output is computed by one thread, in one order.
+template <class Task>
+void parallel(int threads, const Task& task) {
+#if defined(_OPENMP)
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        task(omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#elif defined(__APPLE__)
+    if (threads > 1) {
+        struct Context {
+            const Task* task;
+            int threads;
+        } context = {&task, threads};
+        dispatch_apply_f(static_cast<size_t>(threads), DISPATCH_APPLY_AUTO, &context, [](void* p, size_t thread) {
+            const Context* c = static_cast<const Context*>(p);
+            (*c->task)(static_cast<int>(thread), c->threads);
+        });
+        return;
+    }
+#endif
+    task(0, 1);
+}
+
+// The part of `rows` that belongs to a thread: whole steps, spread evenly, so that no two threads write to one cache
+// line of an output row and no thread gets more than one step above the others.
+struct Range {
+    int64_t begin, end;
+};
+inline Range share(int64_t rows, int64_t step, int thread, int threads) {
+    const int64_t steps = (rows + step - 1) / step;
+    const int64_t begin = steps * thread / threads * step, end = steps * (thread + 1) / threads * step;
+    return {begin < rows ? begin : rows, end < rows ? end : rows};
+}
+
+// Memory that a thread keeps between calls, aligned to a cache line. Each `slot` is one buffer.
+constexpr int SLOTS = 6;
+inline void* scratch(int slot, size_t bytes) {
+    struct Buffers {
+        void* raw[SLOTS] = {};
+        void* aligned[SLOTS] = {};
+        size_t size[SLOTS] = {};
+        ~Buffers() {
+            for (void* p : raw) std::free(p);
+        }
+    };
+    thread_local Buffers buffers;
+    if (buffers.size[slot] < bytes) {
+        std::free(buffers.raw[slot]);
+        buffers.raw[slot] = std::malloc(bytes + 64);
+        buffers.size[slot] = buffers.raw[slot] ? bytes : 0;
+        buffers.aligned[slot] = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(buffers.raw[slot]) + 63) & ~uintptr_t(63));
+        if (!buffers.raw[slot]) std::abort();
+    }
+    return buffers.aligned[slot];
+}
+
+// Up to this many rows of x, each row of the weight is multiplied as it is decoded; above, panels of it are.
+constexpr int64_t GEMV_ROWS = 8;
+
+// What a level of instructions offers.
+struct Level {
+    const char* name;
+    void (*linear)(const Linear&);
+    void (*dequantize)(const Weight&, int out_type, void* out, const int64_t* rows, int64_t count, int threads);
+};
+
+}  // namespace quanto

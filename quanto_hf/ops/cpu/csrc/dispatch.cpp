@@ -1,0 +1,80 @@
+#include "dispatch.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define QUANTO_X86 1
+#if defined(_MSC_VER)
+#include <immintrin.h>
+#include <intrin.h>
+#else
+#include <cpuid.h>
+#endif
+#endif
+
+namespace quanto {
+
+#if defined(QUANTO_X86)
+namespace avx2 {
+extern const Level level;
+}
+namespace avx512 {
+extern const Level level;
+}
+namespace avx512_bf16 {
+extern const Level level;
+}
+
+namespace {
+struct Registers {
+    unsigned a, b, c, d;
+};
+Registers cpuid(unsigned leaf, unsigned sub) {
+#if defined(_MSC_VER)
+    int r[4];
+    __cpuidex(r, static_cast<int>(leaf), static_cast<int>(sub));
+    return {unsigned(r[0]), unsigned(r[1]), unsigned(r[2]), unsigned(r[3])};
+#else
+    Registers r = {0, 0, 0, 0};
+    __get_cpuid_count(leaf, sub, &r.a, &r.b, &r.c, &r.d);
+    return r;
+#endif
+}
+unsigned long long enabled_state() {  // by the operating system
+#if defined(_MSC_VER)
+    return _xgetbv(0);
+#else
+    unsigned a, d;
+    __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    return (static_cast<unsigned long long>(d) << 32) | a;
+#endif
+}
+bool bit(unsigned value, int n) { return (value >> n) & 1; }
+}  // namespace
+
+int available_levels(const Level** out) {
+    int count = 0;
+    const Registers one = cpuid(1, 0);
+    if (!bit(one.c, 27)) return 0;  // OSXSAVE
+    const unsigned long long state = enabled_state();
+    const Registers seven = cpuid(7, 0), seven1 = cpuid(7, 1);
+    const bool avx2 = (state & 0x6) == 0x6 && bit(seven.b, 5) && bit(one.c, 12) && bit(one.c, 29);  // AVX2, FMA, F16C
+    const bool avx512 = avx2 && (state & 0xE6) == 0xE6 && bit(seven.b, 16) && bit(seven.b, 17) && bit(seven.b, 30) &&
+                        bit(seven.b, 31);                                                   // F, DQ, BW, VL
+    const bool bf16 = avx512 && bit(seven1.a, 5) && bit(seven.c, 1) && bit(seven.c, 11);  // BF16, VBMI, VNNI
+    if (bf16) out[count++] = &avx512_bf16::level;
+    if (avx512) out[count++] = &avx512::level;
+    if (avx2) out[count++] = &avx2::level;
+    return count;
+}
+#elif defined(__aarch64__)
+namespace neon {
+extern const Level level;
+}
+int available_levels(const Level** out) {
+    out[0] = &neon::level;
+    return 1;
+}
+#else
+int available_levels(const Level**) { return 0; }
+#endif
+
+}  // namespace quanto

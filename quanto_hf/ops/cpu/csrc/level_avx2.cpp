@@ -1,0 +1,22 @@
+// AVX2, FMA and F16C: Haswell and later, all Zen.
+#include <immintrin.h>
+
+#include "common.h"
+#include "target.h"
+QUANTO_TARGET("avx2,fma,f16c")
+
+namespace quanto {
+namespace avx2 {
+namespace {
+#include "simd_avx2.h"
+#include "decode.h"
+#include "gemv.h"
+#include "gemm.h"
+
+void linear(const Linear& a) { a.m <= GEMV_ROWS ? gemv(a) : gemm<DotF32>(a); }
+}  // namespace
+extern const Level level;
+const Level level = {"avx2", linear, dequantize};
+}  // namespace avx2
+}  // namespace quanto
+QUANTO_TARGET_END

@@ -1,0 +1,22 @@
+// AVX-512 F, BW, DQ and VL: Skylake-X and later.
+#include <immintrin.h>
+
+#include "common.h"
+#include "target.h"
+QUANTO_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+namespace quanto {
+namespace avx512 {
+namespace {
+#include "simd_avx512.h"
+#include "decode.h"
+#include "gemv.h"
+#include "gemm.h"
+
+void linear(const Linear& a) { a.m <= GEMV_ROWS ? gemv(a) : gemm<DotF32>(a); }
+}  // namespace
+extern const Level level;
+const Level level = {"avx512", linear, dequantize};
+}  // namespace avx512
+}  // namespace quanto
+QUANTO_TARGET_END

@@ -1,0 +1,32 @@
+// AVX-512 with BF16, VBMI and VNNI: Zen 4 and later, Sapphire Rapids and later.
+#include <immintrin.h>
+
+#include "common.h"
+#include "target.h"
+QUANTO_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,avx2,fma,f16c")
+
+namespace quanto {
+namespace avx512_bf16 {
+namespace {
+#include "simd_avx512.h"
+#include "decode.h"
+#include "gemv.h"
+#include "gemm.h"
+#include "bf16_blocks.h"
+#include "gemv_bf16.h"
+#include "gemm_bf16.h"
+
+void linear(const Linear& a) {
+    const bool blocks = has_blocks(a.w);
+    if (a.x_type == BF16) {
+        if (a.m <= GEMV_ROWS) return blocks ? gemv_bf16(a) : gemv(a);
+        return blocks ? gemm<DotBF16<true>>(a) : gemm<DotBF16<false>>(a);
+    }
+    a.m <= GEMV_ROWS ? gemv(a) : gemm<DotF32>(a);
+}
+}  // namespace
+extern const Level level;
+const Level level = {"avx512_bf16", linear, dequantize};
+}  // namespace avx512_bf16
+}  // namespace quanto
+QUANTO_TARGET_END

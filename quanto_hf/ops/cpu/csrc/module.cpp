@@ -1,0 +1,126 @@
+// The Python face of the native library: functions that take addresses and sizes as integers. They check nothing but
+// the number of arguments; quanto_hf/ops checks tensors before it calls. The stable ABI serves every Python from 3.10.
+#define Py_LIMITED_API 0x030A0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "dispatch.h"
+
+namespace {
+
+using namespace quanto;
+
+const Level* levels[MAX_LEVELS];
+int level_count = 0;
+const Level* active = nullptr;
+
+// Integers from Python, read in order.
+struct Arguments {
+    PyObject* const* values;
+    long long next() { return PyLong_AsLongLong(*values++); }
+    template <class T>
+    T* address() {
+        return reinterpret_cast<T*>(static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(*values++)));
+    }
+};
+
+Weight read_weight(Arguments& in) {
+    Weight w;
+    w.packed = in.address<const uint8_t>();
+    w.scale = in.address<const void>();
+    w.zero = in.address<const void>();
+    w.table = in.address<const float>();
+    w.n = in.next();
+    w.k = in.next();
+    w.group = in.next();
+    if (w.group <= 0 || w.group > w.k) w.group = w.k > 0 ? w.k : 1;
+    w.groups = w.k > 0 ? (w.k + w.group - 1) / w.group : 1;
+    w.codes = static_cast<int>(in.next());
+    w.scale_type = static_cast<int>(in.next());
+    return w;
+}
+constexpr Py_ssize_t WEIGHT_ARGUMENTS = 9;
+
+bool ready(Py_ssize_t got, Py_ssize_t wanted) {
+    if (!active) PyErr_SetString(PyExc_RuntimeError, "no native kernels for this processor");
+    else if (got != wanted) PyErr_Format(PyExc_TypeError, "expected %zd integers, got %zd", wanted, got);
+    else return true;
+    return false;
+}
+
+PyObject* linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, WEIGHT_ARGUMENTS + 6)) return nullptr;
+    Arguments in{values};
+    Linear a;
+    a.w = read_weight(in);
+    a.x = in.address<const void>();
+    a.bias = in.address<const void>();
+    a.out = in.address<void>();
+    a.m = in.next();
+    a.x_type = static_cast<int>(in.next());
+    a.threads = static_cast<int>(in.next());
+    if (PyErr_Occurred()) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    active->linear(a);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject* dequantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, WEIGHT_ARGUMENTS + 5)) return nullptr;
+    Arguments in{values};
+    const Weight w = read_weight(in);
+    const int64_t* rows = in.address<const int64_t>();
+    const int64_t row_count = in.next();
+    void* out = in.address<void>();
+    const int out_type = static_cast<int>(in.next()), threads = static_cast<int>(in.next());
+    if (PyErr_Occurred()) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    active->dequantize(w, out_type, out, rows, row_count, threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject* level_names(PyObject*, PyObject*) {
+    PyObject* names = PyList_New(0);
+    for (int i = 0; names && i < level_count; i++) {
+        PyObject* name = PyUnicode_FromString(levels[i]->name);
+        if (!name || PyList_Append(names, name)) Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+PyObject* use_level(PyObject*, PyObject* name) {
+    for (int i = 0; i < level_count; i++) {
+        if (PyUnicode_CompareWithASCIIString(name, levels[i]->name) == 0) {
+            active = levels[i];
+            Py_RETURN_NONE;
+        }
+    }
+    return PyErr_Format(PyExc_ValueError, "this processor does not offer %R", name);
+}
+
+PyObject* level(PyObject*, PyObject*) {
+    if (!active) Py_RETURN_NONE;
+    return PyUnicode_FromString(active->name);
+}
+
+PyMethodDef methods[] = {
+    {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear)), METH_FASTCALL, "out = x @ weight.T + bias"},
+    {"dequantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(dequantize)), METH_FASTCALL, "rows of a weight as floats"},
+    {"levels", level_names, METH_NOARGS, "names of the levels that this processor can run, best first"},
+    {"level", level, METH_NOARGS, "name of the level in use, or None"},
+    {"use_level", use_level, METH_O, "choose a level by name"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "Native CPU kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() {
+    level_count = available_levels(levels);
+    active = level_count ? levels[0] : nullptr;
+    return PyModule_Create(&definition);
+}

@@ -1,0 +1,103 @@
+// 8 lanes of float with AVX2, FMA and F16C. Included inside the namespace of a level.
+
+constexpr int W = 8;
+using F = __m256;
+using I = __m256i;
+struct Table {
+    __m256 low, high;
+};
+
+inline I first(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+inline F splat(float v) { return _mm256_set1_ps(v); }
+inline F load(const float* p) { return _mm256_loadu_ps(p); }
+inline F loadn(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
+inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+inline void storen(float* p, F v, int64_t n) {
+    if (n >= W) _mm256_storeu_ps(p, v);
+    else _mm256_maskstore_ps(p, first(n), v);
+}
+inline F add(F a, F b) { return _mm256_add_ps(a, b); }
+inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline float sum(F v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// n bytes, or n halves, in the low end of a register
+inline __m128i low_bytes(const void* p, int64_t bytes) {
+    alignas(16) uint8_t buffer[16] = {};
+    std::memcpy(buffer, p, bytes);
+    return _mm_load_si128((const __m128i*)buffer);
+}
+inline I load_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+inline I loadn_bytes(const uint8_t* p, int64_t n) { return _mm256_cvtepu8_epi32(low_bytes(p, n)); }
+inline I load_signed(const uint8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+inline I loadn_signed(const uint8_t* p, int64_t n) { return _mm256_cvtepi8_epi32(low_bytes(p, n)); }
+template <int BITS>
+inline I field(I bytes, int shift) {
+    return _mm256_and_si256(_mm256_srl_epi32(bytes, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32((1 << BITS) - 1));
+}
+inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+inline Table load_table(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline F lookup(Table table, I index) {  // bit 3 of the index moves to the sign, which blendv looks at
+    const F a = _mm256_permutevar8x32_ps(table.low, index), b = _mm256_permutevar8x32_ps(table.high, index);
+    return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+
+// 32-bit lanes to the low 8 halves
+inline __m128i narrow(I v) {
+    return _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+}
+inline F from_half(__m128i h) { return _mm256_cvtph_ps(h); }
+inline F e5m2(I v) { return from_half(narrow(_mm256_slli_epi32(v, 8))); }
+inline F e4m3(I v) {
+    // the bits of a half with the exponent 8 too small; halves keep their subnormals whatever the flush mode is
+    const I magnitude = _mm256_and_si256(v, _mm256_set1_epi32(0x7F)), sign = _mm256_and_si256(v, _mm256_set1_epi32(0x80));
+    const I half = _mm256_or_si256(_mm256_slli_epi32(magnitude, 7), _mm256_slli_epi32(sign, 8));
+    const F value = mul(from_half(narrow(half)), splat(256.0f));
+    const I nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7F));
+    return _mm256_or_ps(value, _mm256_castsi256_ps(nan));  // all bits set is a NaN
+}
+
+inline F widen(__m128i b) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16)); }
+inline F load_bf16(const uint16_t* p) { return widen(_mm_loadu_si128((const __m128i*)p)); }
+inline F loadn_bf16(const uint16_t* p, int64_t n) { return n >= W ? load_bf16(p) : widen(low_bytes(p, 2 * n)); }
+inline F load_f16(const uint16_t* p) { return from_half(_mm_loadu_si128((const __m128i*)p)); }
+inline F loadn_f16(const uint16_t* p, int64_t n) { return n >= W ? load_f16(p) : from_half(low_bytes(p, 2 * n)); }
+
+// float to bfloat16, round to nearest even; NaN stays NaN
+inline __m128i narrow_bf16(F v) {
+    const I bits = _mm256_castps_si256(v);
+    const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const I rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+    const I nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return narrow(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan));
+}
+inline void store_halves(uint16_t* p, __m128i v, int64_t n) {
+    if (n >= W) return _mm_storeu_si128((__m128i*)p, v);
+    alignas(16) uint16_t buffer[W];
+    _mm_store_si128((__m128i*)buffer, v);
+    std::memcpy(p, buffer, 2 * n);
+}
+inline void storen_bf16(uint16_t* p, F v, int64_t n) { store_halves(p, narrow_bf16(v), n); }
+inline void storen_f16(uint16_t* p, F v, int64_t n) {
+    store_halves(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n);
+}
+
+// Rows become columns.
+inline void transpose(F (&v)[8]) {
+    F t[8];
+    for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]), t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    for (int i = 0; i < 8; i += 4) {
+        v[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44), v[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+        v[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44), v[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+    }
+    for (int i = 0; i < 4; i++) t[i] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x20), t[i + 4] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x31);
+    for (int i = 0; i < 8; i++) v[i] = t[i];
+}

@@ -1,0 +1,38 @@
+"""The compiled module, and which instructions it uses."""
+
+import logging
+import os
+from types import ModuleType
+
+logger = logging.getLogger("quanto_hf")
+
+# Every level that the sources have, best first; a processor offers those that it has the instructions for.
+LEVELS = ("avx512_bf16", "avx512", "avx2", "neon")
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The module, or None and the sentence why."""
+    wanted = os.environ.get("QUANTO_HF_CPU", "").strip().lower()
+    if wanted == "torch":
+        return None, "QUANTO_HF_CPU=torch switches the native kernels off"
+    try:
+        # torch first: the module then uses torch's own OpenMP and follows torch.set_num_threads
+        import torch  # noqa: F401
+
+        from quanto_hf.ops.cpu import _native  # type: ignore[attr-defined]
+    except ImportError:
+        return None, "it was installed without a compiler; install a C++17 compiler and reinstall quanto-hf"
+    offered = _native.levels()
+    if wanted and wanted not in offered:
+        choices = ", ".join([*offered, "torch"])
+        raise ValueError(f"QUANTO_HF_CPU={wanted!r} is not a level of this processor; choose one of {choices}")
+    if not offered:
+        return None, "this processor has no AVX2 or NEON"
+    if wanted:
+        _native.use_level(wanted)
+    return _native, f"level {_native.level()}"
+
+
+NATIVE, REASON = _load()
+if NATIVE is None:
+    logger.info("quanto_hf runs without native CPU kernels: %s", REASON)

@@ -1,0 +1,46 @@
+"""Builds the native CPU kernels. Optional: where there is no compiler the installation goes on without them."""
+
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("quanto_hf/ops/cpu/csrc")
+# -ffp-contract=off: a product and a sum are fused only where the source says so, so that every compiler and every
+# level of instructions computes the same weights.
+UNIX = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra"]
+# GCC 12 takes the undefined registers of its own intrinsics for mistakes of ours.
+GCC_NOISE = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+
+
+class Build(build_ext):
+    """Flags by compiler: torch's OpenMP on Linux, Grand Central Dispatch on macOS, vcomp on Windows."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if self.compiler.compiler_type == "msvc":
+            ext.extra_compile_args += ["/std:c++17", "/O2", "/openmp", "/EHsc"]
+        elif sys.platform == "darwin":
+            ext.extra_compile_args += UNIX
+        else:
+            ext.extra_compile_args += [*UNIX, *GCC_NOISE, "-fopenmp"]
+            ext.extra_link_args += ["-fopenmp"]
+        super().build_extension(ext)
+
+
+# One binary for all versions of Python, but for builds without a global lock, which have no stable interface yet.
+stable = not sysconfig.get_config_var("Py_GIL_DISABLED")
+native = Extension(
+    "quanto_hf.ops.cpu._native",
+    sources=sorted(path.as_posix() for path in SOURCES.glob("*.cpp")),
+    depends=sorted(path.as_posix() for path in SOURCES.glob("*.h")),
+    language="c++",
+    optional=True,
+    py_limited_api=stable,
+)
+setup(
+    ext_modules=[native],
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if stable else {},
+)
