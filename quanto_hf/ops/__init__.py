@@ -3,7 +3,9 @@
 Imports: ``qtypes`` and torch. Never: a scheme, a module, transformers.
 """
 
-from quanto_hf.ops import torch_linear  # noqa: F401  registers its kernels
+from quanto_hf.ops.cpu import kernels  # noqa: F401  the native ones are asked first
+
+from quanto_hf.ops import torch_linear  # noqa: F401  isort: skip
 from quanto_hf.ops.dequantize import dequantize, groups
 from quanto_hf.ops.linear import linear, linear_grad_input, linear_op
 from quanto_hf.ops.packing import pack, packed_width, unpack

@@ -1,0 +1,88 @@
+"""Calls of the native library with tensors: the last step, after every check."""
+
+from functools import cache
+
+import torch
+
+from quanto_hf.ops.cpu.library import NATIVE
+from quanto_hf.ops.dequantize import symmetric_offset
+from quanto_hf.qtypes import QTYPES
+
+# The numbers of csrc/common.h.
+FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODES = {"int8": 0, "float8_e4m3fn": 1, "float8_e5m2": 2, "int4": 3, "nf4": 3, "fp4": 3, "int2": 4}
+
+
+@cache
+def value_table(qtype: str, asymmetric: bool) -> torch.Tensor:
+    """The 16 numbers that codes stand for, float32; codes of 8 bits do not look at it."""
+    kind = QTYPES[qtype]
+    table = torch.zeros(16)
+    if kind.values is not None:
+        table[:] = torch.tensor(kind.values)
+    elif kind.is_packed:
+        table[: kind.levels] = torch.arange(kind.levels) - (0 if asymmetric else symmetric_offset(kind))
+    return table
+
+
+def weight_arguments(
+    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, qtype: str, group_size: int, in_features: int
+) -> tuple[int, ...]:
+    """A weight as csrc/module.cpp reads it. The tensors must be contiguous and outlive the call."""
+    return (
+        packed.data_ptr(),
+        scale.data_ptr(),
+        0 if zero is None else zero.data_ptr(),
+        value_table(qtype, zero is not None).data_ptr(),
+        packed.shape[0],
+        in_features,
+        group_size,
+        CODES[qtype],
+        FLOAT_TYPES[scale.dtype],
+    )
+
+
+def native_dequantize(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    qtype: str,
+    group_size: int,
+    out: torch.Tensor,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Dequantize into ``out``, shape (rows, in_features): all rows of the weight, or those that ``rows`` names.
+
+    Args:
+        rows: None or int64, contiguous; every number is below ``packed.shape[0]``.
+    """
+    assert NATIVE is not None
+    weight = weight_arguments(packed, scale, zero, qtype, group_size, out.shape[1])
+    index, count = (0, packed.shape[0]) if rows is None else (rows.data_ptr(), rows.numel())
+    NATIVE.dequantize(*weight, index, count, out.data_ptr(), FLOAT_TYPES[out.dtype], torch.get_num_threads())
+    return out
+
+
+def native_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    qtype: str,
+    group_size: int,
+) -> torch.Tensor:
+    """``x @ weight.T + bias``; every tensor is contiguous and on the CPU."""
+    assert NATIVE is not None
+    columns = x.shape[-1]
+    out = x.new_empty((*x.shape[:-1], packed.shape[0]))
+    NATIVE.linear(
+        *weight_arguments(packed, scale, zero, qtype, group_size, columns),
+        x.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        x.numel() // columns,
+        FLOAT_TYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return out

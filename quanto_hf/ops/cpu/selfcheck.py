@@ -1,0 +1,73 @@
+"""Each kernel shows once, before its first use, that it agrees with the reference on this machine.
+
+A class of calls (number type, grouping, dtype of x, few or many rows) is checked on a small random weight with
+awkward sizes. A kernel that disagrees is reported loudly and never used again in this process: wrong fast kernels are
+what people remember of other quantizers.
+"""
+
+import warnings
+from functools import cache
+
+import torch
+
+from quanto_hf.ops.cpu.call import native_dequantize, native_linear
+from quanto_hf.ops.cpu.library import NATIVE
+from quanto_hf.ops.dequantize import dequantize, groups
+from quanto_hf.ops.packing import pack
+from quanto_hf.qtypes import QTYPES
+
+# csrc/common.h: more rows of x go through another kernel.
+GEMV_ROWS = 8
+# Largest |difference| / (|x| @ |weight|): rounding of the weight and of the result in the dtype of x.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def sample(qtype: str, group_size: int, asymmetric: bool, rows: int, columns: int) -> tuple[torch.Tensor, ...]:
+    """packed, scale and, if asymmetric, zero of a random weight."""
+    kind = QTYPES[qtype]
+    generator = torch.Generator().manual_seed(rows * columns)
+    low = int(kind.qmin) if kind.storage is torch.int8 else 0
+    high = low + kind.levels if kind.kind != "float" else 0x78
+    codes = torch.randint(low, high, (rows, columns), generator=generator).to(kind.storage)
+    shape = (rows, groups(columns, group_size))
+    scale = (torch.rand(shape, generator=generator) + 0.5) / kind.qmax
+    scale = scale.to(torch.bfloat16) if group_size > 0 else scale
+    zero = (torch.rand(shape, generator=generator) * kind.levels + min(kind.qmin, 0)).to(scale.dtype)
+    tensors = (pack(codes, kind.bits), scale)
+    return (*tensors, zero) if asymmetric else tensors
+
+
+@cache
+def why_wrong(
+    level: str, qtype: str, group_size: int, asymmetric: bool, scale_dtype: torch.dtype, dtype: torch.dtype, many: bool
+) -> str | None:
+    """None if the native kernels agree with the reference for such calls, else the sentence that says how they fail.
+
+    Args:
+        level: the instructions in use (results are kept per level).
+        many: whether x has more than ``GEMV_ROWS`` rows.
+    """
+    assert NATIVE is not None and NATIVE.level() == level
+    # blocks of 256 columns at most: two whole ones, and a short one, with a short group
+    columns = 560 + (2 * group_size if 0 < group_size <= 512 else 0)
+    packed, scale, *rest = sample(qtype, group_size, asymmetric, 37, columns)
+    scale, zero = scale.to(scale_dtype), rest[0].to(scale_dtype) if rest else None
+    x = torch.randn(2 * GEMV_ROWS + 3 if many else 3, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bias = torch.ones(37, dtype=dtype)
+    weight = dequantize.reference(packed, scale, zero, qtype, group_size, columns, torch.float32)
+    made = native_dequantize(packed, scale, zero, qtype, group_size, torch.empty_like(weight))
+    error = float((made - weight).abs().max() / weight.abs().max())
+    if error <= 1e-6:
+        size = x.float().abs() @ weight.abs().T + 1
+        exact = x.float() @ weight.T + 1
+        got = native_linear(x, packed, scale, zero, bias, qtype, group_size).float()
+        error = float(((got - exact).abs() / size).nan_to_num(nan=torch.inf).max())
+        if error <= TOLERANCE[dtype]:
+            return None
+    sentence = (
+        f"the native {level} kernel for {qtype} weights with group_size {group_size} disagrees with the reference "
+        f"(error {error:.2g}) on this machine; slower kernels are used instead. Please report this with the output "
+        "of `quanto-hf kernels`."
+    )
+    warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+    return sentence
