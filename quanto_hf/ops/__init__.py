@@ -4,11 +4,37 @@ Imports: ``qtypes`` and torch. Never: a scheme, a module, transformers.
 """
 
 from quanto_hf.ops.cpu import kernels  # noqa: F401  the native ones are asked first
+from quanto_hf.ops.cpu.bound import BoundLinear
+from quanto_hf.ops.cpu.bound import bind as bind_linear
 
-from quanto_hf.ops import torch_linear  # noqa: F401  isort: skip
+from quanto_hf.ops import torch_kernels  # noqa: F401  isort: skip
 from quanto_hf.ops.dequantize import dequantize, groups
 from quanto_hf.ops.linear import linear, linear_grad_input, linear_op
 from quanto_hf.ops.packing import pack, packed_width, unpack
 from quanto_hf.ops.registry import OPS
 
-__all__ = ["OPS", "dequantize", "groups", "linear", "linear_grad_input", "linear_op", "pack", "packed_width", "unpack"]
+__all__ = [
+    "OPS",
+    "BoundLinear",
+    "bind_linear",
+    "dequantize",
+    "groups",
+    "linear",
+    "linear_grad_input",
+    "linear_op",
+    "pack",
+    "packed_width",
+    "unpack",
+]
+    "OPS",
+    "BoundLinear",
+    "bind_linear",
+    "dequantize",
+    "groups",
+    "linear",
+    "linear_grad_input",
+    "linear_op",
+    "pack",
+    "packed_width",
+    "unpack",
+]

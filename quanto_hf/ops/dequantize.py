@@ -172,22 +172,3 @@ def dequantize_rows(
 def block_rows(columns: int, dtype: torch.dtype) -> int:
     """Rows of a block of ``BLOCK_WEIGHT_BYTES``, at least 1."""
     return max(1, BLOCK_WEIGHT_BYTES // (max(1, columns) * dtype.itemsize))
-
-
-@dequantize.kernel("torch_blocks", lambda *args: None)
-def _dequantize_blocks(
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    qtype: str,
-    group_size: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Rows in blocks, so that the temporaries stay small."""
-    out = scale.new_empty((packed.shape[0], in_features), dtype=dtype)
-    step = block_rows(in_features, dtype)
-    for start in range(0, packed.shape[0], step):
-        rows = slice(start, start + step)
-        dequantize_rows(packed[rows], scale[rows], None if zero is None else zero[rows], qtype, group_size, out[rows])
-    return out

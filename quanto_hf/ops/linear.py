@@ -1,6 +1,6 @@
 """The ops ``linear`` and ``linear_grad_input``: a float input times a quantized weight, and the gradient to the input.
 
-Their kernels in plain torch are in ``torch_linear.py``.
+Their kernels in plain torch are in ``torch_kernels.py``, the native ones in ``cpu/kernels.py``.
 """
 
 from typing import Any

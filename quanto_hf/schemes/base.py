@@ -1,7 +1,7 @@
 """What a scheme is: a frozen description of how one weight is stored and multiplied."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
@@ -64,6 +64,17 @@ class Scheme(ABC):
     @abstractmethod
     def linear(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
         """``x @ weight.T + bias`` for a weight of 2 dimensions; shape (..., out_features), dtype of ``x``."""
+
+    def bind(
+        self, tensors: Tensors, in_features: int
+    ) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor | None] | None:
+        """``call(x, bias)``, the same as :meth:`linear` with everything about these tensors looked up in advance.
+
+        Returns:
+            None if there is nothing to prepare. The call itself answers None where it does not serve (another device,
+            a gradient to follow, tensors that have moved); :meth:`linear` always does.
+        """
+        return None
 
     def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows of the float weight, as an embedding reads them.

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from quanto_hf.fit import Fit, Grid, fit_by_name
-from quanto_hf.ops import dequantize, groups, linear, pack, packed_width
+from quanto_hf.ops import BoundLinear, bind_linear, dequantize, groups, linear, pack, packed_width
 from quanto_hf.ops.scratch import scratch
 from quanto_hf.qtypes import QTYPES, QType
 from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
@@ -151,6 +151,12 @@ class Grouped(Scheme):
     def linear(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
         """See :class:`Scheme`."""
         return linear(x, tensors["packed"], tensors["scale"], tensors.get("zero"), bias, self.qtype, self.group_size)
+
+    def bind(self, tensors: Tensors, in_features: int) -> BoundLinear | None:
+        """See :class:`Scheme`."""
+        return bind_linear(
+            tensors["packed"], tensors["scale"], tensors.get("zero"), self.qtype, self.group_size, in_features
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """See :class:`Scheme`."""

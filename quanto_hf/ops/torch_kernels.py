@@ -1,4 +1,4 @@
-"""Plain torch kernels of ``linear`` and ``linear_grad_input``.
+"""Kernels of all ops in plain torch, for every device and for machines without native kernels.
 
 ``torch_int8pack`` is torch's own int8 product; ``torch_blocks`` dequantizes a block of rows into a reused buffer,
 multiplies, and goes on with the next block. A native kernel registers itself before these.
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from quanto_hf.ops.decode import decode
-from quanto_hf.ops.dequantize import block_rows, dequantize_rows
+from quanto_hf.ops.dequantize import block_rows, dequantize, dequantize_rows
 from quanto_hf.ops.linear import linear_grad_input, linear_op
 from quanto_hf.ops.scratch import scratch
 from quanto_hf.qtypes import QTYPES
@@ -116,3 +116,22 @@ def _grad_blocks(
         dequantize_rows(packed[cut], scale[cut], None if zero is None else zero[cut], qtype, group_size, weight)
         total += flat[:, cut] @ weight
     return total.to(grad.dtype).view(*grad.shape[:-1], in_features)
+
+
+@dequantize.kernel("torch_blocks", lambda *args: None)
+def _dequantize_blocks(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    qtype: str,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Rows in blocks, so that the temporaries stay small."""
+    out = scale.new_empty((packed.shape[0], in_features), dtype=dtype)
+    step = block_rows(in_features, dtype)
+    for start in range(0, packed.shape[0], step):
+        rows = slice(start, start + step)
+        dequantize_rows(packed[rows], scale[rows], None if zero is None else zero[rows], qtype, group_size, out[rows])
+    return out

@@ -1,0 +1,84 @@
+"""A linear call with everything looked up in advance: 4 us of Python per layer in place of 30.
+
+A quantized layer calls the same weight again and again. The checks of the weight, the choice of the kernel and the
+reading of its tensors happen once; a call then looks at x, and whether the weight is still where it was.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from quanto_hf.ops.cpu.call import FLOAT_TYPES, weight_arguments
+from quanto_hf.ops.cpu.library import NATIVE
+from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS, why_wrong
+from quanto_hf.ops.dequantize import check_weight
+from quanto_hf.ops.registry import reference_only
+
+BoundLinear = Callable[[torch.Tensor, torch.Tensor | None], "torch.Tensor | None"]
+
+
+def bind(
+    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, qtype: str, group_size: int, in_features: int
+) -> BoundLinear | None:
+    """``call(x, bias)`` for one weight, or None where there is no native kernel for it.
+
+    The call answers None when it cannot serve: x is not what it was made for (another device, a gradient to follow, a
+    view that is not contiguous), or the weight has moved. Who called then takes the general way.
+
+    Raises:
+        ValueError: the tensors are not those of such a weight.
+    """
+    check_weight(packed, scale, zero, qtype, group_size, in_features)
+    stored = [tensor for tensor in (packed, scale, zero) if tensor is not None]
+    if NATIVE is None or reference_only() or not packed.numel():
+        return None
+    if any(type(tensor) not in _PLAIN or not tensor.is_cpu or not tensor.is_contiguous() for tensor in stored):
+        return None
+    level, asymmetric, scale_dtype = NATIVE.level(), zero is not None, scale.dtype
+    weight = weight_arguments(packed, scale, zero, qtype, group_size, in_features)
+    rows = packed.shape[0]
+    packed_at, scale_at, zero_at = weight[:3]
+    packed_size, scale_size = packed.numel(), scale.numel()
+    trusted: set[tuple[torch.dtype, bool]] = set()
+    run, threads, types = NATIVE.linear, torch.get_num_threads, FLOAT_TYPES
+
+    def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        if (
+            type(x) is not torch.Tensor
+            or not x.is_cpu
+            or not x.is_contiguous()
+            or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+            # another tensor behind the same Parameter: param.data = ..., as offload does
+            or packed.data_ptr() != packed_at
+            or scale.data_ptr() != scale_at
+            or packed.numel() != packed_size
+            or scale.numel() != scale_size
+            or (zero is not None and (zero.data_ptr() != zero_at or zero.numel() != scale_size))
+        ):
+            return None
+        shape, dtype = x.shape, x.dtype
+        kind = types.get(dtype)
+        if kind is None or not shape or shape[-1] != in_features or x.is_neg():
+            return None
+        if bias is not None and (bias.dtype is not dtype or bias.numel() != rows or not bias.is_contiguous()):
+            return None
+        count = x.numel() // in_features
+        if not count:
+            return None
+        key = (dtype, count > GEMV_ROWS)
+        if key not in trusted:
+            if why_wrong(level, qtype, group_size, asymmetric, scale_dtype, *key):
+                return None
+            trusted.add(key)
+        try:
+            x_at = x.data_ptr()
+        except RuntimeError:  # a tensor without memory of its own, as inside torch.func.vmap
+            return None
+        out = torch.empty((*shape[:-1], rows), dtype=dtype)
+        run(*weight, x_at, 0 if bias is None else bias.data_ptr(), out.data_ptr(), count, kind, threads())
+        return out
+
+    return call
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
