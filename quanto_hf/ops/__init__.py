@@ -26,15 +26,3 @@ __all__ = [
     "packed_width",
     "unpack",
 ]
-    "OPS",
-    "BoundLinear",
-    "bind_linear",
-    "dequantize",
-    "groups",
-    "linear",
-    "linear_grad_input",
-    "linear_op",
-    "pack",
-    "packed_width",
-    "unpack",
-]
