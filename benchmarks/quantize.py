@@ -4,6 +4,7 @@
 
 The weight is Gaussian, bfloat16. ``error`` is ||Q - W|| / ||W||; ``beyond`` the peak of resident memory above the
 result, each measured in a process of its own (Linux only).
+``GB/s`` counts the bytes of the weight. QUANTO_HF_CPU=torch measures torch alone.
 """
 
 import argparse
@@ -18,7 +19,9 @@ from quanto_hf.schemes import make_scheme
 
 CASES = [
     ("int8", -1, "absmax"),
+    ("int8", 128, "absmax"),
     ("float8", -1, "absmax"),
+    ("float8_e5m2", -1, "absmax"),
     ("int4", 64, "minmax"),
     ("int4", 64, "mse"),
     ("int4", 128, "minmax"),
@@ -31,6 +34,8 @@ CASES = [
     ("int2", 64, "mse"),
     ("int2", 128, "minmax"),
     ("int2", 128, "mse"),
+    ("int2", 64, "mse_gain"),
+    ("int2", 64, "hqq"),
 ]
 
 
@@ -53,7 +58,9 @@ def measure(weights: str, group_size: int, fit: str, size: tuple[int, int]) -> N
     exact = weight.float()
     error = float((scheme.dequantize(tensors, size[1], torch.float32) - exact).norm() / exact.norm())
     bits = 8 * result / weight.numel()
-    print(f"{scheme!s:18}{fit:8}{bits:6.2f}{min(times):10.3f}{(beyond - result) / 1e6:12.1f}{error:10.4f}", flush=True)
+    speed = weight.nbytes / min(times) / 1e9
+    row = f"{scheme!s:18}{fit:9}{bits:6.2f}{min(times):10.4f}{speed:8.2f}{(beyond - result) / 1e6:12.1f}{error:10.4f}"
+    print(row, flush=True)
 
 
 def main() -> None:
@@ -67,7 +74,7 @@ def main() -> None:
         measure(*CASES[args.case], tuple(args.size))
         return
     print(f"{args.size[0]} x {args.size[1]}, {args.threads} threads, torch {torch.__version__}")
-    print(f"{'weights':18}{'fit':8}{'bits':>6}{'seconds':>10}{'beyond MB':>12}{'error':>10}")
+    print(f"{'weights':18}{'fit':9}{'bits':>6}{'seconds':>10}{'GB/s':>8}{'beyond MB':>12}{'error':>10}")
     for case in range(len(CASES)):
         subprocess.run([sys.executable, "-W", "ignore", *sys.argv, "--case", str(case)], check=True)
 

@@ -7,6 +7,7 @@ from quanto_hf.fit.base import FITS, Fit, fit_by_name
 from quanto_hf.fit.grid import Grid
 from quanto_hf.fit.hqq import Hqq
 from quanto_hf.fit.mse import Mse, MseGain
+from quanto_hf.fit.native import native_fit
 from quanto_hf.fit.ranges import Absmax, Minmax
 
 # the names that optimum-quanto's users know
@@ -27,4 +28,5 @@ __all__ = [
     "Mse",
     "MseGain",
     "fit_by_name",
+    "native_fit",
 ]

@@ -84,11 +84,11 @@ class Grid:
         return cells.bitwise_and_(CELLS - 1)
 
     def _table(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        return _lookup_tables(self.qtype, device)
+        return lookup_tables(self.qtype, device)
 
 
 @lru_cache(maxsize=16)
-def _lookup_tables(qtype: QType, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def lookup_tables(qtype: QType, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest table value (float32), and its code (uint8), of each of ``CELLS`` evenly spaced values."""
     assert qtype.values is not None
     with torch.inference_mode(False):

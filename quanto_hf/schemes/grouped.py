@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from quanto_hf.fit import Fit, Grid, fit_by_name
+from quanto_hf.fit import Fit, Grid, fit_by_name, native_fit
 from quanto_hf.ops import BoundLinear, bind_linear, dequantize, groups, linear, pack, packed_width
+from quanto_hf.ops.cpu.quantize import native_quantize, refuses_quantize
 from quanto_hf.ops.scratch import scratch
 from quanto_hf.qtypes import QTYPES, QType
 from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
@@ -82,7 +83,9 @@ class Grouped(Scheme):
         return fit_by_name({8: "absmax", 4: "mse", 2: "mse_gain"}[self.type.bits])
 
     def quantize(self, weight: torch.Tensor, fit: "Fit | str | None" = None) -> dict[str, torch.Tensor]:
-        """See :class:`Scheme`. Works on blocks of rows through reused buffers: about 8 MB beyond the result."""
+        """See :class:`Scheme`. One native pass over the weight, or torch on blocks of rows through reused buffers:
+        about 8 MB beyond the result.
+        """
         if weight.dim() < 2 or not weight.is_floating_point():
             raise ValueError(
                 f"a weight has a float dtype and at least 2 dimensions, "
@@ -98,6 +101,8 @@ class Grouped(Scheme):
             return result
         flat = weight.detach().reshape(-1, columns)
         parts = {name: tensor.view(flat.shape[0], -1) for name, tensor in result.items()}
+        if self._quantize_natively(flat, found, parts):
+            return result
         step = max(1, BLOCK_VALUES // columns)
         # under autocast the products of a fit would be rounded to 16 bits
         with torch.autocast(weight.device.type, enabled=False):
@@ -105,6 +110,13 @@ class Grouped(Scheme):
                 block = {name: tensor[start : start + step] for name, tensor in parts.items()}
                 self._quantize_rows(flat[start : start + step], found, block)
         return result
+
+    def _quantize_natively(self, rows: torch.Tensor, fit: Fit, out: dict[str, torch.Tensor]) -> bool:
+        """Quantize all rows with the native library. False: it cannot, or the weight cannot be quantized at all."""
+        if refuses_quantize(rows, out, self.group_size) is not None:
+            return False
+        native = native_fit(fit, self.grid)
+        return native is not None and native_quantize(rows, out, self.qtype, self.group_size, native)
 
     def _quantize_rows(self, rows: torch.Tensor, fit: Fit, out: dict[str, torch.Tensor]) -> None:
         """Quantize a block of rows into views of the result."""

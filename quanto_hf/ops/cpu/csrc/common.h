@@ -3,6 +3,7 @@
 // is compiled for AVX-512 must never be the copy that the linker keeps for older processors.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -46,6 +47,25 @@ struct Linear {
     int64_t m;
     int x_type;  // of x, bias and out
     int threads;
+};
+
+// How scale and zero are found. RANGE: absmax and minmax.
+enum Fit { RANGE = 0, MSE = 1, HQQ = 2 };
+
+// A float matrix of n rows and k columns to be quantized. `group` columns share a scale, 0: the whole row; the last
+// group of a row may be shorter.
+struct Quantize {
+    const void* in;
+    uint8_t* packed;  // n rows of row_bytes(codes, k)
+    void* scale;      // n rows of groups
+    void* zero;       // the same; null: a symmetric grid
+    const float* table;  // of nf4 and fp4 (grid.h), else null
+    // lowest and highest number of the grid, then those of the fit. MSE: the share of the lost gain that is given back,
+    // rounds of least squares, shares of the range to start from. HQQ: p, beta, kappa, iterations.
+    const double* numbers;
+    int64_t number_count;
+    int64_t n, k, stride, group;  // stride: from row to row of `in`, in numbers
+    int in_type, scale_type, codes, fit, threads;
 };
 
 constexpr int64_t row_bytes(int codes, int64_t k) {
@@ -122,6 +142,7 @@ struct Level {
     const char* name;
     void (*linear)(const Linear&);
     void (*dequantize)(const Weight&, int out_type, void* out, const int64_t* rows, int64_t count, int threads);
+    bool (*quantize)(const Quantize&);  // false: a value or a scale is not finite, and the result means nothing
 };
 
 }  // namespace quanto

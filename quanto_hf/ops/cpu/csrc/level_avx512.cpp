@@ -10,13 +10,16 @@ namespace avx512 {
 namespace {
 #include "simd_avx512.h"
 #include "decode.h"
+#include "grid.h"
+#include "fit.h"
+#include "quantize.h"
 #include "gemv.h"
 #include "gemm.h"
 
 void linear(const Linear& a) { a.m <= GEMV_ROWS ? gemv(a) : gemm<DotF32>(a); }
 }  // namespace
 extern const Level level;
-const Level level = {"avx512", linear, dequantize};
+const Level level = {"avx512", linear, dequantize, quantize};
 }  // namespace avx512
 }  // namespace quanto
 QUANTO_TARGET_END

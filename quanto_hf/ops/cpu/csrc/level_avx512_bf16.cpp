@@ -10,6 +10,9 @@ namespace avx512_bf16 {
 namespace {
 #include "simd_avx512.h"
 #include "decode.h"
+#include "grid.h"
+#include "fit.h"
+#include "quantize.h"
 #include "gemv.h"
 #include "gemm.h"
 #include "bf16_blocks.h"
@@ -26,7 +29,7 @@ void linear(const Linear& a) {
 }
 }  // namespace
 extern const Level level;
-const Level level = {"avx512_bf16", linear, dequantize};
+const Level level = {"avx512_bf16", linear, dequantize, quantize};
 }  // namespace avx512_bf16
 }  // namespace quanto
 QUANTO_TARGET_END

@@ -81,6 +81,34 @@ PyObject* dequantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
     Py_RETURN_NONE;
 }
 
+PyObject* quantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, 16)) return nullptr;
+    Arguments in{values};
+    Quantize q;
+    q.in = in.address<const void>();
+    q.packed = in.address<uint8_t>();
+    q.scale = in.address<void>();
+    q.zero = in.address<void>();
+    q.table = in.address<const float>();
+    q.numbers = in.address<const double>();
+    q.number_count = in.next();
+    q.n = in.next();
+    q.k = in.next();
+    q.stride = in.next();
+    q.group = in.next();
+    q.in_type = static_cast<int>(in.next());
+    q.scale_type = static_cast<int>(in.next());
+    q.codes = static_cast<int>(in.next());
+    q.fit = static_cast<int>(in.next());
+    q.threads = static_cast<int>(in.next());
+    if (PyErr_Occurred()) return nullptr;
+    bool finite;
+    Py_BEGIN_ALLOW_THREADS
+    finite = active->quantize(q);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(finite);
+}
+
 PyObject* level_names(PyObject*, PyObject*) {
     PyObject* names = PyList_New(0);
     for (int i = 0; names && i < level_count; i++) {
@@ -109,6 +137,7 @@ PyObject* level(PyObject*, PyObject*) {
 PyMethodDef methods[] = {
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear)), METH_FASTCALL, "out = x @ weight.T + bias"},
     {"dequantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(dequantize)), METH_FASTCALL, "rows of a weight as floats"},
+    {"quantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(quantize)), METH_FASTCALL, "codes, scale and zero of a float matrix"},
     {"levels", level_names, METH_NOARGS, "names of the levels that this processor can run, best first"},
     {"level", level, METH_NOARGS, "name of the level in use, or None"},
     {"use_level", use_level, METH_O, "choose a level by name"},

@@ -23,6 +23,18 @@ inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F div(F a, F b) { return _mm256_div_ps(a, b); }
+inline F root(F v) { return _mm256_sqrt_ps(v); }
+inline F min(F a, F b) { return _mm256_min_ps(a, b); }
+inline F max(F a, F b) { return _mm256_max_ps(a, b); }
+inline F round_even(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// a < b ? x : y, lane by lane; y where a or b is NaN
+inline F select_less(F a, F b, F x, F y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+inline bool any_less(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)) != 0; }
+// the bits of v: those of a mask, and all of them shifted right
+inline F masked(F v, uint32_t bits) { return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(bits)))); }
+inline I shifted(F v, int count) { return _mm256_srl_epi32(_mm256_castps_si256(v), _mm_cvtsi32_si128(count)); }
+inline F as_float(I bits) { return _mm256_castsi256_ps(bits); }
 inline float sum(F v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -44,6 +56,7 @@ inline I field(I bytes, int shift) {
     return _mm256_and_si256(_mm256_srl_epi32(bytes, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32((1 << BITS) - 1));
 }
 inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+inline I to_int(F v) { return _mm256_cvtps_epi32(v); }
 inline Table load_table(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline F lookup(Table table, I index) {  // bit 3 of the index moves to the sign, which blendv looks at
     const F a = _mm256_permutevar8x32_ps(table.low, index), b = _mm256_permutevar8x32_ps(table.high, index);
@@ -53,6 +66,14 @@ inline F lookup(Table table, I index) {  // bit 3 of the index moves to the sign
 // 32-bit lanes to the low 8 halves
 inline __m128i narrow(I v) {
     return _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+}
+// the low bytes of the lanes
+inline void storen_bytes(uint8_t* p, I v, int64_t n) {
+    const __m128i halves = narrow(_mm256_and_si256(v, _mm256_set1_epi32(0xFF))), bytes = _mm_packus_epi16(halves, halves);
+    if (n >= W) return _mm_storel_epi64((__m128i*)p, bytes);
+    alignas(16) uint8_t buffer[16];
+    _mm_store_si128((__m128i*)buffer, bytes);
+    std::memcpy(p, buffer, n);
 }
 inline F from_half(__m128i h) { return _mm256_cvtph_ps(h); }
 inline F e5m2(I v) { return from_half(narrow(_mm256_slli_epi32(v, 8))); }
@@ -79,6 +100,7 @@ inline __m128i narrow_bf16(F v) {
     const I nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     return narrow(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), nan));
 }
+inline F round_bf16(F v) { return widen(narrow_bf16(v)); }
 inline void store_halves(uint16_t* p, __m128i v, int64_t n) {
     if (n >= W) return _mm_storeu_si128((__m128i*)p, v);
     alignas(16) uint16_t buffer[W];

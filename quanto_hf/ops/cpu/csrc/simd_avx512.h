@@ -16,6 +16,18 @@ inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F root(F v) { return _mm512_sqrt_ps(v); }
+inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F round_even(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// a < b ? x : y, lane by lane; y where a or b is NaN
+inline F select_less(F a, F b, F x, F y) { return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x); }
+inline bool any_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 0; }
+// the bits of v: those of a mask, and all of them shifted right
+inline F masked(F v, uint32_t bits) { return _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits)))); }
+inline I shifted(F v, int count) { return _mm512_srl_epi32(_mm512_castps_si512(v), _mm_cvtsi32_si128(count)); }
+inline F as_float(I bits) { return _mm512_castsi512_ps(bits); }
 inline float sum(F v) { return _mm512_reduce_add_ps(v); }
 
 inline I load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
@@ -27,6 +39,9 @@ inline I field(I bytes, int shift) {
     return _mm512_and_si512(_mm512_srl_epi32(bytes, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32((1 << BITS) - 1));
 }
 inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+inline I to_int(F v) { return _mm512_cvtps_epi32(v); }
+// the low bytes of the lanes
+inline void storen_bytes(uint8_t* p, I v, int64_t n) { _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(v)); }
 inline Table load_table(const float* p) { return _mm512_loadu_ps(p); }
 inline F lookup(Table table, I index) { return _mm512_permutexvar_ps(index, table); }
 
@@ -57,6 +72,7 @@ inline __m256i narrow_bf16(F v) {
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0)));
 }
+inline F round_bf16(F v) { return widen(narrow_bf16(v)); }
 inline void storen_bf16(uint16_t* p, F v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(v)); }
 inline void storen_f16(uint16_t* p, F v, int64_t n) {
     _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -1,0 +1,265 @@
+"""The native quantizer against the same in plain torch, for every level of instructions that this processor has."""
+
+import pytest
+import torch
+
+from quanto_hf.fit import Grid, Hqq, Mse, fit_by_name, native_fit
+from quanto_hf.fit.native import native_table
+from quanto_hf.ops.cpu import quantize as module
+from quanto_hf.ops.cpu.library import NATIVE
+from quanto_hf.qtypes import QTYPES
+from quanto_hf.schemes import make_scheme
+
+pytestmark = pytest.mark.skipif(NATIVE is None, reason="no native kernels here")
+
+LEVELS = NATIVE.levels() if NATIVE else []
+SCHEMES = {
+    str(scheme).replace(" ", "-"): scheme
+    for scheme in (
+        make_scheme("int8"),
+        make_scheme("int8", 64),
+        make_scheme("int4"),
+        make_scheme("int4", 16, True),
+        make_scheme("int4", -1),
+        make_scheme("int4", -1, True),
+        make_scheme("int2"),
+        make_scheme("int2", 256, True),
+        make_scheme("int2", -1),
+        make_scheme("float8"),
+        make_scheme("float8_e5m2"),
+        make_scheme("nf4"),
+        make_scheme("fp4"),
+        make_scheme("fp4", -1),
+    )
+}
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+SEARCHES = {
+    f"{name}-{fit}": (scheme, fit)
+    for name, scheme in SCHEMES.items()
+    for fit in ("mse", "mse_gain", "hqq")
+    if fit != "hqq" or not scheme.symmetric
+}
+every_search = pytest.mark.parametrize("scheme, fit", SEARCHES.values(), ids=SEARCHES)
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+every_float = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+SHAPES = [(1, 1), (1, 5), (1, 4099), (3, 77), (5, 200), (37, 560), (70, 384)]
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    before = NATIVE.level()
+    NATIVE.use_level(request.param)
+    yield request.param
+    NATIVE.use_level(before)
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """(native, torch) results for the same weight."""
+
+    def quantize(scheme, weight, fit):
+        calls = []
+        monkeypatch.setattr(module, "NATIVE", Spy(calls))
+        native = scheme.quantize(weight, fit)
+        assert calls or not weight.numel(), "the native quantizer was not asked"
+        monkeypatch.setenv("QUANTO_HF_REFERENCE", "1")
+        expected = scheme.quantize(weight, fit)
+        monkeypatch.delenv("QUANTO_HF_REFERENCE")
+        return native, expected
+
+    return quantize
+
+
+class Spy:
+    """The native module, which notes that it was called, and that it succeeded."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def quantize(self, *args):
+        assert NATIVE.quantize(*args)
+        self.calls.append(args)
+        return True
+
+
+def awkward(shape, dtype, generator=None):
+    """Random rows; where there are enough of them, also what tends to break: zeros, outliers, constants, subnormals."""
+    weight = torch.randn(shape, generator=generator)
+    if shape[0] > 30:
+        weight[1] = 0
+        weight[2, ::3] = -0.0
+        weight[3] *= 1e-4
+        weight[4] *= 300
+        weight[5] = 0.375
+        weight[6] = -2
+        weight[7, 70:] = 0
+        weight[8] += 40
+        weight[9] = weight[9].abs()
+        weight[10, 5] = 1000
+        weight[11] = weight[11].round()  # ties
+        weight[12] = weight[12].mul(2).round().div(2)
+        weight[13] *= torch.finfo(dtype).tiny / 8
+        weight[14] *= torch.finfo(dtype).smallest_normal * 4
+        weight[15, :] = torch.finfo(dtype).smallest_normal
+        weight[16, 3] = torch.finfo(dtype).max / 4
+        weight[17] = torch.linspace(-1, 1, shape[1])
+    return weight.to(dtype)
+
+
+def assert_same(made, expected):
+    assert list(made) == list(expected)
+    for name, tensor in expected.items():
+        assert made[name].dtype == tensor.dtype
+        assert torch.equal(made[name], tensor), f"{name}: {(made[name] != tensor).sum()} of {tensor.numel()} differ"
+
+
+@every_scheme
+@every_float
+def test_the_whole_range_gives_the_same_bits_as_torch(scheme, dtype, level, both):
+    for shape in SHAPES:
+        made, expected = both(scheme, awkward(shape, dtype), "minmax" if not scheme.symmetric else "absmax")
+        assert_same(made, expected)
+
+
+@every_scheme
+@pytest.mark.parametrize("exponent", [-40, -37, 37.8], ids=["subnormal", "tiny", "huge"])
+def test_the_ends_of_the_range_of_floats_give_the_same_bits_as_torch(scheme, exponent, level, both):
+    weight = (torch.rand(20, 200, dtype=torch.float64) * 2 - 1).mul(10**exponent).float()
+    assert_same(*both(scheme, weight, "minmax"))
+
+
+def row_errors(scheme, weight, tensors):
+    made = scheme.dequantize(tensors, weight.shape[1], torch.float32).double()
+    return (made - weight.double()).norm(dim=1)
+
+
+@every_search
+@every_float
+def test_a_search_ends_as_near_to_the_weight_as_in_torch(scheme, fit, dtype, level, both):
+    for shape in SHAPES:
+        weight = torch.randn(shape).to(dtype)
+        made, expected = (row_errors(scheme, weight, tensors).norm() for tensors in both(scheme, weight, fit))
+        assert made <= expected * (1 + 1e-3) and (expected <= made * (1 + 1e-3) or fit == "hqq")
+
+
+@every_search
+@every_float
+def test_a_search_ends_near_the_weight_in_every_awkward_row(scheme, fit, dtype, level, both):
+    # beyond 1e18 the sums of squares are infinite
+    weight = awkward((37, 560), dtype).float().clamp(-1e18, 1e18).to(dtype)
+    made, expected = (row_errors(scheme, weight, tensors) for tensors in both(scheme, weight, fit))
+    # one code that flips on a tie, or an iteration that stops elsewhere, moves a single row by more than the whole
+    assert (made <= expected * 1.01 + weight.double().norm(dim=1) * 1e-5).all()
+
+
+@every_search
+def test_the_scales_of_a_search_are_those_of_torch_but_for_a_few_ties(scheme, fit, level, both):
+    made, expected = both(scheme, torch.randn(64, 512) * 0.02, fit)
+    same = made["scale"].isclose(expected["scale"], rtol=1e-5, atol=0).float().mean()
+    assert same >= 0.97
+
+
+@every_scheme
+def test_threads_and_levels_give_the_same_bits(scheme, monkeypatch):
+    weight, fits = awkward((37, 560), torch.bfloat16), ["mse_gain", "minmax"] + ["hqq"] * (not scheme.symmetric)
+    before = NATIVE.level()
+    for fit in fits:
+        for name in LEVELS:
+            NATIVE.use_level(name)
+            results = []
+            for threads in (1, 2, 3, 8):
+                torch.set_num_threads(threads)
+                results.append(scheme.quantize(weight, fit))
+            for result in results[1:]:
+                assert_same(result, results[0])
+    NATIVE.use_level(before)
+
+
+@every_scheme
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
+def test_what_is_not_finite_is_refused_with_the_usual_error(scheme, bad, level):
+    for row, column in [(0, 0), (19, 199), (7, 100), (3, 192)]:
+        weight = torch.randn(20, 200)
+        weight[row, column] = bad
+        for fit in ("minmax", "mse"):
+            with pytest.raises(ValueError, match="the weight has NaN or infinite values"):
+                scheme.quantize(weight, fit)
+
+
+def test_a_scale_beyond_bfloat16_is_refused_with_the_usual_error(level):
+    # finite as float32, but rounded to infinity
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        make_scheme("nf4").quantize(torch.full((2, 64), torch.finfo(torch.float32).max), "absmax")
+
+
+VIEWS = {
+    "transposed": lambda: torch.randn(200, 20).T,
+    "columns": lambda: torch.randn(20, 300)[:, 50:250],
+    "every-second-row": lambda: torch.randn(40, 200)[::2],
+    "every-second-column": lambda: torch.randn(20, 400)[:, ::2],
+    "expanded": lambda: torch.randn(1, 200).expand(20, 200),
+    "negative-bit": lambda: torch._neg_view(torch.randn(20, 200)),
+    "float64": lambda: torch.randn(20, 200, dtype=torch.float64),
+    "three-dimensions": lambda: torch.randn(3, 7, 200),
+    "one-column": lambda: torch.randn(20, 4)[:, 1:2],
+    "empty": lambda: torch.randn(0, 5),
+    "parameter": lambda: torch.nn.Parameter(torch.randn(20, 200)),
+}
+
+
+@pytest.mark.parametrize("make", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_every_way_a_weight_lies_in_memory(name, make, both, monkeypatch):
+    monkeypatch.setattr(module, "COPIED_VALUES", 1000)
+    assert_same(*both(make_scheme(name), make(), "minmax"))
+
+
+def test_a_fit_with_other_numbers_is_followed(both):
+    weight = torch.randn(32, 256) * 2
+    scheme = make_scheme("int2")
+    results = []
+    for fit in (Hqq(), Hqq(p=0.4, beta=1.0, kappa=1.1, iterations=7), Hqq(iterations=0)):
+        made, expected = both(scheme, weight, fit)
+        results.append(made)
+        for name in ("scale", "zero"):
+            assert made[name].float().sub(expected[name].float()).abs().mean() < 1e-3
+    assert not torch.equal(results[0]["zero"], results[1]["zero"])
+
+
+def test_a_fit_of_a_users_own_is_asked(monkeypatch):
+    class Mine(Mse):
+        def __call__(self, values, grid, dtype):
+            return torch.full((values.shape[0], 1), 2.0), None
+
+    assert native_fit(Mine(), Grid(QTYPES["int8"])) is None
+    assert (make_scheme("int8").quantize(torch.randn(4, 64), Mine())["scale"] == 2).all()
+
+
+@pytest.mark.parametrize(
+    "fit, symmetric", [("absmax", False), ("hqq", True)], ids=["absmax-asymmetric", "hqq-symmetric"]
+)
+def test_a_fit_that_refuses_the_grid_still_says_so(fit, symmetric):
+    assert native_fit(fit_by_name(fit), Grid(QTYPES["int4"], symmetric)) is None
+    with pytest.raises(ValueError, match=f"fit='{fit}'"):
+        make_scheme("int4", symmetric=symmetric).quantize(torch.randn(4, 64), fit)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_the_table_has_every_number_once_and_in_order(name):
+    table, values = native_table(QTYPES[name]), sorted(set(QTYPES[name].values))
+    borders, numbers, codes = table[:48].view(3, 16)
+    assert numbers[: len(values)].tolist() == pytest.approx(values)
+    assert [QTYPES[name].values[int(code)] for code in codes[: len(values)]] == values
+    assert (borders[: len(values) - 1].diff() > 0).all() and borders[len(values) - 1 :].isinf().all()
+
+
+def test_what_is_not_taken_says_why(monkeypatch):
+    rows, out = torch.randn(4, 64), {"packed": torch.empty(4, 64), "scale": torch.empty(4, 1)}
+    assert module.refuses_quantize(rows, out, -1) is None
+    assert "16" in module.refuses_quantize(rows, out, 24)
+    assert "CPU" in module.refuses_quantize(rows.to("meta"), out, -1)
+    assert "plain" in module.refuses_quantize(torch.nn.Parameter(rows), out, -1)
+    monkeypatch.setenv("QUANTO_HF_REFERENCE", "1")
+    assert "QUANTO_HF_REFERENCE" in module.refuses_quantize(rows, out, -1)
+    monkeypatch.setattr(module, "NATIVE", None)
+    assert module.refuses_quantize(rows, out, -1) == module.REASON
