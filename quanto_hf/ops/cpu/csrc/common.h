@@ -98,6 +98,7 @@ void parallel(int threads, const Task& task) {
         return;
     }
 #endif
+    (void)threads;
     task(0, 1);
 }
 

@@ -40,7 +40,8 @@ inline void for_each_weight(const Weight& w, int64_t row, int64_t from, int64_t 
     constexpr int BITS = bits_of(CODES), PER_BYTE = 8 / BITS;
     constexpr int64_t BLOCK = BLOCK_BYTES * PER_BYTE;
     const uint8_t* packed = w.packed + row * row_bytes(CODES, w.k);
-    const Table table = load_table(w.table);
+    Table table{};
+    if constexpr (BITS < 8) table = load_table(w.table);  // others may have none
     int64_t column = from, g = from / w.group, group_end = (g + 1) * w.group;
     F scale = splat(half_value(w.scale, row * w.groups + g, w.scale_type));
     F zero = splat(w.zero ? half_value(w.zero, row * w.groups + g, w.scale_type) : 0.0f);

@@ -8,6 +8,12 @@
 #else
 #include <cpuid.h>
 #endif
+#elif defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #endif
 
 namespace quanto {
@@ -69,9 +75,29 @@ int available_levels(const Level** out) {
 namespace neon {
 extern const Level level;
 }
+namespace neon_bf16 {
+extern const Level level;
+}
+
+namespace {
+bool has_bf16() {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP2) >> 14) & 1;  // HWCAP2_BF16, which older headers lack
+#elif defined(__APPLE__)
+    int value = 0;
+    size_t size = sizeof(value);
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &value, &size, nullptr, 0) == 0 && value;
+#else
+    return false;
+#endif
+}
+}  // namespace
+
 int available_levels(const Level** out) {
-    out[0] = &neon::level;
-    return 1;
+    int count = 0;
+    if (has_bf16()) out[count++] = &neon_bf16::level;
+    out[count++] = &neon::level;
+    return count;
 }
 #else
 int available_levels(const Level**) { return 0; }

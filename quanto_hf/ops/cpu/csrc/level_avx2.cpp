@@ -1,4 +1,5 @@
 // AVX2, FMA and F16C: Haswell and later, all Zen.
+#if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 
 #include "common.h"
@@ -23,3 +24,4 @@ const Level level = {"avx2", linear, dequantize, quantize};
 }  // namespace avx2
 }  // namespace quanto
 QUANTO_TARGET_END
+#endif

@@ -1,4 +1,5 @@
 // AVX-512 F, BW, DQ and VL: Skylake-X and later.
+#if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 
 #include "common.h"
@@ -23,3 +24,4 @@ const Level level = {"avx512", linear, dequantize, quantize};
 }  // namespace avx512
 }  // namespace quanto
 QUANTO_TARGET_END
+#endif

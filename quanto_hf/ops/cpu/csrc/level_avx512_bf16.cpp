@@ -1,4 +1,5 @@
 // AVX-512 with BF16, VBMI and VNNI: Zen 4 and later, Sapphire Rapids and later.
+#if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 
 #include "common.h"
@@ -33,3 +34,4 @@ const Level level = {"avx512_bf16", linear, dequantize, quantize};
 }  // namespace avx512_bf16
 }  // namespace quanto
 QUANTO_TARGET_END
+#endif

@@ -1,0 +1,22 @@
+// The NEON of every 64-bit ARM processor (armv8-a): nothing has to be raised.
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+#include "common.h"
+#include "target.h"
+
+namespace quanto {
+namespace neon {
+namespace {
+#include "simd_neon.h"
+#include "decode.h"
+#include "gemv.h"
+#include "gemm.h"
+
+void linear(const Linear& a) { a.m <= GEMV_ROWS ? gemv(a) : gemm<DotF32>(a); }
+}  // namespace
+extern const Level level;
+const Level level = {"neon", linear, dequantize};
+}  // namespace neon
+}  // namespace quanto
+#endif
