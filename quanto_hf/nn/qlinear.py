@@ -218,8 +218,8 @@ class QLinear(nn.Linear):
 
     def _bind(self) -> Bound:
         tensors = self.tensors()
-        # float weights and activations that are quantized go the general way
-        call = self.scheme.bind(tensors, self.in_features) if tensors and self.activations is None else None
+        activations = None if self.activations is None else self.activations.name
+        call = self.scheme.bind(tensors, self.in_features, activations) if tensors else None
         return [(PREFIX + name, tensor) for name, tensor in tensors.items()], call
 
     def __getstate__(self) -> dict[str, Any]:

@@ -66,9 +66,12 @@ class Scheme(ABC):
         """``x @ weight.T + bias`` for a weight of 2 dimensions; shape (..., out_features), dtype of ``x``."""
 
     def bind(
-        self, tensors: Tensors, in_features: int
+        self, tensors: Tensors, in_features: int, activations: str | None = None
     ) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor | None] | None:
         """``call(x, bias)``, the same as :meth:`linear` with everything about these tensors looked up in advance.
+
+        Args:
+            activations: None, or the number type to which each row of x is rounded first.
 
         Returns:
             None if there is nothing to prepare. The call itself answers None where it does not serve (another device,

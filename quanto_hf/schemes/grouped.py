@@ -164,11 +164,10 @@ class Grouped(Scheme):
         """See :class:`Scheme`."""
         return linear(x, tensors["packed"], tensors["scale"], tensors.get("zero"), bias, self.qtype, self.group_size)
 
-    def bind(self, tensors: Tensors, in_features: int) -> BoundLinear | None:
+    def bind(self, tensors: Tensors, in_features: int, activations: str | None = None) -> BoundLinear | None:
         """See :class:`Scheme`."""
-        return bind_linear(
-            tensors["packed"], tensors["scale"], tensors.get("zero"), self.qtype, self.group_size, in_features
-        )
+        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
+        return bind_linear(packed, scale, zero, self.qtype, self.group_size, in_features, activations)
 
     def to_dict(self) -> dict[str, Any]:
         """See :class:`Scheme`."""

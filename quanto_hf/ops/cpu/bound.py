@@ -10,20 +10,36 @@ import torch
 
 from quanto_hf.ops.cpu.call import FLOAT_TYPES, weight_arguments
 from quanto_hf.ops.cpu.library import NATIVE
-from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS, why_wrong
-from quanto_hf.ops.dequantize import check_weight
+from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS, why_int8_wrong, why_wrong
+from quanto_hf.ops.dequantize import check_weight, groups
 from quanto_hf.ops.registry import reference_only
 
 BoundLinear = Callable[[torch.Tensor, torch.Tensor | None], "torch.Tensor | None"]
 
 
 def bind(
-    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, qtype: str, group_size: int, in_features: int
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    qtype: str,
+    group_size: int,
+    in_features: int,
+    activations: str | None = None,
 ) -> BoundLinear | None:
     """``call(x, bias)`` for one weight, or None where there is no native kernel for it.
 
     The call answers None when it cannot serve: x is not what it was made for (another device, a gradient to follow, a
     view that is not contiguous), or the weight has moved. Who called then takes the general way.
+
+    Args:
+        packed: codes of ``qtype``, shape (rows, bytes per row).
+        scale: shape (rows, groups).
+        zero: None or the shape of ``scale``.
+        qtype: the name of a number type.
+        group_size: columns that share a scale, -1 for all.
+        in_features: columns.
+        activations: None, or the number type to which each row of x is rounded first. There is one kernel for that:
+            int8 weights with a scale per row, by int8.
 
     Raises:
         ValueError: the tensors are not those of such a weight.
@@ -34,13 +50,16 @@ def bind(
         return None
     if any(type(tensor) not in _PLAIN or not tensor.is_cpu or not tensor.is_contiguous() for tensor in stored):
         return None
+    if activations is not None and not takes_int8(qtype, group_size, zero, in_features, activations):
+        return None
     level, asymmetric, scale_dtype = NATIVE.level(), zero is not None, scale.dtype
     weight = weight_arguments(packed, scale, zero, qtype, group_size, in_features)
     rows = packed.shape[0]
     packed_at, scale_at, zero_at = weight[:3]
     packed_size, scale_size = packed.numel(), scale.numel()
     trusted: set[tuple[torch.dtype, bool]] = set()
-    run, threads, types = NATIVE.linear, torch.get_num_threads, FLOAT_TYPES
+    run = NATIVE.linear if activations is None else NATIVE.linear_int8
+    threads, types = torch.get_num_threads, FLOAT_TYPES
 
     def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         if (
@@ -67,7 +86,12 @@ def bind(
             return None
         key = (dtype, count > GEMV_ROWS)
         if key not in trusted:
-            if why_wrong(level, qtype, group_size, asymmetric, scale_dtype, *key):
+            wrong = (
+                why_wrong(level, qtype, group_size, asymmetric, scale_dtype, *key)
+                if activations is None
+                else why_int8_wrong(level, *key)
+            )
+            if wrong:
                 return None
             trusted.add(key)
         try:
@@ -81,4 +105,17 @@ def bind(
     return call
 
 
+def takes_int8(qtype: str, group_size: int, zero: torch.Tensor | None, in_features: int, activations: str) -> bool:
+    """Whether there is a kernel for such weights and activations at the level in use."""
+    return (
+        NATIVE is not None
+        and NATIVE.has_kernel("linear_int8")
+        and (qtype, activations, zero) == ("int8", "int8", None)
+        and groups(in_features, group_size) == 1
+        and in_features <= MAX_INT8_COLUMNS
+    )
+
+
+# csrc/int8.h: sums of more columns could leave int32.
+MAX_INT8_COLUMNS = 65536
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

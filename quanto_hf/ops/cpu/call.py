@@ -71,12 +71,18 @@ def native_linear(
     bias: torch.Tensor | None,
     qtype: str,
     group_size: int,
+    activations: str | None = None,
 ) -> torch.Tensor:
-    """``x @ weight.T + bias``; every tensor is contiguous and on the CPU."""
+    """``x @ weight.T + bias``; every tensor is contiguous and on the CPU.
+
+    Args:
+        activations: "int8" rounds each row of x first; for int8 weights with one scale per row.
+    """
     assert NATIVE is not None
     columns = x.shape[-1]
     out = x.new_empty((*x.shape[:-1], packed.shape[0]))
-    NATIVE.linear(
+    run = NATIVE.linear if activations is None else NATIVE.linear_int8
+    run(
         *weight_arguments(packed, scale, zero, qtype, group_size, columns),
         x.data_ptr(),
         0 if bias is None else bias.data_ptr(),

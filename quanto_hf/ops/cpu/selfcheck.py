@@ -64,10 +64,28 @@ def why_wrong(
         error = float(((got - exact).abs() / size).nan_to_num(nan=torch.inf).max())
         if error <= TOLERANCE[dtype]:
             return None
+    return _report(f"{level} kernel for {qtype} weights with group_size {group_size}", error)
+
+
+@cache
+def why_int8_wrong(level: str, dtype: torch.dtype, many: bool) -> str | None:
+    """The same for int8 weights times int8 activations."""
+    assert NATIVE is not None and NATIVE.level() == level
+    columns = 600
+    packed, scale = sample("int8", -1, False, 37, columns)
+    x = torch.randn(2 * GEMV_ROWS + 3 if many else 3, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    step = x.float().abs().amax(1, keepdim=True) / 127
+    exact = ((x.float() / step).round() * step) @ (packed * scale).T
+    size = x.float().abs() @ (packed * scale).abs().T
+    got = native_linear(x, packed, scale, None, None, "int8", -1, activations="int8").float()
+    error = float(((got - exact).abs() / size).nan_to_num(nan=torch.inf).max())
+    return None if error <= TOLERANCE[dtype] else _report(f"{level} kernel for int8 weights and activations", error)
+
+
+def _report(what: str, error: float) -> str:
     sentence = (
-        f"the native {level} kernel for {qtype} weights with group_size {group_size} disagrees with the reference "
-        f"(error {error:.2g}) on this machine; slower kernels are used instead. Please report this with the output "
-        "of `quanto-hf kernels`."
+        f"the native {what} disagrees with the reference (error {error:.2g}) on this machine; slower kernels are used "
+        "instead. Please report this with the output of `quanto-hf kernels`."
     )
-    warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+    warnings.warn(sentence, RuntimeWarning, stacklevel=3)
     return sentence

@@ -138,12 +138,13 @@ inline void* scratch(int slot, size_t bytes) {
 // Up to this many rows of x, each row of the weight is multiplied as it is decoded; above, panels of it are.
 constexpr int64_t GEMV_ROWS = 8;
 
-// What a level of instructions offers.
+// What a level of instructions offers; null: no such kernel.
 struct Level {
     const char* name;
     void (*linear)(const Linear&);
     void (*dequantize)(const Weight&, int out_type, void* out, const int64_t* rows, int64_t count, int threads);
     bool (*quantize)(const Quantize&);  // false: a value or a scale is not finite, and the result means nothing
+    void (*linear_int8)(const Linear&);  // x is rounded to int8; w is int8 with one scale per row
 };
 
 }  // namespace quanto

@@ -12,18 +12,26 @@
 constexpr int64_t CHUNK = 512, PANEL = 96, MAX_X = 512;
 constexpr int TILE_ROWS = W == 16 ? 12 : W == 8 ? 6 : 8;  // of the weight: TILE_ROWS x 2 sums stay in registers
 
+// The sums of a product, for those that have float ones.
+struct FloatSums {
+    using Sum = F;
+    static F none() { return splat(0.0f); }
+    static F read(const float* p) { return load(p); }
+    static void write(float* p, F v) { store(p, v); }
+};
+
 // sums[r][u * W ...] += panel[r] . x tile u, for R rows and U tiles.
 template <class Dot, int R, int U>
 inline void tile_product(const typename Dot::Number* panel, const typename Dot::Number* x, int64_t x_ld, int64_t columns,
                          float* sums, int64_t sums_ld, bool first) {
-    F acc[R][U];
+    typename Dot::Sum acc[R][U];
     for (int r = 0; r < R; r++)
-        for (int u = 0; u < U; u++) acc[r][u] = first ? splat(0.0f) : load(sums + r * sums_ld + u * W);
+        for (int u = 0; u < U; u++) acc[r][u] = first ? Dot::none() : Dot::read(sums + r * sums_ld + u * W);
     for (int64_t k = 0; k < columns; k += Dot::STEP)
         for (int r = 0; r < R; r++)
             for (int u = 0; u < U; u++) acc[r][u] = Dot::dot(acc[r][u], panel + r * CHUNK + k, x + u * x_ld + k * W);
     for (int r = 0; r < R; r++)
-        for (int u = 0; u < U; u++) store(sums + r * sums_ld + u * W, acc[r][u]);
+        for (int u = 0; u < U; u++) Dot::write(sums + r * sums_ld + u * W, acc[r][u]);
 }
 
 template <class Dot, int R>
@@ -74,7 +82,7 @@ inline void put_panel(const Linear& a, int64_t m0, int64_t count, int64_t row, i
     }
 }
 
-// Dot gives: Number, STEP, dot(), late(w) (the scale multiplies the sum), padded(w), pack(a, m0, count, tile, out),
+// Dot gives: Sum with none(), read() and write(), Number, STEP, dot(), late(w) (the scale multiplies the sum), padded(w), pack(a, m0, count, tile, out),
 // Tables(w) (made once per
 // thread), panel(w, tables, row, rows, from, to, out).
 template <class Dot>
@@ -111,7 +119,7 @@ inline void gemm(const Linear& a) {
 }
 
 // float32 numbers: any weight, any type of x.
-struct DotF32 {
+struct DotF32 : FloatSums {
     using Number = float;
     static constexpr int STEP = 1;
     static F dot(F acc, const float* weight, const float* x) { return fma(splat(*weight), load(x), acc); }

@@ -10,7 +10,7 @@ inline void pack_pairs(const uint16_t* const* rows, int64_t column, uint16_t* ou
 
 // BLOCKS: the weight goes through bf16_blocks.h, and x has the order of the blocks. Else any weight, natural order.
 template <bool BLOCKS>
-struct DotBF16 {
+struct DotBF16 : FloatSums {
     using Number = uint16_t;
     static constexpr int STEP = 2;
     static F dot(F acc, const uint16_t* weight, const uint16_t* x) {

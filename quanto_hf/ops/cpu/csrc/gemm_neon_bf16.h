@@ -3,7 +3,7 @@
 
 // BLOCKS: the weight goes through neon_bf16_blocks.h. Else any weight.
 template <bool BLOCKS>
-struct DotBF16 {
+struct DotBF16 : FloatSums {
     using Number = uint16_t;
     static constexpr int STEP = 4;
     static bool late(const Weight& w) { return BLOCKS && bits_of(w.codes) == 8; }

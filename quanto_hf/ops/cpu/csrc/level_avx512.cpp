@@ -20,7 +20,7 @@ namespace {
 void linear(const Linear& a) { a.m <= GEMV_ROWS ? gemv(a) : gemm<DotF32>(a); }
 }  // namespace
 extern const Level level;
-const Level level = {"avx512", linear, dequantize, quantize};
+const Level level = {"avx512", linear, dequantize, quantize, nullptr};
 }  // namespace avx512
 }  // namespace quanto
 QUANTO_TARGET_END

@@ -19,6 +19,7 @@ namespace {
 #include "bf16_blocks.h"
 #include "gemv_bf16.h"
 #include "gemm_bf16.h"
+#include "int8.h"
 
 void linear(const Linear& a) {
     const bool blocks = has_blocks(a.w);
@@ -30,7 +31,7 @@ void linear(const Linear& a) {
 }
 }  // namespace
 extern const Level level;
-const Level level = {"avx512_bf16", linear, dequantize, quantize};
+const Level level = {"avx512_bf16", linear, dequantize, quantize, linear_int8};
 }  // namespace avx512_bf16
 }  // namespace quanto
 QUANTO_TARGET_END

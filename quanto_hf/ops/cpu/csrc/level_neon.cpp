@@ -16,7 +16,7 @@ namespace {
 void linear(const Linear& a) { a.m <= GEMV_ROWS ? gemv(a) : gemm<DotF32>(a); }
 }  // namespace
 extern const Level level;
-const Level level = {"neon", linear, dequantize};
+const Level level = {"neon", linear, dequantize, nullptr, nullptr};
 }  // namespace neon
 }  // namespace quanto
 #endif

@@ -31,7 +31,7 @@ void linear(const Linear& a) {
 }
 }  // namespace
 extern const Level level;
-const Level level = {"neon_bf16", linear, dequantize};
+const Level level = {"neon_bf16", linear, dequantize, nullptr, nullptr};
 }  // namespace neon_bf16
 }  // namespace quanto
 QUANTO_TARGET_END

@@ -48,8 +48,13 @@ bool ready(Py_ssize_t got, Py_ssize_t wanted) {
     return false;
 }
 
-PyObject* linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    if (!ready(count, WEIGHT_ARGUMENTS + 6)) return nullptr;
+bool offers(const void* kernel) {
+    if (!kernel) PyErr_Format(PyExc_NotImplementedError, "level %s has no such kernel", active->name);
+    return kernel != nullptr;
+}
+
+PyObject* run_linear(void (*kernel)(const Linear&), PyObject* const* values) {
+    if (!offers(reinterpret_cast<const void*>(kernel))) return nullptr;
     Arguments in{values};
     Linear a;
     a.w = read_weight(in);
@@ -61,9 +66,17 @@ PyObject* linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
     a.threads = static_cast<int>(in.next());
     if (PyErr_Occurred()) return nullptr;
     Py_BEGIN_ALLOW_THREADS
-    active->linear(a);
+    kernel(a);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
+}
+
+PyObject* linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    return ready(count, WEIGHT_ARGUMENTS + 6) ? run_linear(active->linear, values) : nullptr;
+}
+
+PyObject* linear_int8(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    return ready(count, WEIGHT_ARGUMENTS + 6) ? run_linear(active->linear_int8, values) : nullptr;
 }
 
 PyObject* dequantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -82,7 +95,7 @@ PyObject* dequantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
 }
 
 PyObject* quantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    if (!ready(count, 16)) return nullptr;
+    if (!ready(count, 16) || !offers(reinterpret_cast<const void*>(active->quantize))) return nullptr;
     Arguments in{values};
     Quantize q;
     q.in = in.address<const void>();
@@ -119,6 +132,13 @@ PyObject* level_names(PyObject*, PyObject*) {
     return names;
 }
 
+PyObject* has_kernel(PyObject*, PyObject* name) {
+    const bool is_quantize = PyUnicode_CompareWithASCIIString(name, "quantize") == 0;
+    const bool is_int8 = PyUnicode_CompareWithASCIIString(name, "linear_int8") == 0;
+    if (!active) Py_RETURN_FALSE;
+    return PyBool_FromLong(is_quantize ? active->quantize != nullptr : !is_int8 || active->linear_int8 != nullptr);
+}
+
 PyObject* use_level(PyObject*, PyObject* name) {
     for (int i = 0; i < level_count; i++) {
         if (PyUnicode_CompareWithASCIIString(name, levels[i]->name) == 0) {
@@ -136,10 +156,12 @@ PyObject* level(PyObject*, PyObject*) {
 
 PyMethodDef methods[] = {
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear)), METH_FASTCALL, "out = x @ weight.T + bias"},
+    {"linear_int8", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear_int8)), METH_FASTCALL, "the same with x rounded to int8"},
     {"dequantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(dequantize)), METH_FASTCALL, "rows of a weight as floats"},
     {"quantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(quantize)), METH_FASTCALL, "codes, scale and zero of a float matrix"},
     {"levels", level_names, METH_NOARGS, "names of the levels that this processor can run, best first"},
     {"level", level, METH_NOARGS, "name of the level in use, or None"},
+    {"has_kernel", has_kernel, METH_O, "whether the level in use has the kernel of that name"},
     {"use_level", use_level, METH_O, "choose a level by name"},
     {nullptr, nullptr, 0, nullptr},
 };
