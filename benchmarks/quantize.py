@@ -3,8 +3,8 @@
     python benchmarks/quantize.py [--size 4096 4096] [--threads 2]
 
 The weight is Gaussian, bfloat16. ``error`` is ||Q - W|| / ||W||; ``beyond`` the peak of resident memory above the
-result, each measured in a process of its own (Linux only).
-``GB/s`` counts the bytes of the weight. QUANTO_HF_CPU=torch measures torch alone.
+result, each measured in a process of its own (Linux only). ``seconds`` is the best of 5 and ``GB/s`` counts the
+bytes of the weight; QUANTO_HF_CPU=torch measures torch alone.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def measure(weights: str, group_size: int, fit: str, size: tuple[int, int]) -> N
     scheme.quantize(weight[: max(1, size[0] // 64)].clone(), fit)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     times = []
-    for _ in range(3):
+    tensors: dict[str, torch.Tensor] = {}
+    for _ in range(5):
+        tensors.clear()
         start = time.perf_counter()
         tensors = scheme.quantize(weight, fit)
         times.append(time.perf_counter() - start)

@@ -12,6 +12,9 @@ from quanto_hf.fit.ranges import Absmax, Minmax
 from quanto_hf.ops.cpu.quantize import NativeFit
 from quanto_hf.qtypes import QType
 
+# csrc/grid.h looks up 16 floats.
+STRETCHES = 16
+
 
 def native_fit(fit: Fit, grid: Grid) -> NativeFit | None:
     """The fit as the native quantizer knows it, or None: it does not know it, or the fit refuses the grid.
@@ -34,19 +37,22 @@ def native_fit(fit: Fit, grid: Grid) -> NativeFit | None:
 
 @lru_cache(maxsize=16)
 def native_table(qtype: QType) -> torch.Tensor:
-    """The lookup tables of a grid in 49 float32: where the next number begins, the numbers, their codes, and the cells
-    per unit.
+    """The lookup tables of a grid in 129 float32, as csrc/grid.h describes them.
 
-    Numbers are sorted; beyond the last border there is none, which is infinity.
+    A stretch of 4096 cells has up to three different nearest numbers. For each of 16 stretches: where the second and
+    the third begin (infinity: nowhere), the three numbers, and their codes; then the cells per unit.
     """
     with torch.inference_mode(False):
         numbers, codes = lookup_tables(qtype, torch.device("cpu"))
-        borders = (codes[1:] != codes[:-1]).nonzero().flatten() + 1
-        first = torch.cat([borders.new_zeros(1), borders])
-        table = torch.zeros(3, 16)
-        table[0] = torch.inf
-        table[0, : borders.numel()] = borders.float()
-        table[1, : first.numel()] = numbers[first]
-        table[2, : first.numel()] = codes[first].float()
+        table = torch.zeros(8, STRETCHES)
+        table[:2] = torch.inf
+        for i, stretch in enumerate(torch.arange(CELLS).view(STRETCHES, -1)):
+            here = codes[stretch]
+            new = (stretch[1:][here[1:] != here[:-1]]).tolist()
+            assert len(new) <= 2
+            table[: len(new), i] = torch.tensor(new)
+            first = [int(stretch[0]), *new]
+            table[2 : 2 + len(first), i] = numbers[first]
+            table[5 : 5 + len(first), i] = codes[first].float()
         # the double that torch multiplies with, rounded as torch rounds it
         return torch.cat([table.flatten(), torch.tensor([(CELLS - 1) / (qtype.qmax - qtype.qmin)])])

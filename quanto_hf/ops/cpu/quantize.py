@@ -25,7 +25,7 @@ class NativeFit:
     Args:
         kind: one of ``FITS``.
         numbers: lowest and highest number of the grid, then those of the fit.
-        table: None or 49 float32, as csrc/grid.h describes them.
+        table: None or 129 float32, as csrc/grid.h describes them.
     """
 
     kind: str

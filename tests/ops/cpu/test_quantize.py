@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quanto_hf.fit import Grid, Hqq, Mse, fit_by_name, native_fit
+from quanto_hf.fit.grid import CELLS, lookup_tables
 from quanto_hf.fit.native import native_table
 from quanto_hf.ops.cpu import quantize as module
 from quanto_hf.ops.cpu.library import NATIVE
@@ -245,12 +246,13 @@ def test_a_fit_that_refuses_the_grid_still_says_so(fit, symmetric):
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
-def test_the_table_has_every_number_once_and_in_order(name):
-    table, values = native_table(QTYPES[name]), sorted(set(QTYPES[name].values))
-    borders, numbers, codes = table[:48].view(3, 16)
-    assert numbers[: len(values)].tolist() == pytest.approx(values)
-    assert [QTYPES[name].values[int(code)] for code in codes[: len(values)]] == values
-    assert (borders[: len(values) - 1].diff() > 0).all() and borders[len(values) - 1 :].isinf().all()
+def test_the_table_has_the_nearest_number_of_every_cell(name):
+    numbers, codes = lookup_tables(QTYPES[name], torch.device("cpu"))
+    table, cells = native_table(QTYPES[name]), torch.arange(CELLS)
+    stretches = table[:128].view(8, 16)[:, cells // 4096]
+    which = (cells >= stretches[:2]).sum(0)
+    assert torch.equal(stretches[2:5].gather(0, which[None])[0], numbers)
+    assert torch.equal(stretches[5:8].gather(0, which[None])[0], codes.float())
 
 
 def test_what_is_not_taken_says_why(monkeypatch):

@@ -158,7 +158,8 @@ struct Fitter {
     // `scaled`: room for as many numbers as there are values.
     ScaleZero hqq(float* scaled) const {
         const ScaleZero start = of_range(limits(values), 1.0);
-        const F scale = start.scale, nothing = splat(0.0f);
+        // residuals that do not shrink to 0 only occur with larger scales
+        const F scale = start.scale, nothing = splat(0.0f), inverse = div(splat(1.0f), max(scale, splat(1e-30f)));
         values.each([&](int64_t i, F v, const auto&) { store(scaled + i * W, div(v, scale)); });
         const double p = q.numbers[2];
         double beta = q.numbers[3];
@@ -166,7 +167,7 @@ struct Fitter {
         for (int i = 0; i < static_cast<int>(q.numbers[5]); i++, beta *= q.numbers[4]) {
             // What is smaller than this shrinks to 0: for the usual weights, of size 0.02, that is everything.
             const F threshold = splat(static_cast<float>(0.999 * std::pow(beta, -1 / (2 - p))));
-            const F weight = splat(static_cast<float>(beta));
+            const F weight = splat(static_cast<float>(1 / beta));
             F error = nothing, moved = nothing;
             bool sparse = false;
             values.each([&](int64_t at, F v, const auto& keep) {
@@ -176,8 +177,8 @@ struct Fitter {
                 F rest = u;
                 if (any_less(threshold, size)) {
                     const F power = power_of(max(size, splat(1e-12f)), static_cast<float>(p - 1));
-                    const F kept = max(sub(size, div(power, weight)), nothing);
-                    rest = div(sub(v, select_less(residual, nothing, sub(nothing, kept), kept)), scale);
+                    const F kept = max(sub(size, mul(power, weight)), nothing);
+                    rest = sub(u, mul(select_less(residual, nothing, sub(nothing, kept), kept), inverse));
                     sparse = true;
                 }
                 moved = add(moved, keep(sub(number, rest)));
