@@ -1,5 +1,5 @@
-// Prototypes that decided on the layout of the packed codes; compare.py compiles, checks and times them. They are not
-// part of the package. AVX-512 BF16 and VBMI, K a multiple of 128, N of 32; the last rows prefetch behind the end.
+// A prototype that decided on the layout of the packed codes; compare.py compiles it, checks it and times it. It is not
+// part of the package. AVX-512 BF16 and VBMI, K a multiple of 64, N of 32.
 //
 // Tiles: 16 rows of the weight stand in the 16 lanes of a register. A dword holds 8 codes of 4 bits (columns 0 2 4 6 1 3 5
 // 7, so that each half has one code of every pair) or 4 codes of 8 bits: [N/16][K/8][16] and [N/16][K/4][16] dwords.
@@ -137,51 +137,6 @@ static void int8_tiles(const uint8_t* packed, const float* scale, int64_t n, int
         }
 }
 
-// The same sums from the row-major layout, 1 row of x: R rows of the weight at a time, each block of 64 bytes a load. What
-// is fetched ahead are the next R rows in the order of memory, not of use: the memory sees one stream, as with tiles.
-template <int R, int BITS>
-static void rows(const uint8_t* packed, const void* scale, const uint16_t* zero, int64_t k, const uint16_t* x, const float* sums,
-                 float* out, int64_t r0, int64_t r1) {
-    const Bytes bytes;
-    const I table = code_table();
-    const int64_t groups = k / GROUP, width = k * BITS / 8;
-    const uint16_t* s = (const uint16_t*)scale;
-    std::vector<float> scales(R * groups);
-    for (int64_t row = r0; row < r1; row += R) {
-        F total[R][2] = {};
-        for (int r = 0; BITS == 4 && r < R; r++)
-            for (int64_t g = 0; g < groups; g += 16) {
-                const F a = widen(s + (row + r) * groups + g), z = _mm512_mul_ps(a, widen(zero + (row + r) * groups + g));
-                _mm512_storeu_ps(&scales[r * groups + g], a);
-                total[r][0] = _mm512_fnmadd_ps(z, _mm512_loadu_ps(sums + g), total[r][0]);
-            }
-        for (int64_t b = 0; b < width / 64; b++) {
-            I codes[R], w[R][2];
-            for (int r = 0; r < R; r++) {
-                _mm_prefetch((const char*)packed + (row + R) * width + (b * R + r) * 64, _MM_HINT_T1);
-                codes[r] = _mm512_loadu_si512(packed + (row + r) * width + b * 64);
-                if (BITS == 8) bytes(codes[r], w[r][0], w[r][1]);
-            }
-#pragma GCC unroll 2
-            for (int p = 0; p < 8 / BITS; p++) {  // a plane of 4-bit codes is a group: bf16 code, sum, scale of the sum
-                const uint16_t* at = x + (b * (8 / BITS) + p) * 64;
-                const I x0 = _mm512_loadu_si512(at), x1 = _mm512_loadu_si512(at + 32);
-                for (int r = 0; r < R; r++) {
-                    if (BITS == 8) {
-                        total[r][0] = dot(total[r][0], w[r][0], x0), total[r][1] = dot(total[r][1], w[r][1], x1);
-                        continue;
-                    }
-                    F acc = dot(_mm512_setzero_ps(), _mm512_permutexvar_epi16(_mm512_srli_epi16(codes[r], 4 * p), table), x0);
-                    acc = dot(acc, _mm512_permutexvar_epi16(_mm512_srli_epi16(codes[r], 8 + 4 * p), table), x1);
-                    total[r][p] = _mm512_fmadd_ps(acc, _mm512_set1_ps(scales[r * groups + b * 2 + p]), total[r][p]);
-                }
-            }
-        }
-        for (int r = 0; r < R; r++)
-            out[row + r] = _mm512_reduce_add_ps(_mm512_add_ps(total[r][0], total[r][1])) * (BITS == 8 ? ((const float*)scale)[row + r] : 1);
-    }
-}
-
 static void transpose(I* v) {  // 16 x 16 dwords
     alignas(64) static const int step[16] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
     const I lo = _mm512_load_si512(step), hi = _mm512_add_epi32(lo, _mm512_set1_epi32(8));
@@ -203,19 +158,13 @@ static I zip(__m512bh even_odd) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// tiled: the layout. Row-major takes one row of x.
-EXPORT void prototype(int tiled, int bits, const uint8_t* packed, const void* scale, const uint16_t* zero, int64_t n, int64_t k,
+EXPORT void tiled_linear(int bits, const uint8_t* packed, const void* scale, const uint16_t* zero, int64_t n, int64_t k,
                          const uint16_t* x, float* out, int64_t m, int threads) {
     std::vector<int32_t> pairs(m * k / 2);
     std::vector<float> sums(m * (k / GROUP));
     const int64_t unit = bits == 4 ? 2 : 4;
     for (int64_t r = 0; r < m; r++)
         for (int64_t i = 0; i < k / unit; i++) std::memcpy((uint16_t*)pairs.data() + (i * m + r) * unit, x + r * k + i * unit, unit * 2);
-    std::vector<uint16_t> ordered(k);  // as the kernels for row-major codes take them, see bf16_blocks.h
-    for (int64_t i = 0; i < k; i++) {
-        const int64_t j = i % 32, half = i / 32 % 2;
-        ordered[i] = x[i / 64 * 64 + (bits == 4 ? 2 * j + half : j / 8 * 16 + j % 8 + 8 * half)];
-    }
     for (int64_t r = 0; bits == 4 && r < m; r++)
         for (int64_t g = 0; g < k / GROUP; g++) {
             F v = _mm512_setzero_ps();
@@ -227,12 +176,10 @@ EXPORT void prototype(int tiled, int bits, const uint8_t* packed, const void* sc
         const int64_t t0 = n / 32 * omp_get_thread_num() / threads * 2, t1 = n / 32 * (omp_get_thread_num() + 1) / threads * 2;
         const uint16_t* s = (const uint16_t*)scale;
         const int64_t* fours = (const int64_t*)pairs.data();
-        if (!tiled && bits == 4) rows<4, 4>(packed, scale, zero, k, ordered.data(), sums.data(), out, t0 * 16, t1 * 16);
-        if (!tiled && bits == 8) rows<4, 8>(packed, scale, zero, k, ordered.data(), sums.data(), out, t0 * 16, t1 * 16);
-        if (tiled && bits == 4 && m == 1) int4_tiles<1, 2>(packed, s, zero, n, k, pairs.data(), sums.data(), out, t0, t1);
-        if (tiled && bits == 4 && m == 8) int4_tiles<8, 2>(packed, s, zero, n, k, pairs.data(), sums.data(), out, t0, t1);
-        if (tiled && bits == 8 && m == 1) int8_tiles<1, 2>(packed, (const float*)scale, n, k, fours, out, t0, t1);
-        if (tiled && bits == 8 && m == 8) int8_tiles<8, 1>(packed, (const float*)scale, n, k, fours, out, t0, t1);
+        if (bits == 4 && m == 1) int4_tiles<1, 2>(packed, s, zero, n, k, pairs.data(), sums.data(), out, t0, t1);
+        if (bits == 4 && m == 8) int4_tiles<8, 2>(packed, s, zero, n, k, pairs.data(), sums.data(), out, t0, t1);
+        if (bits == 8 && m == 1) int8_tiles<1, 2>(packed, (const float*)scale, n, k, fours, out, t0, t1);
+        if (bits == 8 && m == 8) int8_tiles<8, 1>(packed, (const float*)scale, n, k, fours, out, t0, t1);
     }
 }
 

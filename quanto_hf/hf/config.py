@@ -14,8 +14,8 @@ from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL
 
 METHOD = "quanto_hf"
 
-# Keys that a former format version had and that have no meaning any more: format version -> names. Version 0 is the
-# first one.
+# Keys that a former format version had and that have no meaning any more: format version -> names. Versions 0
+# and 1 have the same keys.
 OLDER_KEYS: dict[int, frozenset[str]] = {}
 
 OVERRIDABLE = ("weights", "group_size", "symmetric", "fit")

@@ -8,8 +8,8 @@ from torch import nn
 from quanto_hf.nn import QLinear
 from quanto_hf.schemes import Scheme, scheme_from_dict
 
-# Version 0 is provisional: the native kernels decide on version 1.
-FORMAT_VERSION = 0
+# Version 0 has the same bytes: it was provisional until the layout was measured (docs/format.md, "Why this layout").
+FORMAT_VERSION = 1
 
 
 def check_version(version: Any) -> None:

@@ -1,4 +1,4 @@
-"""The portable packed layout (docs/format.md, format version 0): two functions, and nothing else knows it.
+"""The portable packed layout (docs/format.md): two functions, and nothing else knows it.
 
 A row of codes is cut into blocks of ``BLOCK_BYTES`` packed bytes; the last block may be shorter. A block of n codes
 takes m = ceil(n * bits / 8) bytes and is *planar*: code j sits in byte j mod m, at bit (j div m) * bits. So the first
