@@ -206,7 +206,8 @@ Example make(int codes, int64_t n, int64_t k, int64_t group, bool zero, int scal
     }
     if (bits_of(codes) < 8) {
         e.table = Guarded(16 * sizeof(float));
-        for (int i = 0; i < 16; i++) e.table.get<float>()[i] = codes == TABLE4 ? static_cast<float>(uniform(-8, 8)) : i - 2.0f;
+        for (int i = 0; i < 16; i++)
+            e.table.get<float>()[i] = codes == TABLE4 ? static_cast<float>(round_to(uniform(-8, 8), BF16)) : i - 2.0f;
     }
     w.packed = e.packed.get<uint8_t>(), w.scale = e.scale.get();
     w.zero = zero ? e.zero.get() : nullptr;

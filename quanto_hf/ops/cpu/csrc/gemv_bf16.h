@@ -24,7 +24,7 @@ inline void block_sums(const Weight& w, const ByteTable& t, int64_t row, int64_t
 }
 
 // One or two rows of x and looked-up codes: what costs is the weight, not the product. The table holds the codes'
-// own numbers, the same for all groups, and the scale multiplies the sum of 64 (HALVES: 32) products in float32:
+// own numbers, the same for all groups (exact in bfloat16 but for nf4, whose weights are rounded in any case), and the scale multiplies the sum of 64 (HALVES: 32) products in float32:
 // 7 operations per 64 weights where a table per group takes 10. Zeros: sum((c - z) * s * x) = s * sum(c * x) - s * z * sum(x).
 struct Folded {
     const float* x_sums;  // [rows of x][groups]: sums of the columns that are handled as blocks, or null without zeros
@@ -152,7 +152,7 @@ inline void gemv_bf16(const Linear& a) {
     const int64_t ld = round_up(padded, 2048) + 1024;
     uint16_t* x = static_cast<uint16_t*>(scratch(0, a.m * ld * 2));
     float* rest = static_cast<float*>(scratch(1, a.m * behind * sizeof(float)));
-    bool fold = a.m <= 2 && bits_of(w.codes) < 8;
+    bool fold = (a.m == 1 || a.m == 2) && bits_of(w.codes) < 8;
     for (int64_t m = 0; m < a.m; m++) {
         const uint16_t* row = static_cast<const uint16_t*>(a.x) + m * w.k;
         fold = fold && is_tame(row, w.k);

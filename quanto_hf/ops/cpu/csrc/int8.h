@@ -155,6 +155,7 @@ inline void gemm_int8(const Linear& a, const uint8_t* x, int64_t ld, const float
 }
 
 inline void linear_int8(const Linear& a) {
+    if (a.m == 0) return;
     const int64_t ld = round_up(a.w.k, 64) + (a.m <= GEMV_ROWS ? 64 : 0);  // a few rows must not share their cache sets
     uint8_t* x = static_cast<uint8_t*>(scratch(0, a.m * ld));
     float* x_scales = static_cast<float*>(scratch(1, a.m * sizeof(float)));
