@@ -1,5 +1,6 @@
 """Builds the native CPU kernels. Optional: where there is no compiler the installation goes on without them."""
 
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -10,7 +11,8 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("quanto_hf/ops/cpu/csrc")
 # -ffp-contract=off: a product and a sum are fused only where the source says so, so that every compiler and every
 # level of instructions computes the same weights.
-UNIX = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra"]
+# -g0: Python's own flags ask for debug symbols, ten times the size of the code.
+UNIX = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra"]
 # GCC 12 takes the undefined registers of its own intrinsics for mistakes of ours.
 GCC_NOISE = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
@@ -36,7 +38,8 @@ native = Extension(
     sources=sorted(path.as_posix() for path in SOURCES.glob("*.cpp")),
     depends=sorted(path.as_posix() for path in SOURCES.glob("*.h")),
     language="c++",
-    optional=True,
+    # wheels for others must have it: there a mistake in the build is an error
+    optional=os.environ.get("QUANTO_HF_NATIVE") != "required",
     py_limited_api=stable,
 )
 setup(

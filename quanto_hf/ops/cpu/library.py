@@ -2,6 +2,7 @@
 
 import logging
 import os
+from importlib.util import find_spec
 from types import ModuleType
 
 logger = logging.getLogger("quanto_hf")
@@ -20,7 +21,9 @@ def _load() -> tuple[ModuleType | None, str]:
         import torch  # noqa: F401
 
         from quanto_hf.ops.cpu import _native  # type: ignore[attr-defined]
-    except ImportError:
+    except ImportError as error:
+        if find_spec("quanto_hf.ops.cpu._native") is not None:
+            return None, f"the compiled module cannot be loaded: {error}"
         return None, "it was installed without a compiler; install a C++17 compiler and reinstall quanto-hf"
     offered = _native.levels()
     if wanted and wanted not in offered:
