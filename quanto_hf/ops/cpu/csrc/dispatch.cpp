@@ -8,6 +8,10 @@
 #else
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__)
 #if defined(__linux__)
 #include <sys/auxv.h>
@@ -23,6 +27,9 @@ namespace avx2 {
 extern const Level level;
 }
 namespace avx512 {
+extern const Level level;
+}
+namespace amx {
 extern const Level level;
 }
 namespace avx512_bf16 {
@@ -53,6 +60,17 @@ unsigned long long enabled_state() {  // by the operating system
     return (static_cast<unsigned long long>(d) << 32) | a;
 #endif
 }
+#if !defined(QUANTO_EMULATE_AMX)
+// Linux gives a process the state of the tiles (8 KB per thread) when it asks. Other systems: not tried yet.
+bool allow_tiles() {
+#if defined(__linux__)
+    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
 bool bit(unsigned value, int n) { return (value >> n) & 1; }
 }  // namespace
 
@@ -66,6 +84,12 @@ int available_levels(const Level** out) {
     const bool avx512 = avx2 && (state & 0xE6) == 0xE6 && bit(seven.b, 16) && bit(seven.b, 17) && bit(seven.b, 30) &&
                         bit(seven.b, 31);                                                   // F, DQ, BW, VL
     const bool bf16 = avx512 && bit(seven1.a, 5) && bit(seven.c, 1) && bit(seven.c, 11);  // BF16, VBMI, VNNI
+#if defined(QUANTO_EMULATE_AMX)
+    if (bf16) out[count++] = &amx::level;
+#else
+    const bool amx = bf16 && (state & 0x60000) == 0x60000 && bit(seven.d, 22) && bit(seven.d, 24) && bit(seven.d, 25);
+    if (amx && allow_tiles()) out[count++] = &amx::level;  // BF16, TILE, INT8
+#endif
     if (bf16) out[count++] = &avx512_bf16::level;
     if (avx512) out[count++] = &avx512::level;
     if (avx2) out[count++] = &avx2::level;

@@ -55,6 +55,13 @@ inline void panel_product(const typename Dot::Number* panel, int64_t rows, const
                                       sums + r * sums_ld + t * W, sums_ld, first);
 }
 
+// All sums of a panel. A level overloads this for the products that it has other instructions for (gemm_amx.h).
+template <class Dot>
+inline void multiply(Dot, const typename Dot::Number* panel, int64_t rows, const typename Dot::Number* x, int64_t x_ld,
+                     int64_t tiles, int64_t columns, float* sums, int64_t sums_ld, bool first) {
+    panel_product<Dot>(panel, rows, x, x_ld, tiles, columns, sums, sums_ld, first);
+}
+
 // W outputs of one row of x: times the scale of their row of the weight if that is still due, plus bias.
 template <int TYPE>
 inline void put_vector(const Linear& a, int64_t m, int64_t row, int64_t n, F v, bool scaled) {
@@ -108,7 +115,7 @@ inline void gemm(const Linear& a) {
                 for (int64_t k = 0; k < padded || k == 0; k += CHUNK) {
                     const int64_t columns = padded - k < CHUNK ? padded - k : CHUNK;
                     Dot::panel(a.w, tables, row, rows, k, k + columns, panel);
-                    panel_product<Dot>(panel, rows, x + k * W, x_ld, tiles, columns, sums, sums_ld, k == 0);
+                    multiply(Dot{}, panel, rows, x + k * W, x_ld, tiles, columns, sums, sums_ld, k == 0);
                 }
                 with_type(a.x_type, [&](auto type) {
                     put_panel<decltype(type)::type>(a, m0, count, row, rows, sums, sums_ld, Dot::late(a.w));

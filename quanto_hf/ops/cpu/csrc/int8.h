@@ -138,7 +138,7 @@ inline void gemm_int8(const Linear& a, const uint8_t* x, int64_t ld, const float
                             row_total = dot_bytes(row_total, _mm512_set1_epi8(1), _mm512_loadu_si512(out + i));
                         totals[r] += total(row_total);
                     }
-                    panel_product<DotInt8>(panel, rows, packed + m0 / W * x_ld + k * W, x_ld, tiles, columns, sums, sums_ld, k == 0);
+                    multiply(DotInt8{}, panel, rows, packed + m0 / W * x_ld + k * W, x_ld, tiles, columns, sums, sums_ld, k == 0);
                 }
                 for (int64_t r = 0; r < rows; r++)
                     for (int64_t t = 0; t < tiles; t++) {

@@ -20,15 +20,7 @@ namespace {
 #include "gemv_bf16.h"
 #include "gemm_bf16.h"
 #include "int8.h"
-
-void linear(const Linear& a) {
-    const bool blocks = has_blocks(a.w);
-    if (a.x_type == BF16) {
-        if (a.m <= GEMV_ROWS) return blocks ? gemv_bf16(a) : gemv(a);
-        return blocks ? gemm<DotBF16<true>>(a) : gemm<DotBF16<false>>(a);
-    }
-    a.m <= GEMV_ROWS ? gemv(a) : gemm<DotF32>(a);
-}
+#include "linear_bf16.h"
 }  // namespace
 extern const Level level;
 const Level level = {"avx512_bf16", linear, dequantize, quantize, linear_int8};

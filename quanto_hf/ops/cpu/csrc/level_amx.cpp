@@ -1,0 +1,34 @@
+// AMX tiles of bfloat16 and int8 besides AVX-512: Sapphire Rapids and later.
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+
+#include "common.h"
+#include "target.h"
+#if defined(QUANTO_EMULATE_AMX)
+#include QUANTO_EMULATE_AMX  // the tests, on processors without AMX
+#endif
+QUANTO_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8,avx2,fma,f16c")
+
+namespace quanto {
+namespace amx {
+namespace {
+#include "simd_avx512.h"
+#include "decode.h"
+#include "grid.h"
+#include "fit.h"
+#include "quantize.h"
+#include "gemv.h"
+#include "gemm.h"
+#include "bf16_blocks.h"
+#include "gemv_bf16.h"
+#include "gemm_bf16.h"
+#include "int8.h"
+#include "gemm_amx.h"
+#include "linear_bf16.h"
+}  // namespace
+extern const Level level;
+const Level level = {"amx", linear, dequantize, quantize, linear_int8};
+}  // namespace amx
+}  // namespace quanto
+QUANTO_TARGET_END
+#endif
