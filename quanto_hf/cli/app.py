@@ -6,9 +6,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from quanto_hf.cli.bench import bench
 from quanto_hf.cli.demo import demo
 from quanto_hf.cli.eval import evaluate_command
 from quanto_hf.cli.inspect import inspect_command
+from quanto_hf.cli.kernels import kernels
+from quanto_hf.cli.options import WrongUsage
 from quanto_hf.cli.quantize import quantize
 from quanto_hf.cli.quiet import quiet
 
@@ -27,7 +30,7 @@ class Commands(TyperGroup):
             if is_for_typer(error) or os.environ.get("QUANTO_HF_DEBUG") == "1":
                 raise
             typer.echo(f"error: {sentence(error)}", err=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(2 if isinstance(error, WrongUsage) else 1) from None
 
 
 def is_for_typer(error: Exception) -> bool:
@@ -53,7 +56,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Quantize Hugging Face models: look at what it costs, convert checkpoints, inspect and evaluate them.",
+    help="Quantize Hugging Face models: look at what it costs, convert checkpoints, inspect, evaluate and time them.",
 )
 
 
@@ -82,3 +85,5 @@ app.command("demo")(demo)
 app.command("quantize")(quantize)
 app.command("inspect")(inspect_command)
 app.command("eval")(evaluate_command)
+app.command("kernels")(kernels)
+app.add_typer(bench, name="bench")

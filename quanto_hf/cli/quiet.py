@@ -15,7 +15,9 @@ def quiet() -> None:
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
-    warnings.filterwarnings("always", category=UserWarning, module=r"quanto_hf(\.|$)")
+    # RuntimeWarning: a native kernel that disagrees with the reference
+    for category in (UserWarning, RuntimeWarning):
+        warnings.filterwarnings("always", category=category, module=r"quanto_hf(\.|$)")
     warnings.showwarning = _show
     if not {"--help", "-h"} & set(sys.argv):
         silence_transformers()

@@ -18,6 +18,8 @@ from quanto_hf.qtypes import QTYPES
 
 # csrc/common.h: more rows of x go through another kernel.
 GEMV_ROWS = 8
+# Largest |difference| / largest |weight|, in float32.
+WEIGHT_TOLERANCE = 1e-6
 # Largest |difference| / (|x| @ |weight|): rounding of the weight and of the result in the dtype of x.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -37,6 +39,30 @@ def sample(qtype: str, group_size: int, asymmetric: bool, rows: int, columns: in
     return (*tensors, zero) if asymmetric else tensors
 
 
+def errors(
+    qtype: str, group_size: int, asymmetric: bool, scale_dtype: torch.dtype, dtype: torch.dtype, many: bool
+) -> tuple[float, float]:
+    """How far the native kernels are off the reference: dequantize, over the largest weight, and linear, over
+    |x| @ |weight|. Infinite or NaN where a kernel makes such numbers.
+
+    Args:
+        many: whether x has more than ``GEMV_ROWS`` rows.
+    """
+    # blocks of 256 columns at most: two whole ones, and a short one, with a short group
+    columns = 560 + (2 * group_size if 0 < group_size <= 512 else 0)
+    packed, scale, *rest = sample(qtype, group_size, asymmetric, 37, columns)
+    scale, zero = scale.to(scale_dtype), rest[0].to(scale_dtype) if rest else None
+    x = torch.randn(2 * GEMV_ROWS + 3 if many else 3, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bias = torch.ones(37, dtype=dtype)
+    weight = dequantize.reference(packed, scale, zero, qtype, group_size, columns, torch.float32)
+    made = native_dequantize(packed, scale, zero, qtype, group_size, torch.empty_like(weight))
+    got = native_linear(x, packed, scale, zero, bias, qtype, group_size).float()
+    size = x.float().abs() @ weight.abs().T + 1
+    exact = x.float() @ weight.T + 1
+    off = ((got - exact).abs() / size).nan_to_num(nan=torch.inf)
+    return float((made - weight).abs().max() / weight.abs().max()), float(off.max())
+
+
 @cache
 def why_wrong(
     level: str, qtype: str, group_size: int, asymmetric: bool, scale_dtype: torch.dtype, dtype: torch.dtype, many: bool
@@ -48,22 +74,11 @@ def why_wrong(
         many: whether x has more than ``GEMV_ROWS`` rows.
     """
     assert NATIVE is not None and NATIVE.level() == level
-    # blocks of 256 columns at most: two whole ones, and a short one, with a short group
-    columns = 560 + (2 * group_size if 0 < group_size <= 512 else 0)
-    packed, scale, *rest = sample(qtype, group_size, asymmetric, 37, columns)
-    scale, zero = scale.to(scale_dtype), rest[0].to(scale_dtype) if rest else None
-    x = torch.randn(2 * GEMV_ROWS + 3 if many else 3, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
-    bias = torch.ones(37, dtype=dtype)
-    weight = dequantize.reference(packed, scale, zero, qtype, group_size, columns, torch.float32)
-    made = native_dequantize(packed, scale, zero, qtype, group_size, torch.empty_like(weight))
-    error = float((made - weight).abs().max() / weight.abs().max())
-    if error <= 1e-6:
-        size = x.float().abs() @ weight.abs().T + 1
-        exact = x.float() @ weight.T + 1
-        got = native_linear(x, packed, scale, zero, bias, qtype, group_size).float()
-        error = float(((got - exact).abs() / size).nan_to_num(nan=torch.inf).max())
-        if error <= TOLERANCE[dtype]:
-            return None
+    weight_error, error = errors(qtype, group_size, asymmetric, scale_dtype, dtype, many)
+    if weight_error <= WEIGHT_TOLERANCE and error <= TOLERANCE[dtype]:
+        return None
+    if not weight_error <= WEIGHT_TOLERANCE:
+        error = weight_error
     return _report(f"{level} kernel for {qtype} weights with group_size {group_size}", error)
 
 

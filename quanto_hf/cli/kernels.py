@@ -1,0 +1,142 @@
+"""``quanto-hf kernels``."""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quanto_hf.cli.machine import lines, machine
+from quanto_hf.cli.options import features, float_dtype, schemes, whole_numbers
+from quanto_hf.cli.show import console, table
+
+if TYPE_CHECKING:
+    import torch
+
+    from quanto_hf.schemes import Grouped
+
+
+def kernels(
+    weights: Annotated[
+        list[str] | None, typer.Option(help="Number types, with commas or repeated. Default: all of them.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale; -1 is whole rows. Default: that of the type.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the input: float32, bfloat16 or float16.")] = "bfloat16",
+    rows: Annotated[str, typer.Option(help="Rows of the input.")] = "1,128",
+    size: Annotated[str, typer.Option("--features", help="Rows and columns of the weight, OUTxIN.")] = "4096x4096",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Which kernel runs on this machine, and for every other one the sentence why not.
+
+    Then each native kernel is compared with the reference, as it is before its first use; exit code 1 if one disagrees.
+
+    Example: `quanto-hf kernels --weights int4`
+    """
+    kind, shape, counts = float_dtype(dtype), features(size), whole_numbers("--rows", [rows])
+    chosen = schemes(weights, group_size)
+    found = machine()
+    choices = [row for scheme in chosen for row in explain(scheme, kind, shape, counts)]
+    checks = [check(scheme, kind) for scheme in chosen] if found["native"] else []
+    if as_json:
+        print(json.dumps({"machine": found, "kernels": choices, "checks": checks}, indent=2))
+    else:
+        out = console()
+        for line in lines(found):
+            out.print(line, markup=False)
+        out.print(choices_table(choices, f"x of {dtype}, a weight of {size}"))
+        if checks:
+            out.print(checks_table(checks, dtype))
+        else:
+            out.print("There are no native kernels to check.")
+    if not all(row["passed"] for row in checks):
+        raise typer.Exit(1)
+
+
+def explain(scheme: "Grouped", dtype: "torch.dtype", shape: tuple[int, int], counts: list[int]) -> list[dict[str, Any]]:
+    """A row for each op, and for each number of rows of x if it makes a difference."""
+    import torch
+
+    from quanto_hf.ops import dequantize, linear_grad_input, linear_op
+
+    # only shapes and dtypes are looked at
+    tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in scheme.tensors(shape, dtype).items()}
+    weight = (tensors["packed"], tensors["scale"], tensors.get("zero"))
+    rest = (scheme.qtype, scheme.group_size)
+    found: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
+    for count in counts:
+        x, grad = (torch.empty(count, width, dtype=dtype) for width in (shape[1], shape[0]))
+        asked = (
+            (linear_op, (x, *weight, None, *rest)),
+            (dequantize, (*weight, *rest, shape[1], dtype)),
+            (linear_grad_input, (grad, *weight, *rest, shape[1])),
+        )
+        for op, arguments in asked:
+            op.check(*arguments)
+            found.setdefault((op.name, tuple(op.explain(*arguments))), []).append(count)
+    # op by op, not row count by row count
+    order = list(dict.fromkeys(name for name, _ in found))
+    return [
+        {
+            "weights": str(scheme),
+            "op": name,
+            "rows": [] if name == "dequantize" else rows,
+            "runs": next(kernel for kernel, said in said_of if said == "runs"),
+            "others": {kernel: said for kernel, said in said_of if said != "runs"},
+        }
+        for (name, said_of), rows in sorted(found.items(), key=lambda item: order.index(item[0][0]))
+    ]
+
+
+def check(scheme: "Grouped", dtype: "torch.dtype") -> dict[str, Any]:
+    """The self-check of the native kernels of a scheme: few rows of x, and many."""
+    from quanto_hf.ops.cpu.library import NATIVE
+    from quanto_hf.ops.cpu.selfcheck import TOLERANCE, errors, why_wrong
+
+    assert NATIVE is not None
+    key = (scheme.qtype, scheme.group_size, not scheme.symmetric, scheme.scale_dtype, dtype)
+    said = [sentence for many in (False, True) if (sentence := why_wrong(NATIVE.level(), *key, many))]
+    (weight, few), (_, many) = errors(*key, False), errors(*key, True)
+    return {
+        "weights": str(scheme),
+        "passed": not said,
+        "said": said,
+        "dequantize_error": weight,
+        "few_rows_error": few,
+        "many_rows_error": many,
+        "tolerance": TOLERANCE[dtype],
+    }
+
+
+def choices_table(choices: list[dict[str, Any]], title: str) -> Any:
+    """What runs, and why nothing else."""
+    made = table(title, ["weights", "op", "rows of x", "runs", "why not the others"], [])
+    before = None
+    for row in choices:
+        if before not in (None, row["weights"]):
+            made.add_section()
+        by_sentence: dict[str, list[str]] = {}
+        for kernel, said in row["others"].items():
+            by_sentence.setdefault(said, []).append(kernel)
+        others = "\n".join(f"{', '.join(names)}: {said}" for said, names in by_sentence.items())
+        counts = ", ".join(map(str, row["rows"])) or "any"
+        made.add_row("" if row["weights"] == before else row["weights"], row["op"], counts, row["runs"], others)
+        before = row["weights"]
+    return made
+
+
+def checks_table(checks: list[dict[str, Any]], dtype: str) -> Any:
+    """What the self-checks found."""
+    from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS, WEIGHT_TOLERANCE
+
+    allowed = f"allowed: {WEIGHT_TOLERANCE:.0e} and {checks[0]['tolerance']:.0e}"
+    made = table(
+        f"self-check of the native kernels, errors against the reference in {dtype}; {allowed}",
+        ["weights"],
+        ["dequantize", f"linear, to {GEMV_ROWS} rows", "linear, more rows"],
+        ["result"],
+    )
+    for row in checks:
+        errors = (row["dequantize_error"], row["few_rows_error"], row["many_rows_error"])
+        made.add_row(row["weights"], *(f"{error:.1e}" for error in errors), "pass" if row["passed"] else "FAIL")
+    return made
