@@ -26,6 +26,20 @@ inline F add(F a, F b) { return vaddq_f32(a, b); }
 inline F sub(F a, F b) { return vsubq_f32(a, b); }
 inline F mul(F a, F b) { return vmulq_f32(a, b); }
 inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+inline F div(F a, F b) { return vdivq_f32(a, b); }
+inline F root(F v) { return vsqrtq_f32(v); }
+// a < b ? x : y, lane by lane; y where a or b is NaN
+inline F select_less(F a, F b, F x, F y) { return vbslq_f32(vcltq_f32(a, b), x, y); }
+inline F min(F a, F b) { return select_less(a, b, a, b); }  // b where one is NaN, as on x86; vminq would give NaN
+inline F max(F a, F b) { return select_less(b, a, a, b); }
+inline F round_even(F v) { return vrndnq_f32(v); }
+inline bool any_less(F a, F b) { return vmaxvq_u32(vcltq_f32(a, b)) != 0; }
+// the bits of v: those of a mask, and all of them shifted right
+inline F masked(F v, uint32_t bits) { return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(bits))); }
+inline I shifted(F v, int count) {
+    return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_f32(v), vdupq_n_s32(-count)));
+}
+inline F as_float(I bits) { return vreinterpretq_f32_s32(bits); }
 inline float sum(F v) { return vaddvq_f32(v); }
 
 // n <= 4 bytes, or n <= 4 halves, in the low end of a register; zeros above
@@ -54,6 +68,15 @@ inline I field(I bytes, int shift) {
     return vandq_s32(vshlq_s32(bytes, vdupq_n_s32(-shift)), vdupq_n_s32((1 << BITS) - 1));
 }
 inline F to_float(I v) { return vcvtq_f32_s32(v); }
+inline I to_int(F v) { return vcvtnq_s32_f32(v); }
+// the low bytes of the lanes
+inline void storen_bytes(uint8_t* p, I v, int64_t n) {
+    const uint8x16_t bytes = vreinterpretq_u8_s32(v);
+    const uint8x16_t low = vuzp1q_u8(vuzp1q_u8(bytes, bytes), vuzp1q_u8(bytes, bytes));
+    const uint32_t bits = vgetq_lane_u32(vreinterpretq_u32_u8(low), 0);
+    if (n >= W) std::memcpy(p, &bits, 4);
+    else for (int64_t i = 0; i < n; i++) p[i] = static_cast<uint8_t>(bits >> (8 * i));
+}
 inline Table load_table(const float* p) {
     const uint8_t* bytes = reinterpret_cast<const uint8_t*>(p);
     return {{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}};
@@ -87,6 +110,7 @@ inline uint16x4_t narrow_bf16(F v) {
     const uint16x4_t rounded = vshrn_n_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF))), 16);
     return vbsl_u16(vmovn_u32(vceqq_f32(v, v)), rounded, vdup_n_u16(0x7FC0));
 }
+inline F round_bf16(F v) { return widen(narrow_bf16(v)); }
 inline void store_halves(uint16_t* p, uint16x4_t v, int64_t n) {
     if (n >= W) return vst1_u16(p, v);
     const uint64_t bits = vget_lane_u64(vreinterpret_u64_u16(v), 0);
