@@ -10,13 +10,16 @@ namespace neon {
 namespace {
 #include "simd_neon.h"
 #include "decode.h"
+#include "grid.h"
+#include "fit.h"
+#include "quantize.h"
 #include "gemv.h"
 #include "gemm.h"
 
 void linear(const Linear& a) { a.m <= GEMV_ROWS ? gemv(a) : gemm<DotF32>(a); }
 }  // namespace
 extern const Level level;
-const Level level = {"neon", linear, dequantize, nullptr, nullptr};
+const Level level = {"neon", linear, dequantize, quantize, nullptr};
 }  // namespace neon
 }  // namespace quanto
 #endif

@@ -15,6 +15,9 @@ namespace neon_bf16 {
 namespace {
 #include "simd_neon.h"
 #include "decode.h"
+#include "grid.h"
+#include "fit.h"
+#include "quantize.h"
 #include "gemv.h"
 #include "gemm.h"
 #include "neon_bf16_blocks.h"
@@ -31,7 +34,7 @@ void linear(const Linear& a) {
 }
 }  // namespace
 extern const Level level;
-const Level level = {"neon_bf16", linear, dequantize, nullptr, nullptr};
+const Level level = {"neon_bf16", linear, dequantize, quantize, nullptr};
 }  // namespace neon_bf16
 }  // namespace quanto
 QUANTO_TARGET_END
