@@ -55,7 +55,7 @@ def _show_linear(found: list[dict[str, Any]], title: str) -> None:
     shown = table(title, ["layer"], ["rows", "torch ms", "ms", "ratio", "error", "vs float"], ["kernel"])
     before = None
     for row in found:
-        if before not in (None, row["layer"]) and len({row["rows"] for row in found}) > 1:
+        if before not in (None, row["layer"]) and len({row["rows"] for row in found} - {None}) > 1:
             shown.add_section()
         name, before = "" if row["layer"] == before else row["layer"], row["layer"]
         if "reason" not in row:

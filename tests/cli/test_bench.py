@@ -66,7 +66,7 @@ def test_a_peer_is_timed_and_one_that_is_missing_has_a_reason(monkeypatch):
 
 def test_layers_take_turns_with_weights_of_their_own():
     made = iter(range(1000))
-    layers = bench_linear.rotation(lambda: next(made), bench_linear.ROTATED_BYTES // 3)
+    layers = bench_linear.rotation(lambda: next(made), bench_linear.ROTATED_BYTES // 3 + 1)
     assert [next(layers) for _ in range(5)] == [0, 1, 2, 0, 1]
 
 
