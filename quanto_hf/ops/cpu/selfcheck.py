@@ -20,8 +20,9 @@ from quanto_hf.qtypes import QTYPES
 GEMV_ROWS = 8
 # Largest |difference| / largest |weight|, in float32.
 WEIGHT_TOLERANCE = 1e-6
-# Largest |difference| / (|x| @ |weight|): rounding of the weight and of the result in the dtype of x.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Largest |difference| / (|x| @ |weight|): rounding of the weight and of the result in the dtype of x. All kernels of
+# all levels stay below 60 % of these.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 2e-3}
 
 
 def sample(qtype: str, group_size: int, asymmetric: bool, rows: int, columns: int) -> tuple[torch.Tensor, ...]:
