@@ -74,21 +74,6 @@ inline void bytes_to_bf16(const ByteTable& t, __m512i codes, __m512i& a, __m512i
     a = _mm512_unpacklo_epi8(low, high), b = _mm512_unpackhi_epi8(low, high);
 }
 
-// Asks for the codes of the next R rows, in the order of their addresses, while R rows are read side by side. Reading
-// several rows at a time confuses the prefetchers of the processor: 24 GB/s without this, 36 with it (Zen 4, 2 threads;
-// into the second-level cache, since the first is full of x).
-struct Ahead {
-    const uint8_t* at;
-    int64_t lines, skip, left;
-    Ahead(const uint8_t* packed, int64_t row_bytes, int64_t next_row, int64_t b0, int64_t b1)
-        : at(packed + next_row * row_bytes + b0 * 64), lines(b1 - b0), skip(row_bytes - lines * 64), left(lines) {}
-    void step() {
-        _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
-        at += 64;
-        if (--left == 0) at += skip, left = lines;
-    }
-};
-
 // Codes of 8 bits in the blocks [b0, b1) of R rows: emit(column, weights[R]), 32 weights in bfloat16 each.
 template <int CODES, int R, class Emit>
 inline void byte_blocks(const Weight& w, const ByteTable& t, int64_t row, int64_t b0, int64_t b1, const Emit& emit) {

@@ -16,8 +16,12 @@ namespace {
 #include "quantize.h"
 #include "gemv.h"
 #include "gemm.h"
+#include "gemv_blocks.h"
 
-void linear(const Linear& a) { a.m <= GEMV_ROWS ? gemv(a) : gemm<DotF32>(a); }
+void linear(const Linear& a) {
+    if (a.m > GEMV_ROWS) return gemm<DotF32>(a);
+    if (!gemv_blocks(a)) gemv(a);
+}
 }  // namespace
 extern const Level level;
 const Level level = {"avx512", linear, dequantize, quantize, nullptr};

@@ -16,6 +16,7 @@ namespace {
 #include "quantize.h"
 #include "gemv.h"
 #include "gemm.h"
+#include "ahead.h"
 #include "bf16_blocks.h"
 #include "gemv_bf16.h"
 #include "gemm_bf16.h"

@@ -55,6 +55,11 @@ template <int BITS>
 inline I field(I bytes, int shift) {
     return _mm256_and_si256(_mm256_srl_epi32(bytes, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32((1 << BITS) - 1));
 }
+inline I load_words(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+template <int BITS, int SHIFT>
+inline I field_of_word(I words) { return _mm256_and_si256(_mm256_srli_epi32(words, SHIFT), _mm256_set1_epi32((1 << BITS) - 1)); }
+template <int BYTE>
+inline I signed_byte(I words) { return _mm256_srai_epi32(_mm256_slli_epi32(words, 24 - 8 * BYTE), 24); }
 inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
 inline I to_int(F v) { return _mm256_cvtps_epi32(v); }
 inline Table load_table(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

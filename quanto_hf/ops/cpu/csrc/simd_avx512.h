@@ -38,6 +38,11 @@ template <int BITS>
 inline I field(I bytes, int shift) {
     return _mm512_and_si512(_mm512_srl_epi32(bytes, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32((1 << BITS) - 1));
 }
+inline I load_words(const uint8_t* p) { return _mm512_loadu_si512((const __m512i*)p); }
+template <int BITS, int SHIFT>
+inline I field_of_word(I words) { return _mm512_and_si512(_mm512_srli_epi32(words, SHIFT), _mm512_set1_epi32((1 << BITS) - 1)); }
+template <int BYTE>
+inline I signed_byte(I words) { return _mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * BYTE), 24); }
 inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }
 inline I to_int(F v) { return _mm512_cvtps_epi32(v); }
 // the low bytes of the lanes
