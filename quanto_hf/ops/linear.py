@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from quanto_hf.ops.dequantize import FLOATS, check_weight, dequantize, sample_weights
 from quanto_hf.ops.registry import Op
+from quanto_hf.ops.watched import transformed
 
 
 def _check(
@@ -99,7 +100,9 @@ def linear(
         ValueError: shapes or dtypes do not fit together.
     """
     if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        torch.is_grad_enabled()
+        and (x.requires_grad or (bias is not None and bias.requires_grad))
+        and not transformed()
     ):
         out: torch.Tensor = linear_op.torch_op(x, packed, scale, zero, bias, qtype, group_size)
         return out

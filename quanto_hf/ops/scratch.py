@@ -8,6 +8,8 @@ import threading
 
 import torch
 
+from quanto_hf.ops.watched import watched
+
 _local = threading.local()
 
 
@@ -17,6 +19,8 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     It is valid until the same thread asks for the same name, dtype and device again: never return it, or a view of
     it, to a caller.
     """
+    if watched():  # a tensor that a mode or a transform made is of use to nobody else
+        return torch.empty(shape, dtype=dtype, device=device)
     buffers: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = _local.__dict__.setdefault("buffers", {})
     numel = 1
     for size in shape:

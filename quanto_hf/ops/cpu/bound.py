@@ -13,6 +13,7 @@ from quanto_hf.ops.cpu.library import NATIVE
 from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS, why_int8_wrong, why_wrong
 from quanto_hf.ops.dequantize import check_weight, groups
 from quanto_hf.ops.registry import reference_only
+from quanto_hf.ops.watched import watched
 
 BoundLinear = Callable[[torch.Tensor, torch.Tensor | None], "torch.Tensor | None"]
 
@@ -48,13 +49,13 @@ def bind(
     stored = [tensor for tensor in (packed, scale, zero) if tensor is not None]
     if NATIVE is None or reference_only() or not packed.numel():
         return None
-    if any(type(tensor) not in _PLAIN or not tensor.is_cpu or not tensor.is_contiguous() for tensor in stored):
+    if watched() or not all(map(_is_plain, stored)):
         return None
     if activations is not None and not takes_int8(qtype, group_size, zero, in_features, activations):
         return None
     level, asymmetric, scale_dtype = NATIVE.level(), zero is not None, scale.dtype
     weight = weight_arguments(packed, scale, zero, qtype, group_size, in_features)
-    rows = packed.shape[0]
+    rows, bias_shape = packed.shape[0], packed.shape[:1]
     packed_at, scale_at, zero_at = weight[:3]
     packed_size, scale_size = packed.numel(), scale.numel()
     trusted: set[tuple[torch.dtype, bool]] = set()
@@ -66,6 +67,7 @@ def bind(
             type(x) is not torch.Tensor
             or not x.is_cpu
             or not x.is_contiguous()
+            or watched()
             or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
             # another tensor behind the same Parameter: param.data = ..., as offload does
             or packed.data_ptr() != packed_at
@@ -79,7 +81,7 @@ def bind(
         kind = types.get(dtype)
         if kind is None or not shape or shape[-1] != in_features or x.is_neg():
             return None
-        if bias is not None and (bias.dtype is not dtype or bias.numel() != rows or not bias.is_contiguous()):
+        if bias is not None and (bias.dtype is not dtype or bias.shape != bias_shape or not _is_plain(bias)):
             return None
         count = x.numel() // in_features
         if not count:
@@ -94,12 +96,9 @@ def bind(
             if wrong:
                 return None
             trusted.add(key)
-        try:
-            x_at = x.data_ptr()
-        except RuntimeError:  # a tensor without memory of its own, as inside torch.func.vmap
-            return None
-        out = torch.empty((*shape[:-1], rows), dtype=dtype)
-        run(*weight, x_at, 0 if bias is None else bias.data_ptr(), out.data_ptr(), count, kind, threads())
+        # not torch.empty, which looks at the default device
+        out = x.new_empty((*shape[:-1], rows))
+        run(*weight, x.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), count, kind, threads())
         return out
 
     return call
@@ -114,6 +113,10 @@ def takes_int8(qtype: str, group_size: int, zero: torch.Tensor | None, in_featur
         and groups(in_features, group_size) == 1
         and in_features <= MAX_INT8_COLUMNS
     )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in _PLAIN and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
 
 
 # csrc/int8.h: sums of more columns could leave int32.

@@ -17,11 +17,12 @@ CODES = {"int8": 0, "float8_e4m3fn": 1, "float8_e5m2": 2, "int4": 3, "nf4": 3, "
 def value_table(qtype: str, asymmetric: bool) -> torch.Tensor:
     """The 16 numbers that codes stand for, float32; codes of 8 bits do not look at it."""
     kind = QTYPES[qtype]
-    table = torch.zeros(16)
+    # by name, whatever the defaults are at the first call: the table is kept
+    table = torch.zeros(16, dtype=torch.float32, device="cpu")
     if kind.values is not None:
-        table[:] = torch.tensor(kind.values)
+        table[:] = torch.tensor(kind.values, dtype=torch.float32, device="cpu")
     elif kind.is_packed:
-        table[: kind.levels] = torch.arange(kind.levels) - (0 if asymmetric else symmetric_offset(kind))
+        table[: kind.levels] = torch.arange(kind.levels, device="cpu") - (0 if asymmetric else symmetric_offset(kind))
     return table
 
 

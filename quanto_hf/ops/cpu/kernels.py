@@ -10,6 +10,7 @@ from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS, why_wrong
 from quanto_hf.ops.dequantize import block_rows, dequantize
 from quanto_hf.ops.linear import linear_grad_input, linear_op
 from quanto_hf.ops.scratch import scratch
+from quanto_hf.ops.watched import watched
 
 
 def refuses_weight(
@@ -18,14 +19,22 @@ def refuses_weight(
     """Why no native kernel takes this weight, or None."""
     if NATIVE is None:
         return REASON
-    if packed.device.type != "cpu":
+    if not _on_cpu(packed, scale, zero):
         return "it runs on CPU only"
+    if watched():
+        return "torch follows every operator here: a dispatch mode, a transform or a trace is active"
     return why_wrong(NATIVE.level(), qtype, group_size, zero is not None, scale.dtype, dtype, many)
+
+
+def _on_cpu(*tensors: Any) -> bool:
+    return all(tensor is None or tensor.is_cpu for tensor in tensors)
 
 
 def _linear_refuses(x: Any, packed: Any, scale: Any, zero: Any, bias: Any, qtype: str, group_size: int) -> str | None:
     if not x.numel() or not packed.numel():
         return "there is nothing to multiply"
+    if not _on_cpu(x, bias):
+        return "it runs on CPU only"
     many = x.numel() > GEMV_ROWS * x.shape[-1]
     return refuses_weight(packed, scale, zero, qtype, group_size, x.dtype, many)
 
@@ -82,6 +91,8 @@ def _grad_refuses(
 ) -> str | None:
     if not grad.numel() or not packed.numel():
         return "there is nothing to multiply"
+    if not _on_cpu(grad):
+        return "it runs on CPU only"
     return refuses_weight(packed, scale, zero, qtype, group_size, grad.dtype, False)
 
 

@@ -22,8 +22,8 @@ namespace {
 #include "int8.h"
 
 void linear(const Linear& a) {
-    const bool blocks = has_blocks(a.w);
     if (a.x_type == BF16) {
+        const bool blocks = has_blocks(a.w) && (bits_of(a.w.codes) < 8 || may_scale_late(a));
         if (a.m <= GEMV_ROWS) return blocks ? gemv_bf16(a) : gemv(a);
         return blocks ? gemm<DotBF16<true>>(a) : gemm<DotBF16<false>>(a);
     }
