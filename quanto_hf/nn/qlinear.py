@@ -192,6 +192,9 @@ class QLinear(nn.Linear):
             if out is not None:
                 return out
         x = input
+        # the op cannot tell: codes of 199 columns may take as many bytes as those of 200
+        if not x.dim() or x.shape[-1] != self.in_features:
+            raise ValueError(f"{self} takes inputs of shape (..., {self.in_features}), not {tuple(x.shape)}")
         device = x.device.type
         # there is no autocast on the meta device, and asking for its state is an error
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.is_floating_point():
@@ -202,11 +205,6 @@ class QLinear(nn.Linear):
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         if self.is_frozen:
-            # 199 columns of int4 take as many bytes as 200: the tensors alone do not tell
-            if x.dim() and x.shape[-1] != self.in_features:
-                raise ValueError(
-                    f"the input has {x.shape[-1]} features (shape {tuple(x.shape)}), but the layer is {self}"
-                )
             return self.scheme.linear(x, self.tensors(), bias)
         return F.linear(x, self._rounded_weight().to(x.dtype), bias)
 

@@ -50,6 +50,8 @@ def check_weight(
                 f"the {name} of a {qtype} weight with group_size {group_size} has shape {wanted} and a float dtype, "
                 f"but this one has shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
             )
+        if tensor is not None and tensor.device != packed.device:
+            raise ValueError(f"the {name} is on {tensor.device}, but the codes are on {packed.device}; move one")
     if zero is not None and zero.dtype != scale.dtype:
         raise ValueError(f"scale and zero have the same dtype, but these have {scale.dtype} and {zero.dtype}")
 

@@ -28,6 +28,10 @@ def _check(
             f"but the input has shape {tuple(x.shape)} and dtype {x.dtype}"
         )
     check_weight(packed, scale, zero, qtype, group_size, x.shape[-1])
+    for name, tensor in (("input", x), ("bias", bias)):
+        # torch would say so too, but not for every kernel before memory is read
+        if tensor is not None and tensor.device != packed.device:
+            raise ValueError(f"the {name} is on {tensor.device}, but the weight is on {packed.device}; move one")
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != packed.shape[0] or bias.dtype != x.dtype):
         raise ValueError(
             f"the bias has shape {tuple(bias.shape)} and dtype {bias.dtype}, "

@@ -79,6 +79,7 @@ def errors(
 
 
 @cache
+@_undisturbed()
 def why_wrong(
     level: str, qtype: str, group_size: int, asymmetric: bool, scale_dtype: torch.dtype, dtype: torch.dtype, many: bool
 ) -> str | None:

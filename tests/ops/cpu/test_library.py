@@ -1,52 +1,155 @@
-"""The native library is chosen by the processor, forced by QUANTO_HF_CPU, and may be missing."""
+"""Which native kernels are in use: by the environment, by the processor, or none at all."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
+from native_weights import LEVELS, needs_native
 
-from quanto_hf.ops.cpu.library import LEVELS, NATIVE
+from quanto_hf.ops.cpu.library import LEVELS as EVERY_LEVEL
+from quanto_hf.ops.cpu.library import NATIVE, REASON
 
-CODE = """
-import logging; logging.basicConfig(level=logging.INFO)
-import torch, quanto_hf
+# Layers are quantized, run and asked for gradients. Prints the level, the reason, and whether the native kernel ran.
+PROGRAM = """
+import torch
+from torch import nn
+from quanto_hf.nn import QLinear
 from quanto_hf.ops import linear_op
 from quanto_hf.ops.cpu.library import NATIVE, REASON
-print("level", NATIVE and NATIVE.level(), REASON)
-args = linear_op.samples(0)[0]
-torch.testing.assert_close(linear_op(*args), linear_op.reference(*args))
-print([name for name, sentence in linear_op.explain(*args) if sentence == "runs"])
+from quanto_hf.schemes import make_scheme
+
+torch.set_num_threads(1)
+for name in ("int8", "int4", "float8"):
+    layer = QLinear.from_module(nn.Linear(200, 17), make_scheme(name))
+    layer.freeze()
+    for rows in (1, 20):
+        x = torch.randn(rows, 200, requires_grad=True)
+        expected = nn.functional.linear(x, layer.dequantized(), layer.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        layer(x).sum().backward()
+        torch.testing.assert_close(x.grad, layer.dequantized().sum(0).expand(rows, -1), rtol=1e-4, atol=1e-4)
+tensors = layer.tensors()
+rows = linear_op.explain(x.detach(), tensors["packed"], tensors["scale"], None, None, "float8_e4m3fn", -1)
+print(NATIVE and NATIVE.level(), "|", REASON, "|", dict(rows)["native"])
+"""
+LOGGED = "import logging\nlogging.basicConfig(level=logging.INFO, format='%(levelname)s %(name)s %(message)s')\n"
+MISSING = """
+import importlib.machinery
+known = importlib.machinery.PathFinder.find_spec
+def find_spec(name, path=None, target=None):
+    return None if name == "quanto_hf.ops.cpu._native" else known(name, path, target)
+importlib.machinery.PathFinder.find_spec = find_spec
 """
 
 
-def run(code: str = CODE, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if k not in ("QUANTO_HF_CPU", "QUANTO_HF_REFERENCE")}
-    return subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True)
+def run(program: str, level: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("QUANTO_HF")}
+    if level is not None:
+        environment["QUANTO_HF_CPU"] = level
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    return subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", program],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
 
 
-@pytest.mark.skipif(NATIVE is None, reason="no native kernels here")
-def test_every_level_of_this_processor_can_be_forced():
-    assert NATIVE.levels() and set(NATIVE.levels()) <= set(LEVELS)
-    for level in NATIVE.levels():
-        done = run(QUANTO_HF_CPU=level)
-        assert f"level {level}" in done.stdout and "['native']" in done.stdout, done.stderr
+def said(result: subprocess.CompletedProcess[str]) -> tuple[list[str], list[str]]:
+    """The three answers of the program, and the lines that quanto_hf logged."""
+    assert result.returncode == 0, result.stderr[-2000:]
+    logged = [line for line in result.stderr.splitlines() if " quanto_hf " in line]
+    return [part.strip() for part in result.stdout.splitlines()[-1].split("|")], logged
 
 
-def test_torch_switches_the_native_kernels_off_and_says_so():
-    done = run(QUANTO_HF_CPU="torch")
-    assert "level None" in done.stdout and "torch_blocks" in done.stdout
-    assert "QUANTO_HF_CPU=torch" in done.stderr and "Traceback" not in done.stderr
+@needs_native
+def test_the_best_level_of_the_processor_is_used():
+    if "QUANTO_HF_CPU" not in os.environ:
+        assert NATIVE.level() == LEVELS[0]
+        assert REASON == f"level {LEVELS[0]}"
+    assert [name for name in EVERY_LEVEL if name in LEVELS] == LEVELS
 
 
-@pytest.mark.skipif(NATIVE is None, reason="no native kernels here")
-def test_an_unknown_level_is_an_error_with_the_choices():
-    done = run(QUANTO_HF_CPU="mmx")
-    assert done.returncode != 0
-    assert "QUANTO_HF_CPU='mmx'" in done.stderr and "choose one of" in done.stderr and "torch" in done.stderr
+@needs_native
+@pytest.mark.parametrize("name", LEVELS)
+def test_the_environment_chooses_a_level(name: str):
+    answers, logged = said(run(LOGGED + PROGRAM, f" {name.upper()} "))
+    assert answers == [name, f"level {name}", "runs"]
+    assert not logged
 
 
-def test_without_the_library_everything_works_and_one_line_says_why():
-    done = run("import sys; sys.modules['quanto_hf.ops.cpu._native'] = None\n" + CODE)
-    assert "level None" in done.stdout and "torch_blocks" in done.stdout, done.stderr
-    assert done.stderr.count("without native CPU kernels") == 1
+def test_the_environment_switches_the_native_kernels_off():
+    answers, logged = said(run(LOGGED + PROGRAM, "torch"))
+    sentence = "QUANTO_HF_CPU=torch switches the native kernels off"
+    assert answers == ["None", sentence, sentence]
+    assert logged == [f"INFO quanto_hf quanto_hf runs without native CPU kernels: {sentence}"]
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["nonsense", "sse2"])
+def test_a_level_that_there_is_not_is_an_error_with_the_choices(name: str):
+    result = run(PROGRAM, name)
+    assert result.returncode != 0
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("ValueError") and repr(name) in last
+    assert all(choice in last for choice in (*LEVELS, "torch"))
+
+
+def test_an_empty_choice_is_none():
+    result = run("from quanto_hf.ops.cpu.library import REASON; print(REASON)", "")
+    assert result.stdout.strip() == (f"level {LEVELS[0]}" if LEVELS else REASON)
+
+
+def test_without_the_compiled_module_one_line_says_so_and_everything_works():
+    answers, logged = said(run(MISSING + LOGGED + PROGRAM))
+    assert answers[0] == "None" and answers[1] == answers[2]
+    assert "install a C++17 compiler and reinstall quanto-hf" in answers[1]
+    assert logged == [f"INFO quanto_hf quanto_hf runs without native CPU kernels: {answers[1]}"]
+
+
+def test_nobody_hears_of_it_who_did_not_ask():
+    result = run(MISSING + "import quanto_hf.ops")
+    assert result.returncode == 0 and not result.stderr
+
+
+@needs_native
+def test_a_module_that_cannot_be_loaded_says_why():
+    broken = """
+import importlib.machinery
+def exec_module(self, module, known=importlib.machinery.ExtensionFileLoader.create_module):
+    if "_native" in self.name and "quanto_hf" in self.name:
+        raise ImportError("libgomp.so.1: cannot open shared object file")
+    return known(self, module)
+importlib.machinery.ExtensionFileLoader.create_module = exec_module
+"""
+    answers, logged = said(run(broken + LOGGED + PROGRAM))
+    sentence = "the compiled module cannot be loaded: libgomp.so.1: cannot open shared object file"
+    assert answers == ["None", sentence, sentence]
+    assert len(logged) == 1
+
+
+@needs_native
+def test_the_module_refuses_a_level_or_a_call_that_it_does_not_know():
+    with pytest.raises(ValueError, match="does not offer 'nonsense'"):
+        NATIVE.use_level("nonsense")
+    for name in ("linear", "dequantize"):
+        with pytest.raises(TypeError, match=r"expected 1[45] integers, got 1"):
+            getattr(NATIVE, name)(1)
+    assert NATIVE.level() in LEVELS
+
+
+@needs_native
+def test_the_module_follows_the_threads_of_torch():
+    # two OpenMP libraries in one process would each have threads of their own
+    maps = "/proc/self/maps"
+    if not os.path.exists(maps):
+        pytest.skip("no list of loaded libraries on this system")
+    torch.ones(1)
+    with open(maps) as lines:
+        loaded = {line.split("/", 1)[1].strip() for line in lines if "/" in line}
+    assert len({path for path in loaded if "gomp" in path or "iomp" in path or "/libomp" in path}) == 1

@@ -35,7 +35,7 @@ inline void unit_sums(I words, F zero, F scale, const float* x, int64_t ld, F* a
 }
 
 template <int CODES, int M>
-inline void gemv_block_rows(const Linear& a, const float* x, int64_t ld, const float* rest, int64_t m0, Range part) {
+inline void gemv_block_rows(const Linear& a, const float* natural, const float* x, int64_t ld, const float* rest, int64_t m0, Range part) {
     constexpr int PLANES = 8 / bits_of(CODES), UNITS = static_cast<int>(64 / UNIT);
     const Weight& w = a.w;
     const int64_t whole = w.k / (64 * PLANES), columns = whole * 64 * PLANES, bytes = row_bytes(CODES, w.k);
@@ -67,6 +67,13 @@ inline void gemv_block_rows(const Linear& a, const float* x, int64_t ld, const f
             if constexpr (PLANES > 2) plane(Slot<2>{}), plane(Slot<3>{});
         }
         if (columns < w.k) dot_columns<CODES, M>(w, row, columns, w.k, rest - columns, w.k - columns, acc);
+        bool finite = true;
+        for (int m = 0; m < M; m++) finite = finite && std::isfinite(sum(add(acc[m], acc[M + m])));
+        if (!finite) {
+            // x is tame, so that only a scale or a zero can do this: multiplied late, it makes another NaN or infinity
+            for (F& v : acc) v = splat(0.0f);
+            dot_columns<CODES, M>(w, row, 0, w.k, natural + m0 * w.k, w.k, acc);
+        }
         for (int m = 0; m < M; m++) put(a, m0 + m, row, sum(add(acc[m], acc[M + m])));
     }
 }
@@ -95,7 +102,7 @@ inline bool gemv_blocks(const Linear& a) {
     parallel(a.threads, [&](int thread, int of) {
         const Range part = share(w.n, 32, thread, of);
         const auto run = [&](auto codes, auto rows, int64_t m) {
-            gemv_block_rows<decltype(codes)::codes, decltype(rows)::slot>(a, x + m * columns, columns, rest + m * behind, m, part);
+            gemv_block_rows<decltype(codes)::codes, decltype(rows)::slot>(a, natural, x + m * columns, columns, rest + m * behind, m, part);
         };
         const auto all = [&](auto codes) {
             int64_t m = 0;
