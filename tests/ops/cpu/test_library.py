@@ -11,7 +11,7 @@ from native_weights import LEVELS, needs_native
 from quanto_hf.ops.cpu.library import LEVELS as EVERY_LEVEL
 from quanto_hf.ops.cpu.library import NATIVE, REASON
 
-# A small model made, quantized, run and trained: prints the level, the reason, whether all is right, and which kernel ran.
+# Layers are quantized, run and asked for gradients. Prints the level, the reason, and whether the native kernel ran.
 PROGRAM = """
 import torch
 from torch import nn
@@ -101,8 +101,9 @@ def test_a_level_that_there_is_not_is_an_error_with_the_choices(name: str):
 
 
 def test_an_empty_choice_is_none():
-    answers, _ = said(run(PROGRAM, ""))
-    assert answers[1] == (REASON if "QUANTO_HF_CPU" not in os.environ else answers[1])
+    program = "from quanto_hf.ops.cpu.library import REASON; print(REASON)"
+    made = [run(program, level).stdout.strip() for level in ("", None)]
+    assert made[0] == made[1] != ""
 
 
 def test_without_the_compiled_module_one_line_says_so_and_everything_works():
@@ -113,7 +114,7 @@ def test_without_the_compiled_module_one_line_says_so_and_everything_works():
 
 
 def test_nobody_hears_of_it_who_did_not_ask():
-    result = run(MISSING + PROGRAM)
+    result = run(MISSING + "import quanto_hf.ops")
     assert result.returncode == 0 and not result.stderr
 
 
@@ -138,7 +139,7 @@ def test_the_module_refuses_a_level_or_a_call_that_it_does_not_know():
     with pytest.raises(ValueError, match="does not offer 'nonsense'"):
         NATIVE.use_level("nonsense")
     for name in ("linear", "dequantize"):
-        with pytest.raises(TypeError, match="expected 1[45] integers, got 1"):
+        with pytest.raises(TypeError, match=r"expected 1[45] integers, got 1"):
             getattr(NATIVE, name)(1)
     assert NATIVE.level() in LEVELS
 

@@ -29,7 +29,7 @@ def _nothing_is_known():
 
 @pytest.fixture
 def wrong(monkeypatch):
-    """``wrong(name)`` makes a native function take every code for its neighbour; for calls of ``rows`` rows if given."""
+    """``wrong(name)`` makes a native function take codes for their neighbours; only for x of ``rows`` rows if given."""
 
     def spoil(name: str, rows: int | None = None) -> None:
         right = getattr(NATIVE, name)
