@@ -1,11 +1,13 @@
 """Codes to the numbers that they stand for, without scale: the definition, and a fast way for each number type."""
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache
 
 import torch
 
 from quanto_hf.ops.packing import BLOCK_BYTES, unpack
 from quanto_hf.ops.scratch import scratch
+from quanto_hf.ops.watched import watched
 from quanto_hf.qtypes import QType
 
 # bfloat16 has 8 bits of exponent and 7 of mantissa. Put the exponent and mantissa of a small float at the same place
@@ -91,7 +93,13 @@ def _decode_byte_pairs(packed: torch.Tensor, qtype: QType, out: torch.Tensor) ->
     return out
 
 
-@lru_cache(maxsize=8)
+def _kept(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Tables are made once, but not where a mode or a transform would make them of its own kind of tensor."""
+    kept = cache(make)
+    return lambda *args: make(*args) if watched() else kept(*args)
+
+
+@_kept
 def _pair_table(qtype: QType, device: torch.device) -> torch.Tensor:
     """For each pair of packed bytes, read as an int16 plus 32768, the four bfloat16 numbers of its codes."""
     with torch.inference_mode(False):
@@ -102,7 +110,7 @@ def _pair_table(qtype: QType, device: torch.device) -> torch.Tensor:
         return numbers.contiguous().view(torch.int64).view(-1).to(device)
 
 
-@lru_cache(maxsize=64)
+@_kept
 def _table(qtype: QType, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.tensor(qtype.values, dtype=torch.float32).to(device, dtype)
