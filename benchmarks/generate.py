@@ -9,7 +9,8 @@ warm-up:
 - b1, b8: greedy decoding through ``generate``, 64 tokens after a prompt of 32, for 1 and 8 prompts. Counts the steps
   after the first token, so not the prompt. Ends early after ``--limit`` seconds.
 - prefill: one forward pass of 512 tokens that gives the last token's logits.
-- load: ``from_pretrained``, quantization included. llama.cpp loads a file that was quantized beforehand.
+- load: ``from_pretrained``, quantization included, from files that have been read just before. llama.cpp loads one
+  that was quantized beforehand.
 - footprint: storages of all tensors alive after loading.
 - rel L2: distance of the 32 prompt tokens' logits from those of bfloat16, over their norm. Random weights are harder
   on a quantizer than trained ones; here it only shows that a backend computes the same model.
@@ -17,6 +18,8 @@ warm-up:
   one, wait for each other at every layer.
 
 The ratio is to bfloat16 of the same run. llama.cpp quantizes the output head too (its own choice), nobody else does.
+``compiled`` decodes with a static cache and a forward pass that torch.compile made one graph of; the prompt is not
+compiled. It needs a C++ compiler at run time, as torch.compile does for every model.
 ``--peers`` adds optimum-quanto, torchao, bitsandbytes, hqq and llama.cpp (packages llama-cpp-python and gguf), where
 they are installed. A backend that does not run gets a row with the reason. ``--prefix`` is put before the command of
 each process, such as "taskset -c 0".
@@ -62,6 +65,9 @@ BACKENDS: dict[str, Callable[[], Any]] = {
     "float8": ours(weights="float8"),
     "nf4": ours(weights="nf4"),
     "int8 + int8 activations": ours(weights="int8", activations="int8"),
+    "bf16 compiled": lambda: None,
+    "int8 compiled": ours(weights="int8"),
+    "int4 compiled": ours(weights="int4"),
 }
 PEERS: dict[str, Callable[[], Any]] = {
     "optimum-quanto int8": theirs("QuantoConfig", "int8"),
@@ -155,10 +161,16 @@ class Transformers:
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self.torch = torch
+        self.options: dict[str, Any] = {}
+        if name.endswith("compiled"):
+            compiled = transformers.CompileConfig(fullgraph=True, mode="default")
+            compiled._compile_all_devices = True  # else generate compiles on GPUs only
+            self.options = {"cache_implementation": "static", "compile_config": compiled}
+        cls, config = transformers.LlamaForCausalLM, {**BACKENDS, **PEERS}[name]()
+        for file in (folder / "float").glob("*.safetensors"):
+            file.read_bytes()
         start = time.perf_counter()
-        self.model = transformers.LlamaForCausalLM.from_pretrained(
-            folder / "float", dtype=torch.bfloat16, quantization_config={**BACKENDS, **PEERS}[name]()
-        )
+        self.model = cls.from_pretrained(folder / "float", dtype=torch.bfloat16, quantization_config=config)
         if name.startswith("hqq"):
             self.quantize_hqq()
         self.load = time.perf_counter() - start
@@ -194,7 +206,7 @@ class Transformers:
         prompt = self.torch.from_numpy(ids)
         greedy = {"do_sample": False, "max_new_tokens": new, "eos_token_id": -1, "pad_token_id": 0}
         mask = self.torch.ones_like(prompt)
-        self.model.generate(prompt, attention_mask=mask, stopping_criteria=[stop], **greedy)
+        self.model.generate(prompt, attention_mask=mask, stopping_criteria=[stop], **greedy, **self.options)
         return times
 
 
@@ -284,7 +296,8 @@ def measure(name: str, folder: Path, threads: int, limit: float) -> dict[str, fl
         result["error"] = float(np.linalg.norm(logits - reference) / np.linalg.norm(reference))
     start, before = time.perf_counter(), others()
     for key, rows in (("b1", 1), ("b8", MANY)):
-        backend.decode(ids[:rows, :PROMPT], 3, limit)
+        # a static cache has the length of what is asked for, and another length is compiled again
+        backend.decode(ids[:rows, :PROMPT], NEW if name.endswith("compiled") else 3, math.inf)
         result[key] = best(lambda rows=rows: decode(rows))
     prefill()
     result["prefill"] = best(prefill)
