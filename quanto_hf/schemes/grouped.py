@@ -5,19 +5,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from quanto_hf.fit import Fit, Grid, fit_by_name, native_fit
-from quanto_hf.ops import BoundLinear, bind_linear, dequantize, groups, linear, pack, packed_width
-from quanto_hf.ops.cpu.quantize import native_quantize, refuses_quantize
-from quanto_hf.ops.scratch import scratch
+from quanto_hf.fit import Fit, Grid, fit_by_name
+from quanto_hf.ops import BoundLinear, bind_linear, dequantize, groups, linear, packed_width
 from quanto_hf.qtypes import QTYPES, QType
 from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
+from quanto_hf.schemes.quantizing import quantize_in_blocks, quantize_natively
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 PER_CHANNEL = -1
-
-# Values that are fitted at a time. The float32 temporaries of a fit (about 4 of this size) stay in a 1 MB L2 cache
-# at 64 k values, but then the calls cost more than the work: 256 k is the fastest of 64 k to 4 M for int4 and int2.
-BLOCK_VALUES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -101,55 +96,9 @@ class Grouped(Scheme):
             return result
         flat = weight.detach().reshape(-1, columns)
         parts = {name: tensor.view(flat.shape[0], -1) for name, tensor in result.items()}
-        if self._quantize_natively(flat, found, parts):
-            return result
-        step = max(1, BLOCK_VALUES // columns)
-        # under autocast the products of a fit would be rounded to 16 bits
-        with torch.autocast(weight.device.type, enabled=False):
-            for start in range(0, flat.shape[0], step):
-                block = {name: tensor[start : start + step] for name, tensor in parts.items()}
-                self._quantize_rows(flat[start : start + step], found, block)
+        if not quantize_natively(self, flat, found, parts):
+            quantize_in_blocks(self, flat, found, parts)
         return result
-
-    def _quantize_natively(self, rows: torch.Tensor, fit: Fit, out: dict[str, torch.Tensor]) -> bool:
-        """Quantize all rows with the native library. False: it cannot, or the weight cannot be quantized at all."""
-        if refuses_quantize(rows, out, self.group_size) is not None:
-            return False
-        native = native_fit(fit, self.grid)
-        return native is not None and native_quantize(rows, out, self.qtype, self.group_size, native)
-
-    def _quantize_rows(self, rows: torch.Tensor, fit: Fit, out: dict[str, torch.Tensor]) -> None:
-        """Quantize a block of rows into views of the result."""
-        n, columns = rows.shape
-        values = scratch("values", (n, columns), torch.float32, rows.device).copy_(rows)
-        codes = out["packed"]
-        if self.type.is_packed:
-            codes = scratch("codes", (n, columns), torch.uint8, rows.device)
-        for cut, which in self._cuts(columns):
-            # (rows * groups, columns of a group): what shares a scale is a row
-            part = values[:, cut].unflatten(1, (which.stop - which.start, -1))
-            width = part.shape[-1]
-            scale, zero = fit(part.reshape(-1, width), self.grid, self.scale_dtype)
-            if not torch.isfinite(scale).all():
-                raise ValueError("the weight has NaN or infinite values, which cannot be quantized")
-            out["scale"][:, which] = scale.view(n, -1)
-            u = scratch("scaled", tuple(part.shape), torch.float32, rows.device)
-            torch.div(part, scale.view(n, -1, 1), out=u)
-            if zero is not None:
-                out["zero"][:, which] = zero.view(n, -1)
-                u += zero.view(n, -1, 1)
-            self.grid.encode(u, codes[:, cut].unflatten(1, (which.stop - which.start, -1)))
-        if self.type.is_packed:
-            out["packed"].copy_(pack(codes, self.type.bits))
-
-    def _cuts(self, columns: int) -> list[tuple[slice, slice]]:
-        """Columns and groups of the full groups, and of the shorter last one."""
-        size = columns if self.group_size == PER_CHANNEL else self.group_size
-        full = columns // size
-        cuts = [(slice(0, full * size), slice(0, full))] if full else []
-        if columns % size:
-            cuts.append((slice(full * size, columns), slice(full, full + 1)))
-        return cuts
 
     def dequantize(self, tensors: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`Scheme`."""
