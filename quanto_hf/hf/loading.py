@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -35,8 +35,22 @@ def waits_for_weight(model: nn.Module, name: str) -> bool:
     return leaf == "weight" and isinstance(module, QLinear) and not module.is_frozen
 
 
+class Later(Protocol):
+    """What may want a float weight to be quantized later (:class:`quanto_hf.hf.deferred.Deferred`)."""
+
+    def takes(self, name: str, weight: torch.Tensor, source: Iterable[str], target: Iterable[str]) -> bool:
+        """Whether it takes this one."""
+
+
 class QuantizeWeights(ConversionOps):  # type: ignore[misc]
-    """Quantizes a float weight as it arrives from the checkpoint. It holds no model: the loader copies it often."""
+    """Quantizes a float weight as it arrives from the checkpoint. It holds no model: the loader copies it often.
+
+    Args:
+        later: takes weights that are not quantized now, or None.
+    """
+
+    def __init__(self, later: Later | None = None) -> None:
+        self.later = later
 
     def convert(
         self,
@@ -60,11 +74,17 @@ class QuantizeWeights(ConversionOps):  # type: ignore[misc]
                 continue
             layer, _ = split_name(model, name)
             assert isinstance(layer, QLinear)
-            stored = quantize_into(layer, value[0] if isinstance(value, list) else value, name)
-            prefix = name.removesuffix("weight")
-            result.update({f"{prefix}weight_{part}": tensor for part, tensor in stored.items()})
+            weight, prefix = value[0] if isinstance(value, list) else value, name.removesuffix("weight")
+            _check_shape(layer, weight, name)
+            names = [name]
+            if self.later is not None and self.later.takes(name, weight, source_patterns or (), target_patterns or ()):
+                layer._parameters.pop("weight")
+                names += [f"{prefix}{stored}" for stored in layer._parameters if stored.startswith("weight_")]
+            else:
+                stored = quantize_into(layer, weight, name)
+                result.update({f"{prefix}weight_{part}": tensor for part, tensor in stored.items()})
             if missing_keys is not None:
-                missing_keys.discard(name)
+                missing_keys.difference_update(names)
         return result
 
 
@@ -74,9 +94,7 @@ def quantize_into(layer: QLinear, weight: torch.Tensor, name: str) -> dict[str, 
     Raises:
         ValueError: the weight has the wrong shape, or NaN or infinite values.
     """
-    wanted = (layer.out_features, layer.in_features)
-    if tuple(weight.shape) != wanted:
-        raise ValueError(f"{name} has shape {tuple(weight.shape)} in the checkpoint, but the model needs {wanted}")
+    _check_shape(layer, weight, name)
     try:
         stored = layer.scheme.quantize(weight, layer.fit)
     except ValueError as error:
@@ -84,6 +102,12 @@ def quantize_into(layer: QLinear, weight: torch.Tensor, name: str) -> dict[str, 
     layer.weight_error = layer.measure_error(weight, stored)
     layer._parameters.pop("weight", None)
     return stored
+
+
+def _check_shape(layer: QLinear, weight: torch.Tensor, name: str) -> None:
+    wanted = (layer.out_features, layer.in_features)
+    if tuple(weight.shape) != wanted:
+        raise ValueError(f"{name} has shape {tuple(weight.shape)} in the checkpoint, but the model needs {wanted}")
 
 
 # ------------------------------------------------------------------------------------------------- before loading

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quanto_hf.io import CheckpointError
+from quanto_hf.io import CheckpointError, file_digest
 
 RECORD = "quanto_hf_convert.json"
 TEMPORARY = ".quanto_hf_tmp-"
@@ -80,7 +80,7 @@ class OutFolder:
             name not in self._verified
             and name in self.digests
             and file.is_file()
-            and _digest(file) == self.digests[name]
+            and file_digest(file) == self.digests[name]
         ):
             self._verified.add(name)
         return name in self._verified
@@ -99,7 +99,7 @@ class OutFolder:
             os.chmod(source, (self.path / RECORD).stat().st_mode)
         if WEIGHTS.fullmatch(name):
             # the record first: a file without its digest is written again, a digest without its file is harmless
-            self.digests[name] = _digest(source)
+            self.digests[name] = file_digest(source)
             self._write_record()
             self._verified.add(name)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -140,14 +140,6 @@ class OutFolder:
     def _write_record(self) -> None:
         record = {"settings": self.settings, "files": self.digests}
         self.write_text(RECORD, json.dumps(record, indent=2, sort_keys=True) + "\n")
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def fingerprint(files: list[Path]) -> str:

@@ -9,8 +9,10 @@ from transformers.quantizers.base import HfQuantizer
 
 from quanto_hf.flow import Choice, Plan, activation_type, dequantize, first_match, make_plan, not_quantizable
 from quanto_hf.hf.config import METHOD, QuantoConfig
+from quanto_hf.hf.deferred import Deferred
 from quanto_hf.hf.legacy import LegacyHooks
 from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, waits_for_weight
+from quanto_hf.hf.offload import add_to_index, folder_of, offload_hooks, use_in_place
 from quanto_hf.hf.register import register
 from quanto_hf.hf.replace import replace_by_plan
 from quanto_hf.hf.skips import default_skips
@@ -50,11 +52,16 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             )
         self._dtype = torch.get_default_dtype()
         self._headers: dict[str, TensorSpec] | None = None
+        self._device_map: Any = None
+        self._files: list[str] = []
+        self._deferred: Deferred | None = None
 
     # ------------------------------------------------------------------------------------------- before loading
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to compile, nothing to install: every device map is fine."""
+        """Nothing to compile, nothing to install: every device map is fine. transformers gives the final one of
+        "auto" and the like here."""
+        self._device_map = kwargs.get("device_map")
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of the float parts.
@@ -84,8 +91,9 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             _warn_of_floats(model, plan)
         replace_by_plan(model, plan, activations, placeholder=not self.pre_quantized)
-        files = kwargs.get("checkpoint_files") or []
-        if files and all(str(file).endswith(".safetensors") for file in files):
+        self._device_map = kwargs.get("device_map")
+        self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
+        if files and all(file.endswith(".safetensors") for file in files):
             self._headers = read_headers(files)
         return model
 
@@ -139,8 +147,13 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         return waits_for_weight(model, param_name)
 
     def get_quantize_ops(self) -> QuantizeWeights:
-        """The operation that quantizes one weight."""
-        return QuantizeWeights()
+        """The operation that quantizes one weight. What goes to disk is quantized after loading."""
+        if self._deferred is None and self._has_disk():
+            self._deferred = Deferred(self._device_map, self._files)
+        return QuantizeWeights(self._deferred)
+
+    def _has_disk(self) -> bool:
+        return isinstance(self._device_map, dict) and "disk" in self._device_map.values()
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Bytes per element for device maps: the stored tensors count, the float placeholder does not."""
@@ -149,6 +162,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------- after loading
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._finish_offload(model)
         free()
         self._finish_layers(model)
         config = self.quantization_config
@@ -157,6 +171,21 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if config.dequantize:
             self.dequantize(model)
         return model
+
+    def _finish_offload(self, model: Any) -> None:
+        """Write what goes to disk, and use it, and the checkpoint's own files, in place."""
+        hooks = offload_hooks(model)
+        if self._deferred is not None and self._deferred.layers:
+            folder = folder_of(hooks)
+            if folder is None:
+                raise ValueError(
+                    f"device_map leaves {len(self._deferred.layers)} quantized weights on disk, but no offload_folder "
+                    "says where; give offload_folder=... to from_pretrained, or save the model quantized and load that"
+                )
+            add_to_index(hooks, self._deferred.write(model, folder))
+        self._deferred = None
+        if hooks:
+            use_in_place(model, hooks)
 
     def _finish_layers(self, model: Any) -> None:
         absent = []

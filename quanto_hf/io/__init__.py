@@ -5,13 +5,18 @@ Imports: ``schemes``, ``nn``, safetensors. Never: transformers. The format itsel
 
 from quanto_hf.io.checkpoint import CheckpointError, check_tensors, read_headers
 from quanto_hf.io.format import FORMAT_VERSION, check_version, describe_modules, read_modules
+from quanto_hf.io.mapped import MappedFiles
+from quanto_hf.io.offload_folder import OffloadFolder, file_digest
 
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointError",
+    "MappedFiles",
+    "OffloadFolder",
     "check_tensors",
     "check_version",
     "describe_modules",
+    "file_digest",
     "read_headers",
     "read_modules",
 ]

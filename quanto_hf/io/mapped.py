@@ -1,0 +1,38 @@
+"""Tensors that are pages of safetensors files: each file is mapped once, and nothing is copied."""
+
+import threading
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from quanto_hf.io.checkpoint import CheckpointError
+
+
+class MappedFiles:
+    """Safetensors files by name, each opened when a tensor of it is first wanted.
+
+    The tensors are views of private mappings. They stay valid when this object is gone, and a file is unmapped when
+    no tensor of it is left. Pages that were read are given back by the system when memory is short.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def tensor(self, file: str | PathLike[str], name: str) -> torch.Tensor:
+        """A tensor of a file, on the CPU.
+
+        Raises:
+            CheckpointError: the file is damaged, or has no such tensor.
+        """
+        path = fspath(file)
+        with self._lock:
+            try:
+                if path not in self._files:
+                    self._files[path] = safe_open(path, framework="pt")
+                tensor: torch.Tensor = self._files[path].get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{name} cannot be read from {path}: {error}") from None
+        return tensor
