@@ -1,8 +1,8 @@
 """Weights that go to disk: left where they are while the model loads, and quantized once the folder is known."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,10 @@ class Deferred:
     """
 
     device_map: Mapping[str, Any]
-    files: Iterable[str | PathLike[str]]
+    files: Sequence[str]
     layers: dict[str, Source] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.files = [fspath(file) for file in self.files]
         safe = all(file.endswith(".safetensors") for file in self.files)
         self._file_of = {key: file for file in self.files if safe for key in read_headers([file])}
 
@@ -51,20 +50,20 @@ class Deferred:
         # the loader copies what it converts with
         return self
 
-    def takes(self, name: str, weight: torch.Tensor, source: Iterable[str], target: Iterable[str]) -> bool:
+    def takes(self, name: str, pieces: list[torch.Tensor], source: Iterable[str], target: Iterable[str]) -> bool:
         """Whether a float weight is left for later: it goes to disk, and is one tensor of a safetensors file, which
         can be read again.
 
         Args:
             name: of the weight in the model.
-            weight: as the loader has read it.
+            pieces: what the loader has read.
             source: the names that the loader merged; exact ones only where it merged nothing.
             target: the names that it made.
         """
         (key, *others), targets = list(source), list(target)
         if others or targets != [name] or key not in self._file_of or get_device(self.device_map, name) != "disk":
             return False
-        self.layers[name] = Source(self._file_of[key], key, weight.dtype)
+        self.layers[name] = Source(self._file_of[key], key, pieces[0].dtype)
         return True
 
     def write(self, model: torch.nn.Module, folder: str | PathLike[str]) -> dict[str, tuple[Path, TensorSpec]]:

@@ -38,7 +38,7 @@ def waits_for_weight(model: nn.Module, name: str) -> bool:
 class Later(Protocol):
     """What may want a float weight to be quantized later (:class:`quanto_hf.hf.deferred.Deferred`)."""
 
-    def takes(self, name: str, weight: torch.Tensor, source: Iterable[str], target: Iterable[str]) -> bool:
+    def takes(self, name: str, pieces: list[torch.Tensor], source: Iterable[str], target: Iterable[str]) -> bool:
         """Whether it takes this one."""
 
 
@@ -74,40 +74,63 @@ class QuantizeWeights(ConversionOps):  # type: ignore[misc]
                 continue
             layer, _ = split_name(model, name)
             assert isinstance(layer, QLinear)
-            weight, prefix = value[0] if isinstance(value, list) else value, name.removesuffix("weight")
-            _check_shape(layer, weight, name)
-            names = [name]
-            if self.later is not None and self.later.takes(name, weight, source_patterns or (), target_patterns or ()):
+            pieces = value if isinstance(value, list) else [value]
+            _check_shape(layer, pieces, name)
+            names, prefix = [name], name.removesuffix("weight")
+            if self.later is not None and self.later.takes(name, pieces, source_patterns or (), target_patterns or ()):
                 layer._parameters.pop("weight")
                 names += [f"{prefix}{stored}" for stored in layer._parameters if stored.startswith("weight_")]
             else:
-                stored = quantize_into(layer, weight, name)
+                stored = quantize_into(layer, pieces, name)
                 result.update({f"{prefix}weight_{part}": tensor for part, tensor in stored.items()})
             if missing_keys is not None:
                 missing_keys.difference_update(names)
         return result
 
 
-def quantize_into(layer: QLinear, weight: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+def quantize_into(layer: QLinear, weight: torch.Tensor | list[torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     """The stored tensors of a weight; the layer gives up its placeholder.
+
+    Args:
+        layer: gets the error of the weight.
+        weight: the rows, or pieces of them. A list is emptied.
+        name: of the weight, for errors.
 
     Raises:
         ValueError: the weight has the wrong shape, or NaN or infinite values.
     """
-    _check_shape(layer, weight, name)
-    try:
-        stored = layer.scheme.quantize(weight, layer.fit)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    layer.weight_error = layer.measure_error(weight, stored)
+    pieces = weight if isinstance(weight, list) else [weight]
+    _check_shape(layer, pieces, name)
+    stored, errors = list[dict[str, torch.Tensor]](), list[tuple[int, float]]()
+    while pieces:
+        piece = pieces.pop(0)
+        try:
+            stored.append(layer.scheme.quantize(piece, layer.fit))
+        except ValueError as reason:
+            raise ValueError(f"{name}: {reason}") from None
+        error = layer.measure_error(piece, stored[-1])
+        if error is not None:
+            errors.append((len(piece), error))
+    # pieces of one weight have rows of about one size
+    count = sum(rows for rows, _ in errors)
+    layer.weight_error = (sum(rows * e**2 for rows, e in errors) / count) ** 0.5 if count else None
     layer._parameters.pop("weight", None)
-    return stored
+    return stored[0] if len(stored) == 1 else {part: torch.cat([s[part] for s in stored]) for part in stored[0]}
 
 
-def _check_shape(layer: QLinear, weight: torch.Tensor, name: str) -> None:
+def _check_shape(layer: QLinear, pieces: list[torch.Tensor], name: str) -> None:
     wanted = (layer.out_features, layer.in_features)
-    if tuple(weight.shape) != wanted:
-        raise ValueError(f"{name} has shape {tuple(weight.shape)} in the checkpoint, but the model needs {wanted}")
+    found = [tuple(piece.shape) for piece in pieces]
+    if len(found) == 1 and found[0] == wanted:
+        return
+    if (
+        len(found) > 1
+        and all(len(s) == 2 and s[1] == wanted[1] for s in found)
+        and sum(s[0] for s in found) == wanted[0]
+    ):
+        return
+    shapes = found[0] if len(found) == 1 else f"those of pieces, {', '.join(map(str, found))}"
+    raise ValueError(f"{name} has shape {shapes} in the checkpoint, but the model needs {wanted}")
 
 
 # ------------------------------------------------------------------------------------------------- before loading

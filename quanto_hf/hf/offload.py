@@ -16,6 +16,7 @@ from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import nn
 
 from quanto_hf.hf.loading import split_name
+from quanto_hf.hf.prefetch_hook import prefetch
 from quanto_hf.io import MappedFiles
 from quanto_hf.schemes import TensorSpec
 
@@ -90,7 +91,7 @@ def add_to_index(
 
 def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook]) -> None:
     """Make offloaded weights parameters that are pages of their files, and take accelerate's hooks away, where a model
-    runs on the CPU as a whole. Elsewhere the hooks stay, and read from files that are mapped once.
+    runs on the CPU as a whole. Elsewhere weights are brought to the device ahead of their use.
 
     A module whose weights have another dtype in the file than in the model keeps its hook: they are converted at each
     use, so that no copy of them stays in memory.
@@ -102,7 +103,7 @@ def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook]) -> Non
         mapped = weights.setdefault(id(loader), MappedWeights(loader, ties))
         hook.weights_map = PrefixedDataset(mapped, hook.weights_map.prefix)
     if not all(torch.device(hook.execution_device or "cpu").type == "cpu" for hook in hooks.values()):
-        return
+        return prefetch(model, hooks)
     kept = set()
     shared: dict[tuple[str, str], nn.Parameter] = {}
     for name, hook in hooks.items():

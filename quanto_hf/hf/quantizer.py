@@ -12,6 +12,7 @@ from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.deferred import Deferred
 from quanto_hf.hf.legacy import LegacyHooks
 from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, waits_for_weight
+from quanto_hf.hf.merging import merge_late
 from quanto_hf.hf.offload import add_to_index, folder_of, offload_hooks, use_in_place
 from quanto_hf.hf.register import register
 from quanto_hf.hf.replace import replace_by_plan
@@ -131,8 +132,11 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         return Plan(chosen, default.norms, default.left)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """The conversions unchanged: nothing is converted at load. The last hook before it, so the check is here."""
+        """The conversions of the model, with pieces of quantized weights merged late. The last hook before the weights
+        are read, so the check of the checkpoint is here."""
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        if not self.pre_quantized:
+            conversions = merge_late(conversions)
         if self._headers is not None:
             # a copy: conversions remember which names they have seen
             seen = copy.deepcopy(conversions)
@@ -162,6 +166,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------- after loading
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            _own_floats(model)
         self._finish_offload(model)
         free()
         self._finish_layers(model)
@@ -244,6 +250,15 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
 def _wrote(model: Any) -> bool:
     """Whether the checkpoint was written from the class of this model, so that everything fits or it is damaged."""
     return type(model).__name__ in (model.config.architectures or [])
+
+
+def _own_floats(model: Any) -> None:
+    """Copy what stays float out of the mapped files of a float checkpoint, which would stay mapped as a whole for the
+    sake of some norms. (Weights that go to disk are on meta, and are mapped later.)"""
+    stored = {id(t) for m in model.modules() if isinstance(m, QLinear) for t in m.tensors().values()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and id(tensor) not in stored:
+            tensor.data = tensor.data.clone()
 
 
 def _warn_of_floats(model: Any, plan: Plan) -> None:

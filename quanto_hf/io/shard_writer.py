@@ -54,7 +54,7 @@ def write_shard(
             if spec is None or (name, tuple(tensor.shape), tensor.dtype) != (expected, spec.shape, spec.dtype):
                 raise ValueError(f"got {name} {tensor.dtype} {list(tensor.shape)} in the place of {expected}: {spec}")
             if tensor.numel():
-                put(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+                put(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         if (left := next(wanted, None)) is not None:
             raise ValueError(f"the file lacks {left[0]}")
         file.flush()
