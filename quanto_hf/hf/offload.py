@@ -89,6 +89,11 @@ def add_to_index(
                 loader.all_keys.append(name)
 
 
+def is_on_cpu(hooks: Mapping[str, AlignDevicesHook]) -> bool:
+    """Whether every module runs on the CPU."""
+    return all(torch.device(hook.execution_device or "cpu").type == "cpu" for hook in hooks.values())
+
+
 def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook]) -> None:
     """Make offloaded weights parameters that are pages of their files, and take accelerate's hooks away, where a model
     runs on the CPU as a whole. Elsewhere weights are brought to the device ahead of their use.
@@ -102,7 +107,7 @@ def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook]) -> Non
         loader = hook.weights_map.dataset
         mapped = weights.setdefault(id(loader), MappedWeights(loader, ties))
         hook.weights_map = PrefixedDataset(mapped, hook.weights_map.prefix)
-    if not all(torch.device(hook.execution_device or "cpu").type == "cpu" for hook in hooks.values()):
+    if not is_on_cpu(hooks):
         return prefetch(model, hooks)
     kept = set()
     shared: dict[tuple[str, str], nn.Parameter] = {}
