@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from quanto_hf.fit import Fit, Grid, fit_by_name, native_fit
-from quanto_hf.ops import BoundLinear, bind_linear, dequantize, groups, linear, pack, packed_width
+from quanto_hf.ops import BoundLinear, bind_linear, dequantize, embedding, groups, linear, pack, packed_width
 from quanto_hf.ops.cpu.quantize import native_quantize, refuses_quantize
 from quanto_hf.ops.scratch import scratch
 from quanto_hf.qtypes import QTYPES, QType
@@ -163,6 +163,11 @@ class Grouped(Scheme):
     def linear(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
         """See :class:`Scheme`."""
         return linear(x, tensors["packed"], tensors["scale"], tensors.get("zero"), bias, self.qtype, self.group_size)
+
+    def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+        """See :class:`Scheme`."""
+        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
+        return embedding(index, packed, scale, zero, self.qtype, self.group_size, in_features, dtype)
 
     def bind(self, tensors: Tensors, in_features: int, activations: str | None = None) -> BoundLinear | None:
         """See :class:`Scheme`."""
