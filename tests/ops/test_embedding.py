@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from native_weights import FLOATS, Kind, every_float, make_weight
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -134,7 +135,7 @@ def test_gradients_and_tangents_pass_by():
 
 @every_kind
 def test_a_compiled_graph_is_one_for_all_lengths(kind: Kind):
-    weight, counter = case(kind), torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    weight, counter = case(kind), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
         lambda i: embedding(i, *weight, torch.bfloat16), fullgraph=True, dynamic=True, backend=counter
     )
