@@ -10,6 +10,7 @@ compared with the reference before they are timed.
 """
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -37,12 +38,12 @@ def route(tokens: int, top: int, experts: int, generator: torch.Generator) -> to
 
 
 def medians(ways: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, float]:
-    """Seconds of each way, in turns that begin with another one each time. Every call has a number of its own: what the
-    way before has just read from memory must not be in the cache."""
+    """Seconds of each way, in turns of random order (what ran before leaves its traces in the caches). Every call has a
+    number of its own: what the way before has just read from memory must not be in the cache."""
     times: dict[str, list[float]] = {name: [] for name in ways}
-    order = list(ways.items())
+    order, dice = list(ways.items()), random.Random(0)
     for i in range(rounds + 1):
-        order.append(order.pop(0))
+        dice.shuffle(order)
         for j, (name, way) in enumerate(order):
             start = time.perf_counter()
             way(i * len(ways) + j)
@@ -126,7 +127,7 @@ def bench_embedding(shape: tuple[int, int], types: list[str], rounds: int) -> No
         tensors = scheme.quantize(weight)
         stored = (tensors["packed"], tensors["scale"], tensors.get("zero"), scheme.qtype, scheme.group_size, shape[1])
         for count in (1, 32, 4096):
-            turns = [torch.randint(0, shape[0], (count,), generator=generator) for _ in range(rounds + 1)]
+            turns = [torch.randint(0, shape[0], (count,), generator=generator) for _ in range(2 * (rounds + 1))]
             exact = dequantize.reference(
                 *(t if t is None else t[turns[0]] for t in stored[:3]), *stored[3:], torch.float32
             )
