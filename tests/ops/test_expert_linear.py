@@ -49,12 +49,21 @@ class Experts:
         """The weights in float64."""
         return torch.stack([w.dense() for w in self.each])
 
-    def check(self, made: torch.Tensor, x: torch.Tensor, experts: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Each row is the product with its own expert."""
+    def check(
+        self,
+        made: torch.Tensor,
+        x: torch.Tensor,
+        experts: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        more: int = 0,
+    ) -> None:
+        """Each row is the product with its own expert; ``more`` roundings to the dtype of x than native kernels make."""
         assert made.shape == (len(x), self.rows) and made.dtype == x.dtype and made.is_contiguous()
         for e, weight in enumerate(self.each):
             mine = experts == e
-            Exact.of(x[mine], weight, None if bias is None else bias[e]).check(made[mine])
+            exact = Exact.of(x[mine], weight, None if bias is None else bias[e])
+            exact.bound += more * torch.finfo(x.dtype).eps / 2 * (x[mine].double().abs() @ weight.dense().abs().T)
+            exact.check(made[mine])
 
 
 def every_way(args: tuple[Any, ...]) -> list[Any]:
@@ -72,9 +81,11 @@ def test_each_row_is_the_product_with_its_own_expert(kind: Kind, dtype: torch.dt
     x = torch.randn(len(ids), weights.columns).to(dtype)
     bias = torch.randn(5, weights.rows).to(dtype) if biased else None
     args = weights.linear(x, experts, bias)
-    ways = [kernel.run for kernel in expert_linear_op.kernels if kernel.refuses(*args) is None]
-    for run in (expert_linear, *ways):
-        weights.check(run(*args), x, experts, bias)
+    for kernel in expert_linear_op.kernels:
+        if kernel.refuses(*args) is None:
+            # in float16 those in torch round the weight, those in C++ only the result
+            more = int(kernel.name != "native" and dtype is torch.float16)
+            weights.check(kernel.run(*args), x, experts, bias, more)
 
 
 @every_kind
@@ -245,10 +256,12 @@ def test_vmap_over_rows_and_over_ids(kind: Kind):
     x = torch.randn(3, 7, 144)
     run = lambda x, e: expert_linear(*weights.linear(x, e))  # noqa: E731
     made = torch.func.vmap(run, in_dims=(0, None))(x, experts)
-    torch.testing.assert_close(made, torch.stack([run(one, experts) for one in x]), rtol=1e-4, atol=1e-4)
+    for one, part in zip(x, made, strict=True):
+        weights.check(part.contiguous(), one, experts)
     ids = torch.stack([experts, experts.flip(0)])
     made = torch.func.vmap(run, in_dims=(None, 0))(x[0], ids)
-    torch.testing.assert_close(made, torch.stack([run(x[0], one) for one in ids]), rtol=1e-4, atol=1e-4)
+    for one, part in zip(ids, made, strict=True):
+        weights.check(part.contiguous(), x[0], one)
 
 
 @every_kind
