@@ -57,7 +57,7 @@ class Experts:
         bias: torch.Tensor | None = None,
         more: int = 0,
     ) -> None:
-        """Each row is the product with its own expert; ``more`` roundings to the dtype of x than native kernels make."""
+        """Each row is the product with its own expert, with ``more`` roundings to the dtype of x than in C++."""
         assert made.shape == (len(x), self.rows) and made.dtype == x.dtype and made.is_contiguous()
         for e, weight in enumerate(self.each):
             mine = experts == e
