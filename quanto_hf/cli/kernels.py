@@ -57,19 +57,33 @@ def explain(scheme: "Grouped", dtype: "torch.dtype", shape: tuple[int, int], cou
     """A row for each op, and for each number of rows of x if it makes a difference."""
     import torch
 
-    from quanto_hf.ops import dequantize, linear_grad_input, linear_op
+    from quanto_hf.ops import (
+        dequantize,
+        embedding_op,
+        expert_linear_grad_input,
+        expert_linear_op,
+        linear_grad_input,
+        linear_op,
+    )
 
-    # only shapes and dtypes are looked at
-    tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in scheme.tensors(shape, dtype).items()}
-    weight = (tensors["packed"], tensors["scale"], tensors.get("zero"))
+    def stored(shape: tuple[int, ...]) -> tuple["torch.Tensor | None", ...]:
+        # only shapes and dtypes are looked at
+        made = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in scheme.tensors(shape, dtype).items()}
+        return made["packed"], made["scale"], made.get("zero")
+
+    weight, weights = stored(shape), stored((2, *shape))
     rest = (scheme.qtype, scheme.group_size)
     found: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
     for count in counts:
         x, grad = (torch.empty(count, width, dtype=dtype) for width in (shape[1], shape[0]))
+        ids = torch.zeros(count, dtype=torch.int64)
         asked = (
             (linear_op, (x, *weight, None, *rest)),
             (dequantize, (*weight, *rest, shape[1], dtype)),
+            (embedding_op, (ids, *weight, *rest, shape[1], dtype)),
             (linear_grad_input, (grad, *weight, *rest, shape[1])),
+            (expert_linear_op, (x, ids, *weights, None, *rest)),
+            (expert_linear_grad_input, (grad, ids, *weights, *rest, shape[1])),
         )
         for op, arguments in asked:
             op.check(*arguments)
@@ -80,7 +94,7 @@ def explain(scheme: "Grouped", dtype: "torch.dtype", shape: tuple[int, int], cou
         {
             "weights": str(scheme),
             "op": name,
-            "rows": [] if name == "dequantize" else rows,
+            "rows": [] if name in ("dequantize", "embedding") else rows,
             "runs": next(kernel for kernel, said in said_of if said == "runs"),
             "others": {kernel: said for kernel, said in said_of if said != "runs"},
         }
@@ -91,11 +105,12 @@ def explain(scheme: "Grouped", dtype: "torch.dtype", shape: tuple[int, int], cou
 def check(scheme: "Grouped", dtype: "torch.dtype") -> dict[str, Any]:
     """The self-check of the native kernels of a scheme: few rows of x, and many."""
     from quanto_hf.ops.cpu.library import NATIVE
-    from quanto_hf.ops.cpu.selfcheck import TOLERANCE, errors, why_wrong
+    from quanto_hf.ops.cpu.selfcheck import TOLERANCE, errors, why_experts_wrong, why_wrong
 
     assert NATIVE is not None
     key = (scheme.qtype, scheme.group_size, not scheme.symmetric, scheme.scale_dtype, dtype)
     said = [sentence for many in (False, True) if (sentence := why_wrong(NATIVE.level(), *key, many))]
+    said += filter(None, [why_experts_wrong(NATIVE.level())])
     (weight, few), (_, many) = errors(*key, False), errors(*key, True)
     return {
         "weights": str(scheme),

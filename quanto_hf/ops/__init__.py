@@ -3,12 +3,15 @@
 Imports: ``qtypes`` and torch. Never: a scheme, a module, transformers.
 """
 
-from quanto_hf.ops.cpu import kernels  # noqa: F401  the native ones are asked first
+from quanto_hf.ops.cpu import embedding as _native_embedding  # noqa: F401  the native ones are asked first
+from quanto_hf.ops.cpu import experts, kernels  # noqa: F401
 from quanto_hf.ops.cpu.bound import BoundLinear
 from quanto_hf.ops.cpu.bound import bind as bind_linear
 
-from quanto_hf.ops import torch_kernels  # noqa: F401  isort: skip
+from quanto_hf.ops import torch_experts, torch_kernels  # noqa: F401  isort: skip
 from quanto_hf.ops.dequantize import dequantize, groups
+from quanto_hf.ops.embedding import embedding, embedding_op
+from quanto_hf.ops.expert_linear import expert_linear, expert_linear_grad_input, expert_linear_op
 from quanto_hf.ops.linear import linear, linear_grad_input, linear_op
 from quanto_hf.ops.packing import pack, packed_width, unpack
 from quanto_hf.ops.registry import OPS
@@ -18,6 +21,11 @@ __all__ = [
     "BoundLinear",
     "bind_linear",
     "dequantize",
+    "embedding",
+    "embedding_op",
+    "expert_linear",
+    "expert_linear_grad_input",
+    "expert_linear_op",
     "groups",
     "linear",
     "linear_grad_input",

@@ -22,7 +22,13 @@ def groups(in_features: int, group_size: int) -> int:
 
 
 def check_weight(
-    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, qtype: str, group_size: int, in_features: int
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    qtype: str,
+    group_size: int,
+    in_features: int,
+    lead: tuple[str, ...] = ("rows",),
 ) -> None:
     """Raise ValueError unless the tensors are those of a weight with ``in_features`` columns.
 
@@ -33,17 +39,18 @@ def check_weight(
         qtype: the name of a number type.
         group_size: columns that share a scale; -1 for all columns. The last group may be shorter.
         in_features: columns.
+        lead: names of the dimensions before the columns: ("experts", "rows") for the weights of experts.
     """
     kind = QTYPES.get(qtype)
     if kind is None:
         raise ValueError(f"{qtype!r} is not a number type; choose one of {', '.join(sorted(QTYPES))}")
     width = packed_width(in_features, kind.bits)
-    if packed.dim() != 2 or packed.shape[1] != width or packed.dtype != kind.storage:
+    if packed.dim() != len(lead) + 1 or packed.shape[-1] != width or packed.dtype != kind.storage:
         raise ValueError(
-            f"{qtype} codes of {in_features} columns have shape (rows, {width}) and dtype {kind.storage}, "
+            f"{qtype} codes of {in_features} columns have shape ({', '.join(lead)}, {width}) and dtype {kind.storage}, "
             f"but these have shape {tuple(packed.shape)} and dtype {packed.dtype}"
         )
-    wanted = (packed.shape[0], groups(in_features, group_size))
+    wanted = (*packed.shape[:-1], groups(in_features, group_size))
     for name, tensor in (("scale", scale), ("zero", zero)):
         if tensor is not None and (tuple(tensor.shape) != wanted or tensor.dtype not in FLOATS):
             raise ValueError(

@@ -79,6 +79,10 @@ class Op:
         """Register the gradient of ``torch_op``."""
         torch.library.register_autograd(f"quanto_hf::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
+    def batched(self, rule: Callable[..., tuple[torch.Tensor, int]]) -> None:
+        """Register what ``torch_op`` does under torch.func.vmap."""
+        torch.library.register_vmap(f"quanto_hf::{self.name}", rule, lib=_LIBRARY)
+
     def choose(self, *args: Any) -> Callable[..., torch.Tensor]:
         """The function that runs for these arguments."""
         if not reference_only():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from quanto_hf.ops.decode import decode
 from quanto_hf.ops.dequantize import block_rows, dequantize, dequantize_rows
+from quanto_hf.ops.embedding import embedding_op
 from quanto_hf.ops.linear import linear_grad_input, linear_op
 from quanto_hf.ops.scratch import scratch
 from quanto_hf.qtypes import QTYPES
@@ -135,3 +136,26 @@ def _dequantize_blocks(
         rows = slice(start, start + step)
         dequantize_rows(packed[rows], scale[rows], None if zero is None else zero[rows], qtype, group_size, out[rows])
     return out
+
+
+@embedding_op.kernel("torch_rows", lambda *args: None)
+def _embedding_rows(
+    index: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    qtype: str,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The packed rows are gathered, then dequantized, in blocks so that the temporaries stay small."""
+    rows = index.reshape(-1).to(torch.int64)
+    out = scale.new_empty((rows.shape[0], in_features), dtype=dtype)
+    step = block_rows(in_features, dtype)
+    for start in range(0, rows.shape[0], step):
+        cut = slice(start, start + step)
+        some = rows[cut]
+        zeros = None if zero is None else zero[some]
+        dequantize_rows(packed[some], scale[some], zeros, qtype, group_size, out[cut])
+    return out.view(*index.shape, in_features)

@@ -20,3 +20,8 @@ def watched() -> bool:
 def transformed() -> bool:
     """True inside a transform of torch.func, which cannot follow a gradient that is registered for an operator."""
     return _transform() is not None
+
+
+def dispatched() -> bool:
+    """True inside FakeTensorMode, make_fx and other dispatch modes, which see an op of ``torch.library`` as one."""
+    return bool(_modes())

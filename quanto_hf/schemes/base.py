@@ -79,17 +79,19 @@ class Scheme(ABC):
         """
         return None
 
+    @abstractmethod
     def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of the float weight, as an embedding reads them.
+        """Rows of the float weight, as an embedding reads them; the weight has 2 dimensions.
 
         Args:
             index: integer row numbers, any shape.
 
         Returns:
             Shape (*index.shape, in_features).
+
+        Raises:
+            IndexError: there is no such row; negative numbers do not count from the end.
         """
-        picked = {name: tensor[index.reshape(-1)] for name, tensor in tensors.items()}
-        return self.dequantize(picked, in_features, dtype).view(*index.shape, in_features)
 
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """Bytes of all stored tensors of a weight."""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from quanto_hf.fit import Fit, Grid, fit_by_name
-from quanto_hf.ops import BoundLinear, bind_linear, dequantize, groups, linear, packed_width
+from quanto_hf.ops import BoundLinear, bind_linear, dequantize, embedding, groups, linear, packed_width
 from quanto_hf.qtypes import QTYPES, QType
 from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
 from quanto_hf.schemes.quantizing import quantize_in_blocks, quantize_natively
@@ -112,6 +112,11 @@ class Grouped(Scheme):
     def linear(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
         """See :class:`Scheme`."""
         return linear(x, tensors["packed"], tensors["scale"], tensors.get("zero"), bias, self.qtype, self.group_size)
+
+    def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+        """See :class:`Scheme`."""
+        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
+        return embedding(index, packed, scale, zero, self.qtype, self.group_size, in_features, dtype)
 
     def bind(self, tensors: Tensors, in_features: int, activations: str | None = None) -> BoundLinear | None:
         """See :class:`Scheme`."""

@@ -15,15 +15,13 @@ FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 
 
-def with_inputs_in(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-    """A sample with its input or gradient, and its bias, in another dtype."""
-    if not args[0].is_floating_point():
-        return args
-    return tuple(a.to(dtype) if i in (0, 4) and isinstance(a, torch.Tensor) else a for i, a in enumerate(args))
-
-
 def samples(op: Op, dtype: torch.dtype = torch.float32) -> list[tuple[Any, ...]]:
-    return [with_inputs_in(args, dtype) for args in op.samples(0)]
+    """The samples with their input or gradient, and their bias, in another dtype."""
+    floats = [argument.name in ("x", "grad", "bias") for argument in op.torch_op._schema.arguments]
+    return [
+        tuple(a.to(dtype) if cast and a is not None else a for a, cast in zip(args, floats, strict=True))
+        for args in op.samples(0)
+    ]
 
 
 def of_type(args: tuple[Any, ...], qtype: str) -> bool:
@@ -47,11 +45,14 @@ def test_torch_library_finds_no_fault(op: Op, qtype: str):
 
 @every_qtype
 @pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
-def test_torch_library_finds_no_fault_in_the_gradient_of_linear(qtype: str, dtype: torch.dtype):
-    cases = [args for args in samples(OPS["linear"], dtype) if of_type(args, qtype) and args[4] is not None]
-    x, packed, scale, zero, bias, *rest = cases[-1]
-    args = (x.requires_grad_(), packed, scale, zero, bias.requires_grad_(), *rest)
-    torch.library.opcheck(OPS["linear"].torch_op, args)
+@pytest.mark.parametrize("name", ["linear", "expert_linear"])
+def test_torch_library_finds_no_fault_in_the_gradients(name: str, qtype: str, dtype: torch.dtype):
+    op = OPS[name]
+    bias = [argument.name for argument in op.torch_op._schema.arguments].index("bias")
+    args = [args for args in samples(op, dtype) if of_type(args, qtype) and args[bias] is not None][-1]
+    for tensor in (args[0], args[bias]):
+        tensor.requires_grad_()
+    torch.library.opcheck(op.torch_op, args)
 
 
 @every_op

@@ -12,6 +12,9 @@ from quanto_hf.qtypes import QTYPES
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODES = {"int8": 0, "float8_e4m3fn": 1, "float8_e5m2": 2, "int4": 3, "nf4": 3, "fp4": 3, "int2": 4}
 
+# Values that are dequantized for each thread that is woken: about 4 us of work.
+THREAD_VALUES = 1 << 14
+
 
 @cache
 def value_table(qtype: str, asymmetric: bool) -> torch.Tensor:
@@ -29,13 +32,13 @@ def value_table(qtype: str, asymmetric: bool) -> torch.Tensor:
 def weight_arguments(
     packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, qtype: str, group_size: int, in_features: int
 ) -> tuple[int, ...]:
-    """A weight as csrc/module.cpp reads it. The tensors must be contiguous and outlive the call."""
+    """A weight, or that of expert 0, as csrc/module.cpp reads it; the tensors are contiguous and outlive the call."""
     return (
         packed.data_ptr(),
         scale.data_ptr(),
         0 if zero is None else zero.data_ptr(),
         value_table(qtype, zero is not None).data_ptr(),
-        packed.shape[0],
+        packed.shape[-2],
         in_features,
         group_size,
         CODES[qtype],
@@ -60,7 +63,9 @@ def native_dequantize(
     assert NATIVE is not None
     weight = weight_arguments(packed, scale, zero, qtype, group_size, out.shape[1])
     index, count = (0, packed.shape[0]) if rows is None else (rows.data_ptr(), rows.numel())
-    NATIVE.dequantize(*weight, index, count, out.data_ptr(), FLOAT_TYPES[out.dtype], torch.get_num_threads())
+    # one row of an embedding is done before a second thread is awake
+    threads = min(torch.get_num_threads(), 1 + out.numel() // THREAD_VALUES)
+    NATIVE.dequantize(*weight, index, count, out.data_ptr(), FLOAT_TYPES[out.dtype], threads)
     return out
 
 
@@ -92,4 +97,37 @@ def native_linear(
         FLOAT_TYPES[x.dtype],
         torch.get_num_threads(),
     )
+    return out
+
+
+def native_expert_linear(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    qtype: str,
+    group_size: int,
+) -> torch.Tensor:
+    """Rows of x times the weights of their experts; every tensor is contiguous and on the CPU.
+
+    Raises:
+        IndexError: an id is out of range. Nothing but the ids has been read then: they are counted first.
+    """
+    assert NATIVE is not None
+    out = x.new_empty((x.shape[0], packed.shape[1]))
+    found: bool = NATIVE.expert_linear(
+        *weight_arguments(packed, scale, zero, qtype, group_size, x.shape[1]),
+        x.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        FLOAT_TYPES[x.dtype],
+        torch.get_num_threads(),
+        experts.data_ptr(),
+        packed.shape[0],
+    )
+    if not found:
+        raise IndexError(f"an expert id is not one of 0 to {packed.shape[0] - 1}")
     return out

@@ -19,21 +19,22 @@ def refuses_weight(
     """Why no native kernel takes this weight, or None."""
     if NATIVE is None:
         return REASON
-    if not _on_cpu(packed, scale, zero):
+    if not on_cpu(packed, scale, zero):
         return "it runs on CPU only"
     if watched():
         return "torch follows every operator here: a dispatch mode, a transform or a trace is active"
     return why_wrong(NATIVE.level(), qtype, group_size, zero is not None, scale.dtype, dtype, many)
 
 
-def _on_cpu(*tensors: Any) -> bool:
+def on_cpu(*tensors: Any) -> bool:
+    """Whether all of them, None aside, are in the memory of the CPU."""
     return all(tensor is None or tensor.is_cpu for tensor in tensors)
 
 
 def _linear_refuses(x: Any, packed: Any, scale: Any, zero: Any, bias: Any, qtype: str, group_size: int) -> str | None:
     if not x.numel() or not packed.numel():
         return "there is nothing to multiply"
-    if not _on_cpu(x, bias):
+    if not on_cpu(x, bias):
         return "it runs on CPU only"
     many = x.numel() > GEMV_ROWS * x.shape[-1]
     return refuses_weight(packed, scale, zero, qtype, group_size, x.dtype, many)
@@ -91,7 +92,7 @@ def _grad_refuses(
 ) -> str | None:
     if not grad.numel() or not packed.numel():
         return "there is nothing to multiply"
-    if not _on_cpu(grad):
+    if not on_cpu(grad):
         return "it runs on CPU only"
     return refuses_weight(packed, scale, zero, qtype, group_size, grad.dtype, False)
 

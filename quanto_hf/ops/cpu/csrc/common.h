@@ -113,8 +113,9 @@ inline Range share(int64_t rows, int64_t step, int thread, int threads) {
     return {begin < rows ? begin : rows, end < rows ? end : rows};
 }
 
-// Memory that a thread keeps between calls, aligned to a cache line. Each `slot` is one buffer.
-constexpr int SLOTS = 6;
+// Memory that a thread keeps between calls, aligned to a cache line. Each `slot` is one buffer: 0 to 5 belong to the
+// kernels of a level, those above to what calls them (experts.cpp).
+constexpr int SLOTS = 9;
 inline void* scratch(int slot, size_t bytes) {
     struct Buffers {
         void* raw[SLOTS] = {};

@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include "dispatch.h"
+#include "experts.h"
 
 namespace {
 
@@ -53,9 +54,7 @@ bool offers(const void* kernel) {
     return kernel != nullptr;
 }
 
-PyObject* run_linear(void (*kernel)(const Linear&), PyObject* const* values) {
-    if (!offers(reinterpret_cast<const void*>(kernel))) return nullptr;
-    Arguments in{values};
+Linear read_linear(Arguments& in) {
     Linear a;
     a.w = read_weight(in);
     a.x = in.address<const void>();
@@ -64,6 +63,14 @@ PyObject* run_linear(void (*kernel)(const Linear&), PyObject* const* values) {
     a.m = in.next();
     a.x_type = static_cast<int>(in.next());
     a.threads = static_cast<int>(in.next());
+    return a;
+}
+constexpr Py_ssize_t LINEAR_ARGUMENTS = WEIGHT_ARGUMENTS + 6;
+
+PyObject* run_linear(void (*kernel)(const Linear&), PyObject* const* values) {
+    if (!offers(reinterpret_cast<const void*>(kernel))) return nullptr;
+    Arguments in{values};
+    const Linear a = read_linear(in);
     if (PyErr_Occurred()) return nullptr;
     Py_BEGIN_ALLOW_THREADS
     kernel(a);
@@ -72,11 +79,26 @@ PyObject* run_linear(void (*kernel)(const Linear&), PyObject* const* values) {
 }
 
 PyObject* linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    return ready(count, WEIGHT_ARGUMENTS + 6) ? run_linear(active->linear, values) : nullptr;
+    return ready(count, LINEAR_ARGUMENTS) ? run_linear(active->linear, values) : nullptr;
 }
 
 PyObject* linear_int8(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    return ready(count, WEIGHT_ARGUMENTS + 6) ? run_linear(active->linear_int8, values) : nullptr;
+    return ready(count, LINEAR_ARGUMENTS) ? run_linear(active->linear_int8, values) : nullptr;
+}
+
+PyObject* expert_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, LINEAR_ARGUMENTS + 2)) return nullptr;
+    Arguments in{values};
+    ExpertLinear e;
+    e.a = read_linear(in);
+    e.ids = in.address<const int64_t>();
+    e.experts = in.next();
+    if (PyErr_Occurred()) return nullptr;
+    bool found;
+    Py_BEGIN_ALLOW_THREADS
+    found = quanto::expert_linear(*active, e);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(found);
 }
 
 PyObject* dequantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -157,6 +179,8 @@ PyObject* level(PyObject*, PyObject*) {
 PyMethodDef methods[] = {
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear)), METH_FASTCALL, "out = x @ weight.T + bias"},
     {"linear_int8", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear_int8)), METH_FASTCALL, "the same with x rounded to int8"},
+    {"expert_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(expert_linear)), METH_FASTCALL,
+     "rows of x times the weights of their experts; False: there is no such expert"},
     {"dequantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(dequantize)), METH_FASTCALL, "rows of a weight as floats"},
     {"quantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(quantize)), METH_FASTCALL, "codes, scale and zero of a float matrix"},
     {"levels", level_names, METH_NOARGS, "names of the levels that this processor can run, best first"},

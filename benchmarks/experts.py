@@ -1,0 +1,173 @@
+"""Experts and embedding rows beside torch's own: ratios above 1 are faster than what stands at the head of the column.
+
+    python benchmarks/experts.py [--shape 2048x1024 4096x14336] [--experts 8 128] [--threads 2] [--types int4 int8]
+
+``ours`` is ``expert_linear`` with ids in no order, ``sorted`` the same with ids in order. ``linear`` is one call of the
+quantized ``linear`` for each expert that has rows; ``loop`` is ``F.linear`` with bfloat16 experts in a loop, as
+transformers' eager experts do; neither gathers nor scatters here. ``grouped`` is torch's ``grouped_mm`` on sorted rows,
+where there is one. All of them take turns, and no call reads the experts that the call before has read. Results are
+compared with the reference before they are timed.
+"""
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from quanto_hf.ops import dequantize, embedding, expert_linear, linear
+from quanto_hf.schemes import make_scheme
+
+# Tokens, and experts of each of them.
+ROUTES = ((1, 2), (1, 8), (16, 8), (512, 2), (512, 8))
+# Bytes of the float experts of a layer; fewer are made where more would not fit.
+MOST_BYTES = 2 << 30
+# Bytes of the 4-bit experts of all layers: more than any cache holds.
+STORED_BYTES = 256 << 20
+ALLOWED = 1e-2
+
+
+def route(tokens: int, top: int, experts: int, generator: torch.Generator) -> torch.Tensor:
+    """Ids of the experts of each token, different ones, token after token."""
+    chosen = [torch.randperm(experts, generator=generator)[:top] for _ in range(tokens)]
+    return torch.cat(chosen)
+
+
+def medians(ways: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, float]:
+    """Seconds of each way, in turns of random order (what ran before leaves its traces in the caches). Every call has a
+    number of its own: what the way before has just read from memory must not be in the cache."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    order, dice = list(ways.items()), random.Random(0)
+    for i in range(rounds + 1):
+        dice.shuffle(order)
+        for j, (name, way) in enumerate(order):
+            start = time.perf_counter()
+            way(i * len(ways) + j)
+            if i:  # the first one warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+class Case:
+    """Float and quantized experts of some layers, so many that no cache holds them, and what is routed to them."""
+
+    def __init__(self, shape: tuple[int, int], experts: int, name: str) -> None:
+        rows, columns = shape
+        self.shape, self.experts = shape, min(experts, MOST_BYTES // (rows * columns * 2))
+        self.layers = max(1, STORED_BYTES // (self.experts * rows * columns // 2))
+        generator = torch.Generator().manual_seed(0)
+        self.floats = torch.empty(self.layers, self.experts, rows, columns, dtype=torch.bfloat16)
+        for expert in self.floats.view(-1, rows, columns):
+            expert.copy_(torch.randn(shape, generator=generator) * columns**-0.5)
+        scheme = make_scheme(name)
+        tensors = scheme.quantize(self.floats)
+        self.stored = [
+            tuple(None if t is None else t[i] for t in (tensors["packed"], tensors["scale"], tensors.get("zero")))
+            for i in range(self.layers)
+        ]
+        self.kind = (scheme.qtype, scheme.group_size)
+        self.name = name
+
+    def one(self, layer: int, e: int) -> tuple[Any, ...]:
+        """The stored tensors of an expert."""
+        return tuple(None if t is None else t[e] for t in self.stored[layer])
+
+    def bench(self, tokens: int, top: int, rounds: int) -> None:
+        """Compare with the reference, then time and print."""
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(tokens * top, self.shape[1], generator=generator).bfloat16()
+        turns = [route(tokens, top, self.experts, generator) for _ in range((rounds + 1) * 5)]
+        layer = [i % self.layers for i in range(len(turns))]
+        in_order = [ids.sort().values for ids in turns]
+        lists = [[(e, (ids == e).nonzero()[:, 0]) for e in ids.unique().tolist()] for ids in turns]
+        ends = [torch.bincount(ids, minlength=self.experts).cumsum(0).to(torch.int32) for ids in turns]
+
+        def ours(ids: torch.Tensor, i: int) -> torch.Tensor:
+            packed, scale, zero = self.stored[layer[i]]
+            return expert_linear(x, ids, packed, scale, zero, None, *self.kind)
+
+        def separate(i: int) -> None:
+            for e, mine in lists[i]:
+                linear(x[: len(mine)], *self.one(layer[i], e), None, *self.kind)
+
+        def loop(i: int) -> None:
+            for e, mine in lists[i]:
+                F.linear(x[: len(mine)], self.floats[layer[i], e])
+
+        made = ours(turns[0], 0).float()
+        for e, mine in lists[0][:4]:
+            exact = x[mine].float() @ dequantize.reference(*self.one(0, e), *self.kind, self.shape[1], torch.float32).T
+            error = float((made[mine] - exact).norm() / exact.norm())
+            assert error <= ALLOWED, f"{self.name}: expert {e} is {error:.1%} off the reference"
+        ways: dict[str, Callable[[int], Any]] = {
+            "ours": lambda i: ours(turns[i], i),
+            "sorted": lambda i: ours(in_order[i], i),
+            "linear": separate,
+            "loop": loop,
+        }
+        if hasattr(F, "grouped_mm"):
+            ways["grouped"] = lambda i: F.grouped_mm(x, self.floats[layer[i]].transpose(1, 2), offs=ends[i])
+        found = medians(ways, rounds)
+        size, best = f"{self.shape[0]}x{self.shape[1]}", found.pop("ours")
+        line = f"{self.name:7}{size:>12}{self.experts:8}{tokens:8}{top:5}{best * 1e3:10.3f}"
+        print(line + "".join(f"{seconds / best:9.2f}" for seconds in found.values()), flush=True)
+
+
+@torch.no_grad()
+def bench_embedding(shape: tuple[int, int], types: list[str], rounds: int) -> None:
+    """Print a row for each number of rows and type."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+    for name in types:
+        scheme = make_scheme(name)
+        tensors = scheme.quantize(weight)
+        stored = (tensors["packed"], tensors["scale"], tensors.get("zero"), scheme.qtype, scheme.group_size, shape[1])
+        for count in (1, 32, 4096):
+            turns = [torch.randint(0, shape[0], (count,), generator=generator) for _ in range(2 * (rounds + 1))]
+            exact = dequantize.reference(
+                *(t if t is None else t[turns[0]] for t in stored[:3]), *stored[3:], torch.float32
+            )
+            made = embedding(turns[0], *stored, torch.bfloat16).float()
+            assert (made - exact).norm() <= ALLOWED * exact.norm(), name
+            found = medians(
+                {
+                    "ours": lambda i: embedding(turns[i], *stored, torch.bfloat16),  # noqa: B023
+                    "torch": lambda i: F.embedding(turns[i], weight),  # noqa: B023
+                },
+                rounds,
+            )
+            ratio = found["torch"] / found["ours"]
+            print(f"{name:7}{count:8} rows of {shape[1]}{found['ours'] * 1e3:10.4f} ms{ratio:8.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs="+", default=["2048x1024", "4096x14336"], metavar="OUTxIN")
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 128], help="fewer where they take over 2 GB")
+    parser.add_argument("--types", nargs="+", default=["int4", "int8"])
+    parser.add_argument("--rounds", type=int, default=40, help="fewer for many tokens")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--embedding", action="store_true", help="embedding rows instead of experts")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.embedding:
+        print(f"{'':32}ours and times torch's, {args.threads} threads")
+        bench_embedding((65536, 4096), args.types, args.rounds)
+        return
+    heads = ("shape", "experts", "tokens", "top", "ours ms", "sorted", "linear", "loop", "grouped")
+    print(f"{'':7}{'{:>12}{:>8}{:>8}{:>5}{:>10}{:>9}{:>9}{:>9}{:>9}'.format(*heads)}   {args.threads} threads")
+    for text in args.shape:
+        rows, columns = map(int, text.split("x"))
+        for experts in args.experts:
+            for name in args.types:
+                case = Case((rows, columns), experts, name)
+                for tokens, top in ROUTES:
+                    case.bench(tokens, min(top, case.experts), max(3, args.rounds // (1 + tokens // 16)))
+
+
+if __name__ == "__main__":
+    main()
