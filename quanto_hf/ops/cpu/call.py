@@ -77,7 +77,7 @@ def native_linear(
     """``x @ weight.T + bias``; every tensor is contiguous and on the CPU.
 
     Args:
-        activations: "int8" rounds each row of x first; for int8 weights with one scale per row.
+        activations: "int8" rounds x first (``ops/activation.py``); for weights that ``refuses_int8`` takes.
     """
     assert NATIVE is not None
     columns = x.shape[-1]

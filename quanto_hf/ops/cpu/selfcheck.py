@@ -45,13 +45,13 @@ def sample(qtype: str, group_size: int, asymmetric: bool, rows: int, columns: in
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """The first call may stand under autocast, or under another default device."""
     with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.no_grad():
         yield
 
 
-@_undisturbed()
+@undisturbed()
 def errors(
     qtype: str, group_size: int, asymmetric: bool, scale_dtype: torch.dtype, dtype: torch.dtype, many: bool
 ) -> tuple[float, float]:
@@ -79,7 +79,7 @@ def errors(
 
 
 @cache
-@_undisturbed()
+@undisturbed()
 def why_wrong(
     level: str, qtype: str, group_size: int, asymmetric: bool, scale_dtype: torch.dtype, dtype: torch.dtype, many: bool
 ) -> str | None:
@@ -95,26 +95,11 @@ def why_wrong(
         return None
     if not weight_error <= WEIGHT_TOLERANCE:
         error = weight_error
-    return _report(f"{level} kernel for {qtype} weights with group_size {group_size}", error)
+    return report(f"{level} kernel for {qtype} weights with group_size {group_size}", error)
 
 
-@cache
-@_undisturbed()
-def why_int8_wrong(level: str, dtype: torch.dtype, many: bool) -> str | None:
-    """The same for int8 weights times int8 activations."""
-    assert NATIVE is not None and NATIVE.level() == level
-    columns = 600
-    packed, scale = sample("int8", -1, False, 37, columns)
-    x = torch.randn(2 * GEMV_ROWS + 3 if many else 3, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
-    step = x.float().abs().amax(1, keepdim=True) / 127
-    exact = ((x.float() / step).round() * step) @ (packed * scale).T
-    size = x.float().abs() @ (packed * scale).abs().T
-    got = native_linear(x, packed, scale, None, None, "int8", -1, activations="int8").float()
-    error = float(((got - exact).abs() / size).nan_to_num(nan=torch.inf).max())
-    return None if error <= TOLERANCE[dtype] else _report(f"{level} kernel for int8 weights and activations", error)
-
-
-def _report(what: str, error: float) -> str:
+def report(what: str, error: float) -> str:
+    """Warn that a kernel is wrong, and give the sentence."""
     sentence = (
         f"the native {what} disagrees with the reference (error {error:.2g}) on this machine; slower kernels are used "
         "instead. Please report this with the output of `quanto-hf kernels`."

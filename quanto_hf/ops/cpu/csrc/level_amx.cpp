@@ -24,11 +24,14 @@ namespace {
 #include "gemv_bf16.h"
 #include "gemm_bf16.h"
 #include "int8.h"
+#include "int8_x_groups.h"
+#include "int8_dot_vnni.h"
+#include "int8_groups.h"
 #include "gemm_amx.h"
 #include "linear_bf16.h"
 }  // namespace
 extern const Level level;
-const Level level = {"amx", linear, dequantize, quantize, linear_int8};
+const Level level = {"amx", linear, dequantize, quantize, linear_by_int8};
 }  // namespace amx
 }  // namespace quanto
 QUANTO_TARGET_END
