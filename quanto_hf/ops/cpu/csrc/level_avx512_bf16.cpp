@@ -24,6 +24,8 @@ namespace {
 #include "int8_x_groups.h"
 #include "int8_dot_vnni.h"
 #include "int8_groups.h"
+#include "int8_rows.h"
+#include "linear_int8.h"
 #include "linear_bf16.h"
 }  // namespace
 extern const Level level;

@@ -22,6 +22,8 @@ namespace {
 #include "int8_x_groups.h"
 #include "int8_dot_vnni.h"
 #include "int8_groups.h"
+#include "int8_rows.h"
+#include "linear_int8.h"
 
 void linear(const Linear& a) {
     if (a.m > GEMV_ROWS) return gemm<DotF32>(a);
