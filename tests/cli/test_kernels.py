@@ -32,9 +32,10 @@ def test_every_op_of_every_type_has_a_kernel_and_a_sentence_for_each_other_one()
     assert len({row["weights"] for row in rows}) == len(DEFAULTS)
     for row in rows:
         assert row["runs"] not in row["others"]
-        assert {row["runs"], *row["others"]} >= {"torch_blocks", "reference"}
+        ways = {"rounding, linear", "native_int8"} if row["op"] == "linear, int8 x" else {"torch_blocks", "reference"}
+        assert {row["runs"], *row["others"]} >= ways
         assert all(len(said.split()) > 2 for said in row["others"].values())
-    assert {row["op"] for row in rows} == {"linear", "dequantize", "linear_grad_input"}
+    assert {row["op"] for row in rows} == {"linear", "dequantize", "linear_grad_input", "linear, int8 x"}
     assert {count for row in rows for count in row["rows"]} == {1, 128}
 
 
@@ -52,6 +53,17 @@ def test_self_checks_of_the_chosen_type_grouping_and_dtype():
     assert 0 < row["few_rows_error"] <= row["tolerance"] == selfcheck.TOLERANCE[torch.float16]
     assert result["machine"]["level"] in result["machine"]["levels"]
     assert "pass" in kernels("--weights", "int4").stdout
+
+
+@native
+@pytest.mark.parametrize("weights", DEFAULTS)
+def test_int8_activations_are_checked_where_there_is_a_kernel(weights):
+    result = found("--weights", weights)
+    (check,), runs = result["checks"], {row["op"]: row["runs"] for row in result["kernels"]}
+    has_kernel = runs["linear, int8 x"] == "native_int8"
+    assert has_kernel == (check["int8_activations_error"] is not None)
+    if has_kernel:
+        assert 0 < check["int8_activations_error"] <= check["tolerance"]
 
 
 @native

@@ -129,5 +129,3 @@ def test_the_gradient_passes_straight_through_groups():
     x, grad = torch.randn(3, 50, requires_grad=True), torch.randn(3, 50)
     fake_quantize(x, qint8, 32).backward(grad)
     assert torch.equal(x.grad, grad)
-
-

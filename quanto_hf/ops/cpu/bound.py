@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from quanto_hf.ops.cpu.call import FLOAT_TYPES, weight_arguments
+from quanto_hf.ops.cpu.call import FLOAT_TYPES, linear_name, weight_arguments
 from quanto_hf.ops.cpu.int8 import refuses_int8, why_int8_wrong
 from quanto_hf.ops.cpu.library import NATIVE
 from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS, why_wrong
@@ -60,7 +60,7 @@ def bind(
     packed_at, scale_at, zero_at = weight[:3]
     packed_size, scale_size = packed.numel(), scale.numel()
     trusted: set[tuple[torch.dtype, bool]] = set()
-    run, why = (NATIVE.linear, why_wrong) if activations is None else (NATIVE.linear_int8, why_int8_wrong)
+    run, why = getattr(NATIVE, linear_name(qtype, activations)), why_wrong if activations is None else why_int8_wrong
     threads, types = torch.get_num_threads, FLOAT_TYPES
 
     def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 
 from quanto_hf.ops.activation import activation_group, round_activations
-from quanto_hf.ops.cpu.call import native_linear
+from quanto_hf.ops.cpu.call import linear_name, native_linear
 from quanto_hf.ops.cpu.library import NATIVE, REASON
 from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS, TOLERANCE, report, sample, undisturbed
 from quanto_hf.ops.dequantize import dequantize, groups
@@ -23,20 +23,37 @@ def refuses_int8(qtype: str, group_size: int, asymmetric: bool, in_features: int
         return REASON
     if activations != "int8":
         return f"there are kernels for int8 activations, not for {activations}"
-    if not NATIVE.has_kernel("linear_int8"):
-        return f"level {NATIVE.level()} has no products of int8"
-    whole_rows = groups(in_features, group_size) == 1
-    if qtype == "int8":
-        if asymmetric or not whole_rows:
-            return "int8 weights need one scale per row and no zero"
-        if in_features > MAX_INT8_COLUMNS:
-            return f"sums of more than {MAX_INT8_COLUMNS} columns could leave int32"
-        return None
-    if qtype not in ("int4", "int2"):
+    if qtype not in ("int8", "int4", "int2"):
         return f"there are kernels for int8, int4 and int2 weights, not for {qtype}"
-    if not whole_rows and group_size % GROUP_STEP:
+    if not NATIVE.has_kernel(linear_name(qtype, activations)):
+        return f"level {NATIVE.level()} has no product of {qtype} and int8"
+    whole_rows = groups(in_features, group_size) == 1
+    if qtype != "int8":
+        if whole_rows or group_size % GROUP_STEP == 0:
+            return None
         return f"groups of the weight must be a multiple of {GROUP_STEP} columns, or whole rows"
+    if asymmetric or not whole_rows:
+        return "int8 weights need one scale per row and no zero"
+    if in_features > MAX_INT8_COLUMNS:
+        return f"sums of more than {MAX_INT8_COLUMNS} columns could leave int32"
     return None
+
+
+def why_not_int8(
+    qtype: str,
+    group_size: int,
+    asymmetric: bool,
+    scale_dtype: torch.dtype,
+    in_features: int,
+    dtype: torch.dtype,
+    many: bool,
+    activations: str,
+) -> str | None:
+    """Why x is rounded on its own and multiplied by another kernel, or None: one native kernel does both."""
+    reason = refuses_int8(qtype, group_size, asymmetric, in_features, activations)
+    if reason is not None or NATIVE is None:
+        return reason
+    return why_int8_wrong(NATIVE.level(), qtype, group_size, asymmetric, scale_dtype, dtype, many)
 
 
 @undisturbed()

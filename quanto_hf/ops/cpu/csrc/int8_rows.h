@@ -2,7 +2,8 @@
 // of one row of the weight, and every 64 products per row of x are scaled. Included after int8_groups.h at a level with
 // AVX-512 VNNI.
 //
-// 4096 x 4096, int4, one row of x: 0.25 of torch's time with the transpose, 0.18 without; at two 0.26 and 0.2.
+// Speed at 4096 x 4096, int4 with zeros, in times that of the exact kernel: 0.92 at one row with the transpose, 0.99 without,
+// and 1.09 at two; int2 0.81, 1.20 and 1.02.
 
 constexpr int64_t FEW_ROWS = 2;
 
@@ -110,7 +111,9 @@ inline void multiply_few(const Linear& a, const RoundedX& x, const LaneX& lanes,
     }
 }
 
-inline void multiply_few_rows(const Linear& a, const RoundedX& x, int64_t unit, int middle, float offset) {
+// False if these kernels do not take the call.
+inline bool few_rows(const Linear& a, const RoundedX& x, int64_t unit, int middle, float offset) {
+    if (a.m > FEW_ROWS || !takes_rows(a.w)) return false;
     const int bits = bits_of(a.w.codes);
     LaneX lanes;
     lanes.planes = round_up(a.w.k, BLOCK_BYTES * (8 / bits)) / 64;
@@ -127,4 +130,5 @@ inline void multiply_few_rows(const Linear& a, const RoundedX& x, int64_t unit, 
         if (bits == 4) a.m == 1 ? run(Slot<4>{}, Slot<1>{}) : run(Slot<4>{}, Slot<2>{});
         else a.m == 1 ? run(Slot<2>{}, Slot<1>{}) : run(Slot<2>{}, Slot<2>{});
     });
+    return true;
 }

@@ -33,7 +33,7 @@ namespace {
 #include "linear_bf16.h"
 }  // namespace
 extern const Level level;
-const Level level = {"amx", linear, dequantize, quantize, linear_by_int8};
+const Level level = {"amx", linear, dequantize, quantize, linear_int8, linear_int8_groups};
 }  // namespace amx
 }  // namespace quanto
 QUANTO_TARGET_END

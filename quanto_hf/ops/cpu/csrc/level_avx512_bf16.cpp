@@ -29,7 +29,7 @@ namespace {
 #include "linear_bf16.h"
 }  // namespace
 extern const Level level;
-const Level level = {"avx512_bf16", linear, dequantize, quantize, linear_by_int8};
+const Level level = {"avx512_bf16", linear, dequantize, quantize, linear_int8, linear_int8_groups};
 }  // namespace avx512_bf16
 }  // namespace quanto
 QUANTO_TARGET_END

@@ -31,7 +31,7 @@ void linear(const Linear& a) {
 }
 }  // namespace
 extern const Level level;
-const Level level = {"avx512_vnni", linear, dequantize, quantize, linear_by_int8};
+const Level level = {"avx512_vnni", linear, dequantize, quantize, linear_int8, linear_int8_groups};
 }  // namespace avx512_vnni
 }  // namespace quanto
 QUANTO_TARGET_END

@@ -22,7 +22,7 @@ inline void linear_int8_groups(const Linear& a) {
         for (int64_t m = part.begin; m < part.end; m++)
             with_type(a.x_type, [&](auto type) { round_row<decltype(type)::type>(a, m, unit, middle, x); });
     });
-    if (a.m <= FEW_ROWS && takes_rows(w)) return multiply_few_rows(a, x, unit, middle, offset);
+    if (few_rows(a, x, unit, middle, offset)) return;
     parallel(a.threads, [&](int thread, int of) {
         const Range part = share(w.n, 32, thread, of);
         const bool zeros = w.zero != nullptr;
@@ -30,6 +30,3 @@ inline void linear_int8_groups(const Linear& a) {
         else unit == X_GROUP ? multiply_rows<2, X_GROUP>(a, x, zeros, offset, part) : multiply_rows<2, X_GROUP / 2>(a, x, zeros, offset, part);
     });
 }
-
-// What a level that has both kinds of kernels offers.
-inline void linear_by_int8(const Linear& a) { a.w.codes == INT8 ? linear_int8(a) : linear_int8_groups(a); }

@@ -69,6 +69,11 @@ inline I field_of_bytes(I words, int shift) {
     return _mm256_and_si256(_mm256_srli_epi32(words, shift), _mm256_set1_epi8((1 << BITS) - 1));
 }
 inline void store_words(uint8_t* p, I words) { _mm256_storeu_si256((__m256i*)p, words); }
+inline I same_words(int32_t v) { return _mm256_set1_epi32(v); }
+// unsigned bytes times signed ones, added in pairs of 16 bits (which saturate), and pairs added to words of 32
+inline I products_in_pairs(I a, I b) { return _mm256_maddubs_epi16(a, b); }
+inline I add_pairs(I a, I b) { return _mm256_add_epi16(a, b); }
+inline I words_of_pairs(I pairs, I start) { return _mm256_add_epi32(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)), start); }
 template <int BYTE>
 inline I signed_byte(I words) { return _mm256_srai_epi32(_mm256_slli_epi32(words, 24 - 8 * BYTE), 24); }
 inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
