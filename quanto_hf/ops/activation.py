@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from quanto_hf.qtypes import QType
 
-# As in the Q8 blocks of llama.cpp. 4-bit weights with one scale per token are 6 times less exact (docs/accuracy.md).
+# As in the Q8 blocks of llama.cpp: an outlier costs digits in its own 32 columns, where it costs those of a whole token
+# otherwise. For int8 weights a scale per token is what makes the product one sum of integers.
 ACTIVATION_GROUP = 32
 TOKEN = -1
 

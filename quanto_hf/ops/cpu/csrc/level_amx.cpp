@@ -30,6 +30,7 @@ namespace {
 #include "int8_rows.h"
 #include "linear_int8.h"
 #include "gemm_amx.h"
+#include "int8_gemm.h"
 #include "linear_bf16.h"
 }  // namespace
 extern const Level level;

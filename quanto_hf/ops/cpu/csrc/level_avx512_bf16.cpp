@@ -21,6 +21,7 @@ namespace {
 #include "gemv_bf16.h"
 #include "gemm_bf16.h"
 #include "int8.h"
+#include "int8_gemm.h"
 #include "int8_x_groups.h"
 #include "int8_dot_vnni.h"
 #include "int8_groups.h"

@@ -19,6 +19,7 @@ namespace {
 #include "gemv_blocks.h"
 #include "ahead.h"
 #include "int8.h"
+#include "int8_gemm.h"
 #include "int8_x_groups.h"
 #include "int8_dot_vnni.h"
 #include "int8_groups.h"
