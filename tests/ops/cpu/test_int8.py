@@ -209,19 +209,13 @@ def test_what_no_kernel_takes_has_a_sentence(arguments, said):
     assert int8.refuses_int8("int4", 24, False, 20, "int8") is None  # one group
 
 
-def test_a_level_without_the_kernel_says_so():
-    before = NATIVE.level()
-    try:
-        NATIVE.use_level(NATIVE.levels()[-1])
-        name = NATIVE.level()
-        assert NATIVE.has_kernel("linear_int8") is False
-        assert int8.refuses_int8("int8", -1, False, 64, "int8") == f"level {name} has no product of int8 and int8"
-        with pytest.raises(NotImplementedError, match=f"level {name} has no such kernel"):
-            native_linear(
-                torch.randn(3, 64), *make_weight(INT8, 5, 64).rest()[:3], None, "int8", -1, activations="int8"
-            )
-    finally:
-        NATIVE.use_level(before)
+@some_kinds
+def test_a_level_without_the_kernel_says_so(level: str, kind: Kind, monkeypatch):
+    monkeypatch.setattr(NATIVE, "has_kernel", lambda name: False)
+    weight = make_weight(kind, 5, 64)
+    arguments = (kind.qtype, kind.group_size, kind.asymmetric, 64, "int8")
+    assert int8.refuses_int8(*arguments) == f"level {level} has no product of {kind.qtype} and int8"
+    assert bound.bind(*weight.rest(), "int8") is None
 
 
 @every_kind

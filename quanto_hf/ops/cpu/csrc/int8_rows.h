@@ -27,8 +27,8 @@ inline void lane_row(const RoundedX& x, int64_t m, int64_t unit, int middle, con
     }
     const I weight = _mm512_set1_epi8(static_cast<char>(middle));
     for (int64_t p = 0; p < out.planes; p++) {
-        const Ints total = dot_bytes(no_sum(), weight, _mm512_loadu_si512(x.q + m * x.ld + p * W));
-        _mm512_storeu_si512(out.starts + (m * out.planes + p) * W, (I)(no_sum() - total));
+        const I total = (I)dot_bytes(no_sum(), weight, _mm512_loadu_si512(x.q + m * x.ld + p * W));
+        _mm512_storeu_si512(out.starts + (m * out.planes + p) * W, _mm512_sub_epi32(_mm512_setzero_si512(), total));
     }
 }
 

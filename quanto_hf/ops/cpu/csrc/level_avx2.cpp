@@ -18,6 +18,8 @@ namespace {
 #include "gemm.h"
 #include "gemv_blocks.h"
 #include "ahead.h"
+#include "int8_wide.h"
+#include "int8_wide_gemm.h"
 #include "int8_x_groups.h"
 #include "int8_dot_madd.h"
 #include "int8_groups.h"
@@ -29,7 +31,7 @@ void linear(const Linear& a) {
 }
 }  // namespace
 extern const Level level;
-const Level level = {"avx2", linear, dequantize, quantize, nullptr, linear_int8_groups};
+const Level level = {"avx2", linear, dequantize, quantize, linear_int8, linear_int8_groups};
 }  // namespace avx2
 }  // namespace quanto
 QUANTO_TARGET_END

@@ -53,6 +53,10 @@ inline I same_words(int32_t v) { return _mm512_set1_epi32(v); }
 inline I products_in_pairs(I a, I b) { return _mm512_maddubs_epi16(a, b); }
 inline I add_pairs(I a, I b) { return _mm512_add_epi16(a, b); }
 inline I words_of_pairs(I pairs, I start) { return _mm512_add_epi32(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)), start); }
+// signed bytes as 16 bits, and pairs of those multiplied and added to words
+inline I widen_bytes(const uint8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+inline I multiply_pairs(I a, I b) { return _mm512_madd_epi16(a, b); }
+inline I add_words(I a, I b) { return _mm512_add_epi32(a, b); }
 template <int BYTE>
 inline I signed_byte(I words) { return _mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * BYTE), 24); }
 inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }
