@@ -129,6 +129,7 @@ inline void multiply_rows(const Linear& a, const RoundedX& x, bool zeros, float 
                 lane_scales(w, w.scale, row + t * W, 0.0f, lanes(t).scales);
                 if (zeros) lane_scales(w, w.zero, row + t * W, offset, lanes(t).zeros);
             }
+            scales_ahead(w, row + tiles * W, tiles * W);
             std::memset(sums, 0, here * count * W * sizeof(float));
             Ahead whole(w.packed, row_bytes(w.codes, w.k), row + W, 0, blocks);
             for (int64_t b = 0; b < blocks; b += STEP) {

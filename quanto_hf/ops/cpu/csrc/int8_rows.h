@@ -98,6 +98,7 @@ inline void multiply_few(const Linear& a, const RoundedX& x, const LaneX& lanes,
     for (int64_t row = part.begin; row < part.end; row += W) {
         const int n = static_cast<int>(part.end - row < W ? part.end - row : W);
         float sums[W * M];
+        scales_ahead(a.w, row + W, W);
         int r = 0;
         for (; r + R <= n; r += R) row_products<BITS, SCALES, M, R>(a.w, x, lanes, offset, row + r, sums + r * M);
         for (; r < n; r++) row_products<BITS, SCALES, M, 1>(a.w, x, lanes, offset, row + r, sums + r * M);
