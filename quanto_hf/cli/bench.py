@@ -5,7 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
-from quanto_hf.cli.options import TYPES, WrongUsage, features, float_dtype, schemes, threads, whole_numbers, words
+from quanto_hf.cli.options import (
+    TYPES,
+    WrongUsage,
+    activation_types,
+    features,
+    float_dtype,
+    schemes,
+    threads,
+    whole_numbers,
+    words,
+)
 from quanto_hf.cli.show import console, progress, size, table
 
 bench = typer.Typer(no_args_is_help=True, help="Time linear layers, or a whole model, beside torch's own.")
@@ -22,6 +32,9 @@ def linear(
     dtype: Annotated[str, typer.Option(help="Of input and float weight: float32, bfloat16 or float16.")] = "bfloat16",
     threads_: Annotated[int | None, typer.Option("--threads", help="Default: those of torch.")] = None,
     rounds: Annotated[str, typer.Option(help="Timed calls of each layer; the median counts.")] = "15",
+    activations: Annotated[
+        list[str] | None, typer.Option(help="Also with x rounded to int8 or float8, with commas or repeated.")
+    ] = None,
     peers: Annotated[bool, typer.Option("--peers", help="Also torchao, bitsandbytes and optimum-quanto.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -34,13 +47,13 @@ def linear(
     """
     kind, shape, counts = float_dtype(dtype), features(size), whole_numbers("--rows", [rows])
     (repeat,) = whole_numbers("--rounds", [rounds])
-    chosen = schemes(weights or list(TYPES))
+    chosen, rounded = schemes(weights or list(TYPES)), activation_types(activations)
     from quanto_hf.cli.bench_linear import bench_linear
 
     with threads(threads_) as used, progress() as bar:
-        task = bar.add_task("linear", total=len(chosen) * len(counts))
+        task = bar.add_task("linear", total=len(chosen) * (1 + len(rounded)) * len(counts))
         found = []
-        for row in bench_linear(chosen, shape, counts, kind, repeat, peers):
+        for row in bench_linear(chosen, shape, counts, kind, repeat, peers, rounded):
             found.append(row)
             bar.advance(task)
     if as_json:

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from quanto_hf import QLinear
+from quanto_hf.cli.kernels import why_not_activations
 from quanto_hf.cli.peers import Make, peer_layers
-from quanto_hf.ops import dequantize, linear_op
+from quanto_hf.ops import dequantize, linear_op, round_activations
+from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Grouped
 
 # Copies of a weight that take turns: more than any cache holds, but no more copies than this of a small one.
@@ -26,11 +28,21 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 
 @torch.no_grad()
 def bench_linear(
-    schemes: list[Grouped], shape: tuple[int, int], counts: list[int], dtype: torch.dtype, rounds: int, peers: bool
+    schemes: list[Grouped],
+    shape: tuple[int, int],
+    counts: list[int],
+    dtype: torch.dtype,
+    rounds: int,
+    peers: bool,
+    activations: list[QType] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row for each layer and number of rows of x, with ``seconds``, ``torch_seconds``, ``ratio`` (above 1: faster
     than torch), ``error`` (against the reference on the same quantized weight; None for peers), ``distance`` (from the
-    product with the float weight) and ``kernel``. A layer that is not timed has ``reason`` instead."""
+    product with the float weight) and ``kernel``. A layer that is not timed has ``reason`` instead.
+
+    Args:
+        activations: number types of x; each scheme is timed with each of them too.
+    """
     generator = torch.Generator().manual_seed(0)
     plain = nn.Linear(shape[1], shape[0], bias=False, dtype=dtype, device="meta")
     # std 1/sqrt(in): outputs of size 1, whatever the width
@@ -39,19 +51,24 @@ def bench_linear(
     inputs = {count: torch.randn(count, shape[1], generator=generator).to(dtype) for count in counts}
     exact = {count: x.float() @ plain.weight.float().T for count, x in inputs.items()}
     floats = rotation(partial(copy.deepcopy, plain), plain.weight.nbytes)
-    for scheme in schemes:
-        layer = QLinear.from_module(plain, scheme)
+    for scheme, kind in itertools.product(schemes, [None, *(activations or [])]):
+        layer = QLinear.from_module(plain, scheme, kind)
         layer.freeze()
         copies = rotation(partial(copy.deepcopy, layer), sum(t.nbytes for t in layer.tensors().values()))
         stored = layer.tensors()
         args = (stored["packed"], stored["scale"], stored.get("zero"))
-        rest = (scheme.qtype, scheme.group_size)
-        quantized = dequantize.reference(*args, *rest, shape[1], torch.float32)
+        quantized = dequantize.reference(*args, scheme.qtype, scheme.group_size, shape[1], torch.float32)
         for count, x in inputs.items():
-            row: dict[str, Any] = {"layer": str(scheme), "rows": count}
-            said = linear_op.explain(x, *args, None, *rest)
-            row |= {"kernel": next(kernel for kernel, sentence in said if sentence == "runs")}
-            row |= {"error": relative(layer(x), x.float() @ quantized.T), "distance": relative(layer(x), exact[count])}
+            row: dict[str, Any] = {"layer": str(scheme), "rows": count, "kernel": chosen_kernel(x, scheme, args)}
+            rounded = x.float()
+            if kind is not None:
+                rounded = round_activations(x, kind, scheme.activation_group(kind))
+                row["layer"] += f", {kind} x"
+                if why_not_activations(scheme, shape, dtype, count, kind) is None:
+                    row["kernel"] = "native_int8"
+                else:
+                    row["kernel"] = f"rounding, {row['kernel']}"
+            row |= {"error": relative(layer(x), rounded @ quantized.T), "distance": relative(layer(x), exact[count])}
             if row["error"] <= ALLOWED[dtype]:
                 yield row | time_pair(floats, copies, x, rounds)
             else:
@@ -68,6 +85,12 @@ def bench_linear(
         except Exception as error:  # whatever another library raises is a reason
             first = (str(error).strip().splitlines() or [""])[0][:150]
             yield row | {"rows": None, "reason": f"{type(error).__name__}: {first}"}
+
+
+def chosen_kernel(x: torch.Tensor, scheme: Grouped, weight: tuple[torch.Tensor | None, ...]) -> str:
+    """The kernel that multiplies x with a weight (packed, scale, zero)."""
+    said = linear_op.explain(x, *weight, None, scheme.qtype, scheme.group_size)
+    return next(kernel for kernel, sentence in said if sentence == "runs")
 
 
 def _remake(make: Make, plain: nn.Linear) -> nn.Module:

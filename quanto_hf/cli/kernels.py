@@ -12,7 +12,13 @@ from quanto_hf.cli.show import console, table
 if TYPE_CHECKING:
     import torch
 
+    from quanto_hf.qtypes import QType
     from quanto_hf.schemes import Grouped
+
+# not an op: a layer asks for it with activations="int8"
+INT8_LINEAR = "linear, int8 x"
+# columns that are two groups at least
+TWO_GROUPS = 512
 
 
 def kernels(
@@ -54,7 +60,8 @@ def kernels(
 
 
 def explain(scheme: "Grouped", dtype: "torch.dtype", shape: tuple[int, int], counts: list[int]) -> list[dict[str, Any]]:
-    """A row for each op, and for each number of rows of x if it makes a difference."""
+    """A row for each op, and for linear layers with int8 activations, and for each number of rows of x if it makes a
+    difference."""
     import torch
 
     from quanto_hf.ops import (
@@ -65,6 +72,7 @@ def explain(scheme: "Grouped", dtype: "torch.dtype", shape: tuple[int, int], cou
         linear_grad_input,
         linear_op,
     )
+    from quanto_hf.qtypes import qint8
 
     def stored(shape: tuple[int, ...]) -> tuple["torch.Tensor | None", ...]:
         # only shapes and dtypes are looked at
@@ -88,6 +96,10 @@ def explain(scheme: "Grouped", dtype: "torch.dtype", shape: tuple[int, int], cou
         for op, arguments in asked:
             op.check(*arguments)
             found.setdefault((op.name, tuple(op.explain(*arguments))), []).append(count)
+        reason = why_not_activations(scheme, shape, dtype, count, qint8)
+        said = [("native_int8", reason or "runs")]
+        said += [("rounding, linear", "runs" if reason else "a kernel before it runs")]
+        found.setdefault((INT8_LINEAR, tuple(said)), []).append(count)
     # op by op, not row count by row count
     order = list(dict.fromkeys(name for name, _ in found))
     return [
@@ -102,8 +114,20 @@ def explain(scheme: "Grouped", dtype: "torch.dtype", shape: tuple[int, int], cou
     ]
 
 
+def why_not_activations(
+    scheme: "Grouped", shape: tuple[int, int], dtype: "torch.dtype", count: int, activations: "QType"
+) -> str | None:
+    """Why x is rounded on its own and then multiplied, or None: one native kernel does both."""
+    from quanto_hf.ops.cpu.int8 import why_not_int8
+    from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS
+
+    weight = (scheme.qtype, scheme.group_size, not scheme.symmetric, scheme.scale_dtype)
+    return why_not_int8(*weight, shape[1], dtype, count > GEMV_ROWS, activations.name)
+
+
 def check(scheme: "Grouped", dtype: "torch.dtype") -> dict[str, Any]:
-    """The self-check of the native kernels of a scheme: few rows of x, and many."""
+    """The self-check of the native kernels of a scheme: few rows of x, many, and int8 activations (None: no kernel)."""
+    from quanto_hf.ops.cpu.int8 import int8_error, refuses_int8, why_int8_wrong
     from quanto_hf.ops.cpu.library import NATIVE
     from quanto_hf.ops.cpu.selfcheck import TOLERANCE, errors, why_experts_wrong, why_wrong
 
@@ -111,6 +135,10 @@ def check(scheme: "Grouped", dtype: "torch.dtype") -> dict[str, Any]:
     key = (scheme.qtype, scheme.group_size, not scheme.symmetric, scheme.scale_dtype, dtype)
     said = [sentence for many in (False, True) if (sentence := why_wrong(NATIVE.level(), *key, many))]
     said += filter(None, [why_experts_wrong(NATIVE.level())])
+    int8 = None
+    if refuses_int8(*key[:3], TWO_GROUPS, "int8") is None:
+        said += [sentence for many in (False, True) if (sentence := why_int8_wrong(NATIVE.level(), *key, many))]
+        int8 = max(int8_error(*key, many) for many in (False, True))
     (weight, few), (_, many) = errors(*key, False), errors(*key, True)
     return {
         "weights": str(scheme),
@@ -119,6 +147,7 @@ def check(scheme: "Grouped", dtype: "torch.dtype") -> dict[str, Any]:
         "dequantize_error": weight,
         "few_rows_error": few,
         "many_rows_error": many,
+        "int8_activations_error": int8,
         "tolerance": TOLERANCE[dtype],
     }
 
@@ -148,10 +177,14 @@ def checks_table(checks: list[dict[str, Any]], dtype: str) -> Any:
     made = table(
         f"self-check of the native kernels, errors against the reference in {dtype}; {allowed}",
         ["weights"],
-        ["dequantize", f"linear, to {GEMV_ROWS} rows", "linear, more rows"],
+        ["dequantize", f"linear, to {GEMV_ROWS} rows", "linear, more rows", INT8_LINEAR],
         ["result"],
     )
     for row in checks:
-        errors = (row["dequantize_error"], row["few_rows_error"], row["many_rows_error"])
-        made.add_row(row["weights"], *(f"{error:.1e}" for error in errors), "pass" if row["passed"] else "FAIL")
+        errors = (row["dequantize_error"], row["few_rows_error"], row["many_rows_error"], row["int8_activations_error"])
+        made.add_row(
+            row["weights"],
+            *("" if error is None else f"{error:.1e}" for error in errors),
+            "pass" if row["passed"] else "FAIL",
+        )
     return made

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from quanto_hf.qtypes import QType
     from quanto_hf.schemes import Grouped
 
 TYPES = ("int8", "float8", "int4", "nf4", "fp4", "int2")
@@ -73,6 +74,19 @@ def schemes(weights: list[str] | None, group_size: int | None = None) -> "list[G
     if not found:
         raise WrongUsage(f"--group-size {group_size}: no number type has groups of this size")
     return found
+
+
+def activation_types(activations: list[str] | None) -> "list[QType]":
+    """The number types of x."""
+    from quanto_hf.flow import activation_type
+
+    found = []
+    for name in words(activations):
+        try:
+            found.append(activation_type(name))
+        except ValueError as error:
+            raise WrongUsage(f"--activations {name}: {error}") from None
+    return [kind for kind in found if kind is not None]
 
 
 @contextmanager

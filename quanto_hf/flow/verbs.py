@@ -64,7 +64,7 @@ def quantize(
         model: any torch model. Weights that are tied to another parameter, and a ``lm_head``, stay float.
         weights: a number type: int8, int4, int2, float8, nf4, fp4 ...
         activations: None, "int8" or "float8": also round inputs of linear layers and outputs of layer norms, per
-            token.
+            token; inputs of int4 and int2 layers to int8 per 32 columns.
         group_size: columns that share a scale, -1 for whole rows; None is the default of the type.
         symmetric: None is the default of the type.
         optimizer: the fit: "absmax", "minmax", "mse", "hqq" or a :class:`quanto_hf.fit.Fit`; None is the default.

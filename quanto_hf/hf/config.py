@@ -28,8 +28,8 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         weights: number type of the weights: int8, int4, int2, float8 (= float8_e4m3fn), float8_e5m2, nf4, fp4.
         activations: None (weight-only), "int8" or "float8": also round the inputs of linear layers and the outputs
-            of layer norms, with one scale per token. The numbers are those of a quantized product; the speed is not
-            yet.
+            of layer norms. The numbers are those of a quantized product. A scale belongs to a token; where int4 or
+            int2 weights meet int8, to 32 columns of it. docs/speed.md says where this is faster.
         modules_to_not_convert: patterns of modules that stay float, besides the defaults (output and task heads, tied
             weights, what the model keeps in float32). A pattern is a run of whole name segments or a glob: ``fc1``
             does not match ``fc10``, ``*.down_proj`` does what it says.

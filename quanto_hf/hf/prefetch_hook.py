@@ -75,7 +75,7 @@ def prefetch(
     """
     prefetchers: dict[torch.device, Prefetcher] = {}
     for name, hook in hooks.items():
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         if module._hf_hook is not hook:
             continue
         device = torch.device(hook.execution_device)
@@ -90,7 +90,8 @@ def prefetch(
         hook.original_devices = {}  # so that taking it off moves nothing
         remove_hook_from_module(module)
         add_hook_to_module(module, mine)
-        module._old_forward = _guarded(module, mine, module._old_forward)
+        forward: Any = module._old_forward
+        module._old_forward = _guarded(module, mine, forward)
 
 
 def _guarded(module: nn.Module, hook: PrefetchHook, forward: Callable[..., Any]) -> Callable[..., Any]:

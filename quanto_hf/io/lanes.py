@@ -49,7 +49,7 @@ class CudaLane:
     """
 
     def __init__(self, device: torch.device, buffers: int) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device, self.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="quanto_hf-offload")
         self._buffers: list[tuple[torch.Tensor | None, Any]] = [(None, None)] * buffers
 
@@ -73,7 +73,7 @@ class CudaLane:
                 copies = {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
             else:
                 copies = self._staged(tensors)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self.stream)
         return copies, event
 
@@ -92,7 +92,7 @@ class CudaLane:
             part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
         there = torch.empty(end, dtype=torch.uint8, device=self.device)
         there.copy_(buffer[:end], non_blocking=True)
-        copied = torch.cuda.Event()
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record(self.stream)
         self._buffers.append((buffer, copied))
         return {

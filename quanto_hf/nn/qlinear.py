@@ -33,7 +33,8 @@ class QLinear(nn.Linear):
         out_features: width of the output.
         bias: whether there is a bias.
         scheme: how the weight is stored.
-        activations: number type to which inputs are rounded per token, or None for weight-only.
+        activations: number type to which inputs are rounded, or None for weight-only; how many columns share a scale is
+            decided in :func:`quanto_hf.ops.activation_group`.
         dtype: float dtype of the bias, and of ``weight`` when it is read.
         device: where the (empty) tensors of a FROZEN layer are made.
 
@@ -200,7 +201,7 @@ class QLinear(nn.Linear):
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(device))
         if self.activations is not None:
-            x = fake_quantize(x, self.activations)
+            x = fake_quantize(x, self.activations, self.scheme.activation_group(self.activations))
         bias: torch.Tensor | None = self._parameters["bias"]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)

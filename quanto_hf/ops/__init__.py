@@ -3,6 +3,7 @@
 Imports: ``qtypes`` and torch. Never: a scheme, a module, transformers.
 """
 
+from quanto_hf.ops.activation import ACTIVATION_GROUP, TOKEN, activation_group, round_activations
 from quanto_hf.ops.cpu import embedding as _native_embedding  # noqa: F401  the native ones are asked first
 from quanto_hf.ops.cpu import experts, kernels  # noqa: F401
 from quanto_hf.ops.cpu.bound import BoundLinear
@@ -17,8 +18,11 @@ from quanto_hf.ops.packing import pack, packed_width, unpack
 from quanto_hf.ops.registry import OPS
 
 __all__ = [
+    "ACTIVATION_GROUP",
     "OPS",
+    "TOKEN",
     "BoundLinear",
+    "activation_group",
     "bind_linear",
     "dequantize",
     "embedding",
@@ -32,5 +36,6 @@ __all__ = [
     "linear_op",
     "pack",
     "packed_width",
+    "round_activations",
     "unpack",
 ]

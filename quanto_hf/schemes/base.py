@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from quanto_hf.fit import Fit
+from quanto_hf.ops import TOKEN
+from quanto_hf.qtypes import QType
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -71,13 +73,17 @@ class Scheme(ABC):
         """``call(x, bias)``, the same as :meth:`linear` with everything about these tensors looked up in advance.
 
         Args:
-            activations: None, or the number type to which each row of x is rounded first.
+            activations: None, or the number type to which x is rounded first, as :meth:`activation_group` says.
 
         Returns:
             None if there is nothing to prepare. The call itself answers None where it does not serve (another device,
             a gradient to follow, tensors that have moved); :meth:`linear` always does.
         """
         return None
+
+    def activation_group(self, activations: QType) -> int:
+        """Columns of x that share a scale when x is rounded to ``activations``; -1 for all of a row."""
+        return TOKEN
 
     @abstractmethod
     def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:

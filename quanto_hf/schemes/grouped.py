@@ -6,7 +6,16 @@ from typing import Any, ClassVar
 import torch
 
 from quanto_hf.fit import Fit, Grid, fit_by_name
-from quanto_hf.ops import BoundLinear, bind_linear, dequantize, embedding, groups, linear, packed_width
+from quanto_hf.ops import (
+    BoundLinear,
+    activation_group,
+    bind_linear,
+    dequantize,
+    embedding,
+    groups,
+    linear,
+    packed_width,
+)
 from quanto_hf.qtypes import QTYPES, QType
 from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
 from quanto_hf.schemes.quantizing import quantize_in_blocks, quantize_natively
@@ -122,6 +131,10 @@ class Grouped(Scheme):
         """See :class:`Scheme`."""
         packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
         return bind_linear(packed, scale, zero, self.qtype, self.group_size, in_features, activations)
+
+    def activation_group(self, activations: QType) -> int:
+        """See :class:`Scheme`."""
+        return activation_group(self.type, activations)
 
     def to_dict(self) -> dict[str, Any]:
         """See :class:`Scheme`."""

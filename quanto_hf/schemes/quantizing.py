@@ -9,7 +9,7 @@ from quanto_hf.fit import Fit, native_fit
 from quanto_hf.ops import dequantize, pack
 from quanto_hf.ops.cpu.library import NATIVE
 from quanto_hf.ops.cpu.quantize import native_quantize, refuses_quantize
-from quanto_hf.ops.cpu.selfcheck import report_wrong, undisturbed
+from quanto_hf.ops.cpu.selfcheck import report, undisturbed
 from quanto_hf.ops.scratch import scratch
 
 if TYPE_CHECKING:
@@ -126,4 +126,4 @@ def why_wrong(level: str, scheme: "Grouped", fit: Fit, dtype: torch.dtype) -> st
     ratio = error(made) / error(exact)
     if ratio <= 1 + MORE_ERROR:
         return None
-    return report_wrong(f"{level} quantizer of {scheme} weights with fit {fit!r}", ratio - 1)
+    return report(f"{level} quantizer of {scheme} weights with fit {fit!r}", ratio - 1)

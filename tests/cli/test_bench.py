@@ -33,6 +33,17 @@ def test_linear_layers_are_right_and_have_a_ratio(dtype):
         assert row["error"] < 0.01 and row["error"] < row["distance"]
 
 
+def test_activations_are_timed_beside_the_same_weights_without():
+    result = bench("linear", *TINY, "--weights", "int4,nf4", "--activations", "int8", "--json")
+    assert result.exit_code == 0, result.stdout
+    rows = json.loads(result.stdout)["rows"]
+    names = ["int4 g64 asym", "int4 g64 asym, int8 x", "nf4 g32", "nf4 g32, int8 x"]
+    assert [row["layer"] for row in rows] == [name for name in names for _ in range(2)]
+    # the error is that of the kernel, not of the rounding
+    assert all(row["ratio"] > 0 and row["error"] < 0.01 < row["distance"] for row in rows)
+    assert all(row["kernel"].startswith("rounding, ") for row in rows[6:])
+
+
 def test_the_table():
     result = bench("linear", *TINY, "--weights", "int4", "--threads", "1")
     assert result.exit_code == 0, result.stderr
@@ -90,6 +101,10 @@ def test_a_model():
         (["linear", "--features", "0x64"], "--features 0x64 is not OUTxIN"),
         (["linear", "--threads", "0"], "--threads 0 is below 1"),
         (["linear", "--rows", "1,x"], "--rows 1,x is not a list"),
+        (
+            ["linear", "--activations", "int4"],
+            "--activations int4: activations='int4' is not supported; choose None, int8",
+        ),
         (["linear", "--dtype", "half"], "--dtype half is not known"),
         (["model", "--weights", "int3"], "--weights int3: 'int3' is not a number type"),
         (["model", "/nowhere"], "/nowhere is not a folder with a model"),

@@ -33,10 +33,13 @@ def test_every_op_of_every_type_has_a_kernel_and_a_sentence_for_each_other_one()
     assert len({row["weights"] for row in rows}) == len(DEFAULTS)
     for row in rows:
         assert row["runs"] not in row["others"]
-        in_torch = {"torch_blocks", "torch_rows", "each_expert"} & {row["runs"], *row["others"]}
-        assert len(in_torch) == 1 and "reference" in row["others"]
+        if row["op"] == "linear, int8 x":
+            assert {row["runs"], *row["others"]} >= {"rounding, linear", "native_int8"}
+        else:
+            in_torch = {"torch_blocks", "torch_rows", "each_expert"} & {row["runs"], *row["others"]}
+            assert len(in_torch) == 1 and "reference" in row["others"]
         assert all(len(said.split()) > 2 for said in row["others"].values())
-    assert {row["op"] for row in rows} == set(OPS)
+    assert {row["op"] for row in rows} == {*OPS, "linear, int8 x"}
     assert {count for row in rows for count in row["rows"]} == {1, 128}
 
 
@@ -54,6 +57,17 @@ def test_self_checks_of_the_chosen_type_grouping_and_dtype():
     assert 0 < row["few_rows_error"] <= row["tolerance"] == selfcheck.TOLERANCE[torch.float16]
     assert result["machine"]["level"] in result["machine"]["levels"]
     assert "pass" in kernels("--weights", "int4").stdout
+
+
+@native
+@pytest.mark.parametrize("weights", DEFAULTS)
+def test_int8_activations_are_checked_where_there_is_a_kernel(weights):
+    result = found("--weights", weights)
+    (check,), runs = result["checks"], {row["op"]: row["runs"] for row in result["kernels"]}
+    has_kernel = runs["linear, int8 x"] == "native_int8"
+    assert has_kernel == (check["int8_activations_error"] is not None)
+    if has_kernel:
+        assert 0 < check["int8_activations_error"] <= check["tolerance"]
 
 
 @native

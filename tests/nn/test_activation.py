@@ -1,4 +1,4 @@
-"""Activations rounded per token: how far off, for whom, and with which gradient."""
+"""Activations rounded per token or per group of columns: how far off, for whom, and with which gradient."""
 
 import pytest
 import torch
@@ -94,3 +94,38 @@ def test_the_gradient_passes_straight_through(kind: QType):
     assert torch.allclose(
         made, fake_quantize(x.detach(), kind), rtol=0, atol=2 * 2**-24 * float(x.detach().abs().max())
     )
+
+
+@every_type
+@every_float
+@pytest.mark.parametrize("features", [1, 31, 32, 33, 64, 100])
+def test_each_group_of_columns_has_its_own_scale(kind: QType, dtype: torch.dtype, features: int):
+    x = (torch.randn(3, features) * torch.logspace(-3, 3, features)).to(dtype)
+    together = fake_quantize(x, kind, 32)
+    assert together.shape == x.shape and together.dtype == dtype
+    for start in range(0, features, 32):
+        cut = slice(start, start + 32)
+        assert torch.equal(together[:, cut], fake_quantize(x[:, cut], kind))
+
+
+def test_an_outlier_costs_digits_in_its_own_group_only():
+    x = torch.randn(4, 128)
+    x[:, 3] = 1000
+    per_token, per_group = (fake_quantize(x, qint8, group) for group in (-1, 32))
+    assert (per_token[:, 32:] == 0).float().mean() > 0.9
+    # half a step of 4 / 127
+    assert (per_group[:, 32:] - x[:, 32:]).abs().max() < 0.02
+
+
+def test_a_value_that_is_no_number_spoils_its_group_and_no_other():
+    x = torch.randn(2, 96)
+    x[1, 40] = torch.nan
+    made = fake_quantize(x, qint8, 32)
+    assert made[1, 32:64].isnan().all()
+    assert made[0].isfinite().all() and made[1, :32].isfinite().all() and made[1, 64:].isfinite().all()
+
+
+def test_the_gradient_passes_straight_through_groups():
+    x, grad = torch.randn(3, 50, requires_grad=True), torch.randn(3, 50)
+    fake_quantize(x, qint8, 32).backward(grad)
+    assert torch.equal(x.grad, grad)

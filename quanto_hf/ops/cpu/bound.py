@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import torch
 
-from quanto_hf.ops.cpu.call import FLOAT_TYPES, weight_arguments
+from quanto_hf.ops.cpu.call import FLOAT_TYPES, linear_name, weight_arguments
+from quanto_hf.ops.cpu.int8 import refuses_int8, why_int8_wrong
 from quanto_hf.ops.cpu.library import NATIVE
-from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS, why_int8_wrong, why_wrong
-from quanto_hf.ops.dequantize import check_weight, groups
+from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS, why_wrong
+from quanto_hf.ops.dequantize import check_weight
 from quanto_hf.ops.registry import reference_only
 from quanto_hf.ops.watched import watched
 
@@ -39,8 +40,8 @@ def bind(
         qtype: the name of a number type.
         group_size: columns that share a scale, -1 for all.
         in_features: columns.
-        activations: None, or the number type to which each row of x is rounded first. There is one kernel for that:
-            int8 weights with a scale per row, by int8.
+        activations: None, or the number type to which x is rounded first (``ops/activation.py``);
+            :func:`refuses_int8` says what there are kernels for.
 
     Raises:
         ValueError: the tensors are not those of such a weight.
@@ -51,7 +52,7 @@ def bind(
         return None
     if watched() or not all(map(_is_plain, stored)):
         return None
-    if activations is not None and not takes_int8(qtype, group_size, zero, in_features, activations):
+    if activations is not None and refuses_int8(qtype, group_size, zero is not None, in_features, activations):
         return None
     level, asymmetric, scale_dtype = NATIVE.level(), zero is not None, scale.dtype
     weight = weight_arguments(packed, scale, zero, qtype, group_size, in_features)
@@ -59,7 +60,7 @@ def bind(
     packed_at, scale_at, zero_at = weight[:3]
     packed_size, scale_size = packed.numel(), scale.numel()
     trusted: set[tuple[torch.dtype, bool]] = set()
-    run = NATIVE.linear if activations is None else NATIVE.linear_int8
+    run, why = getattr(NATIVE, linear_name(qtype, activations)), why_wrong if activations is None else why_int8_wrong
     threads, types = torch.get_num_threads, FLOAT_TYPES
 
     def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -88,12 +89,7 @@ def bind(
             return None
         key = (dtype, count > GEMV_ROWS)
         if key not in trusted:
-            wrong = (
-                why_wrong(level, qtype, group_size, asymmetric, scale_dtype, *key)
-                if activations is None
-                else why_int8_wrong(level, *key)
-            )
-            if wrong:
+            if why(level, qtype, group_size, asymmetric, scale_dtype, *key):
                 return None
             trusted.add(key)
         # not torch.empty, which looks at the default device
@@ -104,21 +100,8 @@ def bind(
     return call
 
 
-def takes_int8(qtype: str, group_size: int, zero: torch.Tensor | None, in_features: int, activations: str) -> bool:
-    """Whether there is a kernel for such weights and activations at the level in use."""
-    return (
-        NATIVE is not None
-        and NATIVE.has_kernel("linear_int8")
-        and (qtype, activations, zero) == ("int8", "int8", None)
-        and groups(in_features, group_size) == 1
-        and in_features <= MAX_INT8_COLUMNS
-    )
-
-
 def _is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in _PLAIN and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
 
 
-# csrc/int8.h: sums of more columns could leave int32.
-MAX_INT8_COLUMNS = 65536
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

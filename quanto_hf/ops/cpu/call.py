@@ -69,6 +69,13 @@ def native_dequantize(
     return out
 
 
+def linear_name(qtype: str, activations: str | None) -> str:
+    """The native function that multiplies such weights."""
+    if activations is None:
+        return "linear"
+    return "linear_int8" if qtype == "int8" else "linear_int8_groups"
+
+
 def native_linear(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -82,12 +89,12 @@ def native_linear(
     """``x @ weight.T + bias``; every tensor is contiguous and on the CPU.
 
     Args:
-        activations: "int8" rounds each row of x first; for int8 weights with one scale per row.
+        activations: "int8" rounds x first (``ops/activation.py``); for weights that ``refuses_int8`` takes.
     """
     assert NATIVE is not None
     columns = x.shape[-1]
     out = x.new_empty((*x.shape[:-1], packed.shape[0]))
-    run = NATIVE.linear if activations is None else NATIVE.linear_int8
+    run = getattr(NATIVE, linear_name(qtype, activations))
     run(
         *weight_arguments(packed, scale, zero, qtype, group_size, columns),
         x.data_ptr(),

@@ -97,25 +97,7 @@ def why_wrong(
         return None
     if not weight_error <= WEIGHT_TOLERANCE:
         error = weight_error
-    return report_wrong(f"{level} kernel for {qtype} weights with group_size {group_size}", error)
-
-
-@cache
-@undisturbed()
-def why_int8_wrong(level: str, dtype: torch.dtype, many: bool) -> str | None:
-    """The same for int8 weights times int8 activations."""
-    assert NATIVE is not None and NATIVE.level() == level
-    columns = 600
-    packed, scale = sample("int8", -1, False, 37, columns)
-    x = torch.randn(2 * GEMV_ROWS + 3 if many else 3, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
-    step = x.float().abs().amax(1, keepdim=True) / 127
-    exact = ((x.float() / step).round() * step) @ (packed * scale).T
-    size = x.float().abs() @ (packed * scale).abs().T
-    got = native_linear(x, packed, scale, None, None, "int8", -1, activations="int8").float()
-    error = float(((got - exact).abs() / size).nan_to_num(nan=torch.inf).max())
-    return (
-        None if error <= TOLERANCE[dtype] else report_wrong(f"{level} kernel for int8 weights and activations", error)
-    )
+    return report(f"{level} kernel for {qtype} weights with group_size {group_size}", error)
 
 
 @cache
@@ -138,11 +120,11 @@ def why_experts_wrong(level: str) -> str | None:
                 mine = experts == e
                 alone = native_linear(x[mine], packed[e], scale[e], zero[e], bias[e], "int4", 32)
                 error = max(error, float((got[mine].float() - alone.float()).abs().nan_to_num(nan=torch.inf).max()))
-    return None if error == 0.0 else report_wrong(f"{level} kernel for experts", error)
+    return None if error == 0.0 else report(f"{level} kernel for experts", error)
 
 
-def report_wrong(what: str, error: float) -> str:
-    """Warn that a kernel is wrong here; returns the sentence."""
+def report(what: str, error: float) -> str:
+    """Warn that a kernel is wrong, and give the sentence."""
     sentence = (
         f"the native {what} disagrees with the reference (error {error:.2g}) on this machine; slower kernels are used "
         "instead. Please report this with the output of `quanto-hf kernels`."

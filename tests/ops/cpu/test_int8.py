@@ -1,65 +1,254 @@
-"""int8 weights times int8 activations: what the native kernel computes is the rounding that is promised, exactly."""
+"""Products with int8 activations: what the native kernels compute is the rounding that is promised, exactly."""
+
+import warnings
 
 import pytest
 import torch
+from native_weights import Kind, Weight, every_float, make_weight, needs_native
 
-from quanto_hf.ops.cpu.call import native_linear
+from quanto_hf.nn import QLinear
+from quanto_hf.ops import ACTIVATION_GROUP
+from quanto_hf.ops.cpu import bound, int8
+from quanto_hf.ops.cpu.call import linear_name, native_linear
 from quanto_hf.ops.cpu.library import NATIVE
+from quanto_hf.qtypes import qint8
+from quanto_hf.schemes import make_scheme
 
-pytestmark = pytest.mark.skipif(
-    NATIVE is None or not NATIVE.has_kernel("linear_int8"), reason="no native int8 product on this processor"
+pytestmark = needs_native
+
+INT8 = Kind("int8", -1)
+GROUPED = [
+    Kind(qtype, group, asymmetric)
+    for qtype, group in [
+        ("int4", 16),
+        ("int4", 64),
+        ("int4", 96),
+        ("int4", -1),
+        ("int2", 32),
+        ("int2", 48),
+        ("int2", 256),
+    ]
+    for asymmetric in (False, True)
+]
+KINDS = [INT8, *GROUPED]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
+some_kinds = pytest.mark.parametrize(
+    "kind", [INT8, Kind("int4", 64), Kind("int4", 16, True), Kind("int2", -1, True)], ids=str
 )
-# float32 sums of exact integers; then the rounding of the result
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# the first and the last number of rows of each kernel
+BATCHES = [1, 2, 3, 8, 9, 17, 127]
 
 
-def make(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(rows + columns)
-    codes = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
-    return codes, torch.rand(rows, 1, generator=generator) + 0.5
+def run(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    kind = weight.kind
+    skip_without(kind)
+    stored = (weight.packed, weight.scale, weight.zero)
+    return native_linear(x, *stored, bias, kind.qtype, kind.group_size, activations="int8")
 
 
-def expected(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    values = x.float()
-    most = values.abs().amax(1, keepdim=True)
-    step = torch.where(most == 0, 1.0, most / 127)
-    return (((values / step).round() * step.double()) @ (codes.double() * scale.double()).T).double()
+def skip_without(kind: Kind) -> None:
+    if not NATIVE.has_kernel(linear_name(kind.qtype, "int8")):
+        pytest.skip(f"level {NATIVE.level()} has no product of {kind.qtype} and int8")
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("rows, columns", [(1, 1), (17, 200), (33, 513), (96, 1000), (5, 2049), (300, 64)])
-@pytest.mark.parametrize("batch", [1, 2, 3, 7, 8, 9, 16, 17, 33, 127, 600])
-def test_the_product_of_rounded_rows_is_exact(batch, rows, columns, dtype):
-    codes, scale = make(rows, columns)
-    x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch)).to(dtype)
-    wanted = expected(x, codes, scale)
-    got = native_linear(x, codes, scale, None, None, "int8", -1, activations="int8").double()
-    size = x.double().abs() @ (codes.double() * scale).abs().T + 1e-30
-    assert ((got - wanted).abs() <= TOLERANCE[dtype] * wanted.abs() + 1e-6 * size).all()
+def rounded(x: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """x as it is multiplied, written plainly: steps of absmax / 127 of a row, or of each 32 columns of it."""
+    width = x.shape[1] if kind == INT8 else ACTIVATION_GROUP
+    parts = []
+    for part in x.float().split(width, 1):
+        step = part.abs().amax(1, keepdim=True) / 127
+        step[step == 0] = 1
+        parts.append((part / step).round().clamp(-127, 127).double() * step.double())
+    return torch.cat(parts, 1)
 
 
+def check(made: torch.Tensor, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> None:
+    """The sums of integers are exact; those of their multiples are float32, a group or more at a time; the result is
+    rounded to the dtype of x."""
+    value, wide = rounded(x, weight.kind) @ weight.dense().T, x.double().abs() @ weight.wide().T
+    if bias is not None:
+        value, wide = value + bias.double(), wide + bias.double().abs()
+    slack = (8 + x.shape[1] ** 0.5) * 2**-24 * wide + 1e-38
+    if x.dtype is not torch.float32:
+        slack = slack + torch.finfo(x.dtype).eps / 2 * value.abs() + (2**-25 if x.dtype is torch.float16 else 0)
+    assert made.shape == value.shape and made.dtype == x.dtype
+    assert ((made.double() - value).abs() <= slack).all()
+
+
+@every_kind
+@every_float
+@pytest.mark.parametrize("columns", [1, 13, 33, 127, 129, 200, 255, 257, 513, 1000])
+def test_the_product_of_rounded_rows_is_exact(level: str, columns: int, dtype: torch.dtype, kind: Kind):
+    weight, bias = make_weight(kind, 45, columns), torch.randn(45).to(dtype)
+    for batch in BATCHES:
+        x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch)).to(dtype)
+        check(run(x, weight, bias), x, weight, bias)
+
+
+@some_kinds
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 33, 96, 97, 300])
+def test_any_number_of_rows_of_the_weight(level: str, rows: int, kind: Kind):
+    weight = make_weight(kind, rows, 300)
+    for batch in (1, 2, 5, 40):
+        x = torch.randn(batch, 300).bfloat16()
+        check(run(x, weight), x, weight)
+
+
+@some_kinds
+def test_more_rows_of_x_than_a_kernel_takes_at_a_time(level: str, kind: Kind):
+    weight, x = make_weight(kind, 33, 700), torch.randn(1100, 700)
+    check(run(x, weight), x, weight)
+
+
+@some_kinds
+@pytest.mark.parametrize("size", [1e36, 1e20, 1e-20, 1e-36])
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_sizes_at_the_ends_of_float32(level: str, batch: int, size: float, kind: Kind):
+    # a token among others of another size; results stay within float32
+    weight, x = make_weight(kind, 33, 300, size=1e-2), torch.randn(batch, 300)
+    x[0] *= size
+    check(run(x, weight), x, weight)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_sums_may_be_larger_than_float32_where_the_scale_brings_them_back(level: str, batch: int):
+    weight, x = make_weight(Kind("int4", 64, True), 33, 300, size=1e-6), torch.randn(batch, 300).clamp(-3, 3) * 1e38
+    made = run(x, weight)
+    assert made.isfinite().all()
+    check(made, x, weight)
+
+
+@some_kinds
 @pytest.mark.parametrize("batch", [3, 20])
-def test_a_row_of_zeros_gives_the_bias_and_a_row_with_nan_or_infinity_gives_nan(batch):
-    codes, scale = make(40, 100)
+def test_a_row_of_zeros_gives_the_bias_and_a_row_with_nan_or_infinity_gives_nan(level: str, batch: int, kind: Kind):
+    weight, bias = make_weight(kind, 40, 100), torch.randn(40)
     x = torch.randn(batch, 100)
     x[0] = 0
     x[1, 7], x[2, 99] = torch.nan, -torch.inf
-    bias = torch.randn(40)
-    got = native_linear(x, codes, scale, None, bias, "int8", -1, activations="int8")
+    got = run(x, weight, bias)
     assert torch.equal(got[0], bias)
     assert got[1:3].isnan().all() and got[3:].isfinite().all()
 
 
-def test_threads_do_not_change_a_bit():
-    codes, scale = make(333, 500)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", ["scale", "zero"])
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_a_scale_or_zero_that_is_no_number_spoils_its_row_of_the_weight_only(
+    level: str, batch: int, which: str, bad: float
+):
+    weight = make_weight(Kind("int4", 32, True), 40, 100)
+    getattr(weight, which)[17, 2] = bad
+    got = run(torch.randn(batch, 100), weight)
+    assert not got[:, 17].isfinite().any()
+    got[:, 17] = 0
+    assert got.isfinite().all()
+
+
+@some_kinds
+def test_threads_do_not_change_a_bit(level: str, kind: Kind):
+    weight = make_weight(kind, 333, 500)
     before = torch.get_num_threads()
     try:
-        for batch in (1, 8, 40):
+        for batch in (1, 2, 8, 40):
             x = torch.randn(batch, 500).bfloat16()
             results = []
             for threads in (1, 2, 3, 8):
                 torch.set_num_threads(threads)
-                results.append(native_linear(x, codes, scale, None, None, "int8", -1, activations="int8"))
+                results.append(run(x, weight))
             assert all(torch.equal(results[0], other) for other in results[1:])
     finally:
         torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------------- who is served
+
+
+@some_kinds
+@every_float
+def test_a_layer_gives_what_the_definition_gives_with_and_without_the_kernel(
+    level: str, dtype: torch.dtype, kind: Kind
+):
+    skip_without(kind)
+    layer = QLinear(
+        200, 33, scheme=make_scheme(kind.qtype, kind.group_size, not kind.asymmetric), activations=qint8, dtype=dtype
+    ).requires_grad_(False)
+    weight = make_weight(kind, 33, 200)
+    for name, tensor in zip(("packed", "scale", "zero"), (weight.packed, weight.scale, weight.zero), strict=True):
+        if tensor is not None:
+            layer._parameters[f"weight_{name}"].copy_(tensor)
+    layer.bias.normal_()
+    for lead in [(), (1,), (2, 9), (0,)]:
+        x = torch.randn(*lead, 200).to(dtype)
+        assert (layer._fast_forward(x) is not None) == bool(x.numel())
+        made = layer(x)
+        layer._bound = ([], None)  # no prepared call
+        plain = layer(x)
+        layer._bound = None
+        assert made.shape == plain.shape == (*lead, 33)
+        # plain torch rounds x, the weight and the result to the dtype
+        size = x.double().reshape(-1, 200).abs() @ weight.dense().abs().T + layer.bias.double().abs()
+        error = (made.double() - plain.double()).abs().reshape(-1, 33)
+        assert (error <= 2 * torch.finfo(dtype).eps * size + 1e-4 * torch.finfo(dtype).eps ** 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("int8", -1, False, 200, "float8_e4m3fn"), "for int8 activations, not for float8_e4m3fn"),
+        (("nf4", 32, False, 200, "int8"), "int8, int4 and int2 weights, not for nf4"),
+        (("int4", 24, False, 200, "int8"), "a multiple of 16 columns"),
+        (("int8", 64, False, 200, "int8"), "one scale per row and no zero"),
+        (("int8", -1, False, 65537, "int8"), "more than 65536 columns"),
+    ],
+    ids=["float8", "nf4", "group", "int8 groups", "width"],
+)
+def test_what_no_kernel_takes_has_a_sentence(arguments, said):
+    skip_without(INT8)
+    assert said in int8.refuses_int8(*arguments)
+    assert int8.refuses_int8("int8", -1, False, 65536, "int8") is None
+    assert int8.refuses_int8("int4", 24, False, 20, "int8") is None  # one group
+
+
+@some_kinds
+def test_a_level_without_the_kernel_says_so(level: str, kind: Kind, monkeypatch):
+    monkeypatch.setattr(NATIVE, "has_kernel", lambda name: False)
+    weight = make_weight(kind, 5, 64)
+    arguments = (kind.qtype, kind.group_size, kind.asymmetric, 64, "int8")
+    assert int8.refuses_int8(*arguments) == f"level {level} has no product of {kind.qtype} and int8"
+    assert bound.bind(*weight.rest(), "int8") is None
+
+
+@every_kind
+@every_float
+def test_no_kernel_is_wrong_on_this_machine(level: str, dtype: torch.dtype, kind: Kind):
+    skip_without(kind)
+    for many in (False, True):
+        key = (kind.qtype, kind.group_size, kind.asymmetric, make_weight(kind, 1, 64).scale.dtype, dtype, many)
+        assert int8.why_int8_wrong(level, *key) is None
+
+
+@some_kinds
+@pytest.mark.parametrize("rows", [1, 3, 19])
+def test_a_wrong_kernel_is_reported_once_and_never_used(level: str, rows: int, kind: Kind, monkeypatch):
+    skip_without(kind)
+    name = linear_name(kind.qtype, "int8")
+    right = getattr(NATIVE, name)
+
+    def wrong(packed: int, *rest: int) -> None:
+        # the neighbours of the codes, for as many rows as these
+        right(packed + (rest[11] == rows), *rest)
+
+    monkeypatch.setattr(NATIVE, name, wrong)
+    int8.why_int8_wrong.cache_clear()
+    weight, x = make_weight(kind, 17, 200), torch.randn(rows, 200)
+    call = bound.bind(*weight.rest(), "int8")
+    with pytest.warns(RuntimeWarning) as caught:
+        assert call(x, None) is None and call(x, None) is None
+    (warning,) = caught
+    for part in (level, kind.qtype, "int8 activations", "disagrees with the reference", "slower kernels are used"):
+        assert part in str(warning.message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        key = (kind.qtype, kind.group_size, kind.asymmetric, weight.scale.dtype, 200, torch.float32, rows > 8)
+        assert "disagrees" in int8.why_not_int8(*key, "int8")
+    int8.why_int8_wrong.cache_clear()

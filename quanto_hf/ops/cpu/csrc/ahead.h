@@ -14,3 +14,13 @@ struct Ahead {
         if (--left == 0) at += skip, left = lines;
     }
 };
+
+// Asks for the scales and zeros of n rows from `row` on. Nothing is read behind the last row: a prefetch never faults.
+inline void scales_ahead(const Weight& w, int64_t row, int64_t n) {
+    const int64_t bytes = w.groups * size_of(w.scale_type);
+    const char *scales = static_cast<const char*>(w.scale) + row * bytes, *zeros = static_cast<const char*>(w.zero);
+    for (int64_t i = 0; i < n * bytes; i += 64) {
+        _mm_prefetch(scales + i, _MM_HINT_T1);
+        if (zeros) _mm_prefetch(zeros + row * bytes + i, _MM_HINT_T1);
+    }
+}

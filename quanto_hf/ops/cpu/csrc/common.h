@@ -145,7 +145,8 @@ struct Level {
     void (*linear)(const Linear&);
     void (*dequantize)(const Weight&, int out_type, void* out, const int64_t* rows, int64_t count, int threads);
     bool (*quantize)(const Quantize&);  // false: a value or a scale is not finite, and the result means nothing
-    void (*linear_int8)(const Linear&);  // x is rounded to int8; w is int8 with one scale per row
+    void (*linear_int8)(const Linear&);  // x is rounded to int8, a scale per row; w is int8 with one scale per row
+    void (*linear_int8_groups)(const Linear&);  // a scale per 32 columns of x; w is int4 or int2, see linear_int8.h
 };
 
 }  // namespace quanto

@@ -29,6 +29,9 @@ extern const Level level;
 namespace avx512 {
 extern const Level level;
 }
+namespace avx512_vnni {
+extern const Level level;
+}
 namespace amx {
 extern const Level level;
 }
@@ -80,10 +83,12 @@ int available_levels(const Level** out) {
     if (!bit(one.c, 27)) return 0;  // OSXSAVE
     const unsigned long long state = enabled_state();
     const Registers seven = cpuid(7, 0), seven1 = cpuid(7, 1);
-    const bool avx2 = (state & 0x6) == 0x6 && bit(seven.b, 5) && bit(one.c, 12) && bit(one.c, 29);  // AVX2, FMA, F16C
+    const bool avx2 = (state & 0x6) == 0x6 && bit(seven.b, 5) && bit(one.c, 12) && bit(one.c, 28) && bit(one.c, 29) &&
+                      bit(one.c, 23);  // AVX2, FMA, AVX, F16C, and POPCNT, which compilers take for granted with AVX
     const bool avx512 = avx2 && (state & 0xE6) == 0xE6 && bit(seven.b, 16) && bit(seven.b, 17) && bit(seven.b, 30) &&
                         bit(seven.b, 31);                                                   // F, DQ, BW, VL
-    const bool bf16 = avx512 && bit(seven1.a, 5) && bit(seven.c, 1) && bit(seven.c, 11);  // BF16, VBMI, VNNI
+    const bool vnni = avx512 && bit(seven.c, 11);
+    const bool bf16 = vnni && bit(seven1.a, 5) && bit(seven.c, 1);  // BF16, VBMI
 #if defined(QUANTO_EMULATE_AMX)
     if (bf16) out[count++] = &amx::level;
 #else
@@ -91,6 +96,7 @@ int available_levels(const Level** out) {
     if (amx && allow_tiles()) out[count++] = &amx::level;  // BF16, TILE, INT8
 #endif
     if (bf16) out[count++] = &avx512_bf16::level;
+    if (vnni) out[count++] = &avx512_vnni::level;
     if (avx512) out[count++] = &avx512::level;
     if (avx2) out[count++] = &avx2::level;
     return count;

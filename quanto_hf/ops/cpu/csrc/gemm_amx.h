@@ -1,4 +1,4 @@
-// The products of gemm.h and int8.h on AMX tiles. Included inside the namespace of the level that has them.
+// The products of gemm.h and int8_gemm.h on AMX tiles. Included inside the namespace of the level that has them.
 //
 // Everything is laid out for this already: the panel is 16 rows of 64 bytes per tile (the left operand), x tiles are
 // [columns / STEP][16 rows of x][STEP] (the right one), and the sums are 16 x 16. Four tiles of sums at a time.

@@ -40,9 +40,10 @@ inline Ints dot_bytes(Ints acc, __m512i x, __m512i weight) {
 inline Ints no_sum() { return (Ints)_mm512_setzero_si512(); }
 inline int32_t total(Ints v) { return _mm512_reduce_add_epi32((__m512i)v); }
 
-// Writes the sums of R rows of the weight with M rows of x, as numbers, to `sums`.
+// Writes the sums of R rows of the weight with M rows of x to `sums`. Scales come later, those of the weight first: times
+// a large scale of x alone, a sum could leave float32.
 template <int M, int R>
-inline void byte_sums(const Weight& w, int64_t row, const uint8_t* x, int64_t ld, const float* x_scales, float* sums) {
+inline void byte_sums(const Weight& w, int64_t row, const uint8_t* x, int64_t ld, float* sums) {
     const __m512i bias = _mm512_set1_epi8(static_cast<char>(128));
     Ints acc[R][M], all[R];
     for (int r = 0; r < R; r++) {
@@ -66,7 +67,7 @@ inline void byte_sums(const Weight& w, int64_t row, const uint8_t* x, int64_t ld
     }
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++)
-            sums[r * M + m] = static_cast<float>(total(acc[r][m]) - total(all[r])) * x_scales[m];
+            sums[r * M + m] = static_cast<float>(total(acc[r][m]) - total(all[r]));
 }
 
 template <int M>
@@ -76,13 +77,15 @@ inline void gemv_int8_rows(const Linear& a, const uint8_t* x, int64_t ld, const 
     for (int64_t row = part.begin; row < part.end; row += ROWS) {
         const int n = static_cast<int>(part.end - row < ROWS ? part.end - row : ROWS);
         int r = 0;
-        for (; r + R <= n; r += R) byte_sums<M, R>(a.w, row + r, x, ld, x_scales, sums + r * M);
-        for (; r < n; r++) byte_sums<M, 1>(a.w, row + r, x, ld, x_scales, sums + r * M);
+        for (; r + R <= n; r += R) byte_sums<M, R>(a.w, row + r, x, ld, sums + r * M);
+        for (; r < n; r++) byte_sums<M, 1>(a.w, row + r, x, ld, sums + r * M);
+        float scales[W] = {};
+        load_scales(a.w.scale, a.w.scale_type, row, row + n, scales);
         for (int m = 0; m < M; m++) {
             float column[W] = {};
             for (r = 0; r < n; r++) column[r] = sums[r * M + m];
             with_type(a.x_type, [&](auto type) {
-                put_vector<decltype(type)::type>(a, m0 + m, row, n, load(column), true);
+                put_vector<decltype(type)::type>(a, m0 + m, row, n, mul(mul(load(column), load(scales)), splat(x_scales[m])), false);
             });
         }
     }
@@ -102,85 +105,3 @@ struct DotInt8 {
         return dot_bytes(acc, _mm512_loadu_si512(x), _mm512_set1_epi32(four));
     }
 };
-
-// As gemm() in gemm.h, but the panel is the weight itself and sums become numbers before they are put.
-inline void gemm_int8(const Linear& a, const uint8_t* x, int64_t ld, const float* x_scales) {
-    const int64_t x_ld = ld * W, all_tiles = (a.m + W - 1) / W;
-    uint8_t* packed = static_cast<uint8_t*>(scratch(2, all_tiles * x_ld));
-    parallel(a.threads, [&](int thread, int of) {
-        const Range part = share(all_tiles, 1, thread, of);
-        for (int64_t t = part.begin; t < part.end; t++)
-            for (int64_t k = 0; k < ld; k += 64) {  // 16 rows of 16 dwords
-                F v[W];
-                for (int i = 0; i < W; i++)
-                    v[i] = t * W + i < a.m ? load(reinterpret_cast<const float*>(x + (t * W + i) * ld + k)) : splat(0.0f);
-                transpose(v);
-                for (int i = 0; i < W; i++) store(reinterpret_cast<float*>(packed + t * x_ld + (k / 4 + i) * 4 * W), v[i]);
-            }
-    });
-    parallel(a.threads, [&](int thread, int of) {
-        const Range part = share(a.w.n, 32, thread, of);
-        for (int64_t m0 = 0; m0 < a.m; m0 += MAX_X) {
-            const int64_t count = a.m - m0 < MAX_X ? a.m - m0 : MAX_X, tiles = (count + W - 1) / W, sums_ld = (tiles + 1) * W;
-            uint8_t* panel = static_cast<uint8_t*>(scratch(3, PANEL * CHUNK));
-            float* sums = static_cast<float*>(scratch(4, PANEL * sums_ld * sizeof(float)));
-            for (int64_t row = part.begin; row < part.end; row += PANEL) {
-                const int64_t rows = part.end - row < PANEL ? part.end - row : PANEL;
-                int32_t totals[PANEL] = {};
-                for (int64_t k = 0; k < ld; k += CHUNK) {
-                    const int64_t columns = ld - k < CHUNK ? ld - k : CHUNK, inside = a.w.k - k < columns ? a.w.k - k : columns;
-                    for (int64_t r = 0; r < rows; r++) {
-                        uint8_t* out = panel + r * CHUNK;
-                        std::memcpy(out, a.w.packed + (row + r) * a.w.k + k, inside);
-                        std::memset(out + inside, 0, columns - inside);
-                        Ints row_total = no_sum();
-                        for (int64_t i = 0; i < columns; i += 64)
-                            row_total = dot_bytes(row_total, _mm512_set1_epi8(1), _mm512_loadu_si512(out + i));
-                        totals[r] += total(row_total);
-                    }
-                    multiply(DotInt8{}, panel, rows, packed + m0 / W * x_ld + k * W, x_ld, tiles, columns, sums, sums_ld, k == 0);
-                }
-                for (int64_t r = 0; r < rows; r++)
-                    for (int64_t t = 0; t < tiles; t++) {
-                        float* at = sums + r * sums_ld + t * W;
-                        const I v = _mm512_sub_epi32((__m512i)DotInt8::read(at), _mm512_set1_epi32(128 * totals[r]));
-                        store(at, mul(to_float(v), loadn(x_scales + m0 + t * W, count - t * W)));
-                    }
-                with_type(a.x_type, [&](auto type) {
-                    put_panel<decltype(type)::type>(a, m0, count, row, rows, sums, sums_ld, true);
-                });
-            }
-        }
-    });
-}
-
-inline void linear_int8(const Linear& a) {
-    if (a.m == 0) return;
-    const int64_t ld = round_up(a.w.k, 64) + (a.m <= GEMV_ROWS ? 64 : 0);  // a few rows must not share their cache sets
-    uint8_t* x = static_cast<uint8_t*>(scratch(0, a.m * ld));
-    float* x_scales = static_cast<float*>(scratch(1, a.m * sizeof(float)));
-    parallel(a.m > GEMV_ROWS ? a.threads : 1, [&](int thread, int of) {
-        const Range part = share(a.m, 1, thread, of);
-        for (int64_t m = part.begin; m < part.end; m++)
-            with_type(a.x_type, [&](auto type) {
-                x_scales[m] = quantize_row<decltype(type)::type>(a.x, m * a.w.k, a.w.k, ld, x + m * ld);
-            });
-    });
-    if (a.m > GEMV_ROWS) return gemm_int8(a, x, ld, x_scales);
-    parallel(a.threads, [&](int thread, int of) {
-        const Range part = share(a.w.n, 32, thread, of);
-        const auto run = [&](auto count, int64_t m) {
-            gemv_int8_rows<decltype(count)::slot>(a, x + m * ld, ld, x_scales + m, m, part);
-        };
-        switch (a.m) {
-            case 1: return run(Slot<1>{}, 0);
-            case 2: return run(Slot<2>{}, 0);
-            case 3: return run(Slot<3>{}, 0);
-            case 4: return run(Slot<4>{}, 0);
-            case 5: return run(Slot<5>{}, 0);
-            case 6: return run(Slot<6>{}, 0);
-            case 7: return run(Slot<7>{}, 0);
-            default: return run(Slot<8>{}, 0);
-        }
-    });
-}

@@ -24,11 +24,17 @@ namespace {
 #include "gemv_bf16.h"
 #include "gemm_bf16.h"
 #include "int8.h"
+#include "int8_x_groups.h"
+#include "int8_dot_vnni.h"
+#include "int8_groups.h"
+#include "int8_rows.h"
+#include "linear_int8.h"
 #include "gemm_amx.h"
+#include "int8_gemm.h"
 #include "linear_bf16.h"
 }  // namespace
 extern const Level level;
-const Level level = {"amx", linear, dequantize, quantize, linear_int8};
+const Level level = {"amx", linear, dequantize, quantize, linear_int8, linear_int8_groups};
 }  // namespace amx
 }  // namespace quanto
 QUANTO_TARGET_END

@@ -17,6 +17,13 @@ namespace {
 #include "gemv.h"
 #include "gemm.h"
 #include "gemv_blocks.h"
+#include "ahead.h"
+#include "int8_wide.h"
+#include "int8_wide_gemm.h"
+#include "int8_x_groups.h"
+#include "int8_dot_madd.h"
+#include "int8_groups.h"
+#include "linear_int8.h"
 
 void linear(const Linear& a) {
     if (a.m > GEMV_ROWS) return gemm<DotF32>(a);
@@ -24,7 +31,7 @@ void linear(const Linear& a) {
 }
 }  // namespace
 extern const Level level;
-const Level level = {"avx2", linear, dequantize, quantize, nullptr};
+const Level level = {"avx2", linear, dequantize, quantize, linear_int8, linear_int8_groups};
 }  // namespace avx2
 }  // namespace quanto
 QUANTO_TARGET_END

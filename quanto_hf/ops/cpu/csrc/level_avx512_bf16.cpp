@@ -21,10 +21,16 @@ namespace {
 #include "gemv_bf16.h"
 #include "gemm_bf16.h"
 #include "int8.h"
+#include "int8_gemm.h"
+#include "int8_x_groups.h"
+#include "int8_dot_vnni.h"
+#include "int8_groups.h"
+#include "int8_rows.h"
+#include "linear_int8.h"
 #include "linear_bf16.h"
 }  // namespace
 extern const Level level;
-const Level level = {"avx512_bf16", linear, dequantize, quantize, linear_int8};
+const Level level = {"avx512_bf16", linear, dequantize, quantize, linear_int8, linear_int8_groups};
 }  // namespace avx512_bf16
 }  // namespace quanto
 QUANTO_TARGET_END

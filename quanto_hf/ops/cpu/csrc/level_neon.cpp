@@ -19,7 +19,7 @@ namespace {
 void linear(const Linear& a) { a.m <= GEMV_ROWS ? gemv(a) : gemm<DotF32>(a); }
 }  // namespace
 extern const Level level;
-const Level level = {"neon", linear, dequantize, quantize, nullptr};
+const Level level = {"neon", linear, dequantize, quantize, nullptr, nullptr};
 }  // namespace neon
 }  // namespace quanto
 #endif

@@ -34,7 +34,7 @@ void linear(const Linear& a) {
 }
 }  // namespace
 extern const Level level;
-const Level level = {"neon_bf16", linear, dequantize, quantize, nullptr};
+const Level level = {"neon_bf16", linear, dequantize, quantize, nullptr, nullptr};
 }  // namespace neon_bf16
 }  // namespace quanto
 QUANTO_TARGET_END

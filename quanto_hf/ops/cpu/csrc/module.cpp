@@ -101,6 +101,10 @@ PyObject* expert_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
     return PyBool_FromLong(found);
 }
 
+PyObject* linear_int8_groups(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    return ready(count, WEIGHT_ARGUMENTS + 6) ? run_linear(active->linear_int8_groups, values) : nullptr;
+}
+
 PyObject* dequantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
     if (!ready(count, WEIGHT_ARGUMENTS + 5)) return nullptr;
     Arguments in{values};
@@ -155,10 +159,12 @@ PyObject* level_names(PyObject*, PyObject*) {
 }
 
 PyObject* has_kernel(PyObject*, PyObject* name) {
-    const bool is_quantize = PyUnicode_CompareWithASCIIString(name, "quantize") == 0;
-    const bool is_int8 = PyUnicode_CompareWithASCIIString(name, "linear_int8") == 0;
+    const auto is = [&](const char* kernel) { return PyUnicode_CompareWithASCIIString(name, kernel) == 0; };
     if (!active) Py_RETURN_FALSE;
-    return PyBool_FromLong(is_quantize ? active->quantize != nullptr : !is_int8 || active->linear_int8 != nullptr);
+    if (is("quantize")) return PyBool_FromLong(active->quantize != nullptr);
+    if (is("linear_int8")) return PyBool_FromLong(active->linear_int8 != nullptr);
+    if (is("linear_int8_groups")) return PyBool_FromLong(active->linear_int8_groups != nullptr);
+    return PyBool_FromLong(is("linear") || is("dequantize"));
 }
 
 PyObject* use_level(PyObject*, PyObject* name) {
@@ -181,6 +187,7 @@ PyMethodDef methods[] = {
     {"linear_int8", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear_int8)), METH_FASTCALL, "the same with x rounded to int8"},
     {"expert_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(expert_linear)), METH_FASTCALL,
      "rows of x times the weights of their experts; False: there is no such expert"},
+    {"linear_int8_groups", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear_int8_groups)), METH_FASTCALL, "the same for int4 and int2, by 32 columns"},
     {"dequantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(dequantize)), METH_FASTCALL, "rows of a weight as floats"},
     {"quantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(quantize)), METH_FASTCALL, "codes, scale and zero of a float matrix"},
     {"levels", level_names, METH_NOARGS, "names of the levels that this processor can run, best first"},

@@ -35,6 +35,12 @@ inline bool any_less(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _
 inline F masked(F v, uint32_t bits) { return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(bits)))); }
 inline I shifted(F v, int count) { return _mm256_srl_epi32(_mm256_castps_si256(v), _mm_cvtsi32_si128(count)); }
 inline F as_float(I bits) { return _mm256_castsi256_ps(bits); }
+inline I as_int(F v) { return _mm256_castps_si256(v); }
+inline float largest(F v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
 inline float sum(F v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -58,6 +64,20 @@ inline I field(I bytes, int shift) {
 inline I load_words(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
 template <int BITS, int SHIFT>
 inline I field_of_word(I words) { return _mm256_and_si256(_mm256_srli_epi32(words, SHIFT), _mm256_set1_epi32((1 << BITS) - 1)); }
+template <int BITS>
+inline I field_of_bytes(I words, int shift) {
+    return _mm256_and_si256(_mm256_srli_epi32(words, shift), _mm256_set1_epi8((1 << BITS) - 1));
+}
+inline void store_words(uint8_t* p, I words) { _mm256_storeu_si256((__m256i*)p, words); }
+inline I same_words(int32_t v) { return _mm256_set1_epi32(v); }
+// unsigned bytes times signed ones, added in pairs of 16 bits (which saturate), and pairs added to words of 32
+inline I products_in_pairs(I a, I b) { return _mm256_maddubs_epi16(a, b); }
+inline I add_pairs(I a, I b) { return _mm256_add_epi16(a, b); }
+inline I words_of_pairs(I pairs, I start) { return _mm256_add_epi32(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)), start); }
+// signed bytes as 16 bits, and pairs of those multiplied and added to words
+inline I widen_bytes(const uint8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+inline I multiply_pairs(I a, I b) { return _mm256_madd_epi16(a, b); }
+inline I add_words(I a, I b) { return _mm256_add_epi32(a, b); }
 template <int BYTE>
 inline I signed_byte(I words) { return _mm256_srai_epi32(_mm256_slli_epi32(words, 24 - 8 * BYTE), 24); }
 inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }

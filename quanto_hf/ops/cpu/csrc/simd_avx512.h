@@ -28,7 +28,9 @@ inline bool any_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ) != 
 inline F masked(F v, uint32_t bits) { return _mm512_and_ps(v, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits)))); }
 inline I shifted(F v, int count) { return _mm512_srl_epi32(_mm512_castps_si512(v), _mm_cvtsi32_si128(count)); }
 inline F as_float(I bits) { return _mm512_castsi512_ps(bits); }
+inline I as_int(F v) { return _mm512_castps_si512(v); }
 inline float sum(F v) { return _mm512_reduce_add_ps(v); }
+inline float largest(F v) { return _mm512_reduce_max_ps(v); }
 
 inline I load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 inline I loadn_bytes(const uint8_t* p, int64_t n) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p)); }
@@ -41,6 +43,20 @@ inline I field(I bytes, int shift) {
 inline I load_words(const uint8_t* p) { return _mm512_loadu_si512((const __m512i*)p); }
 template <int BITS, int SHIFT>
 inline I field_of_word(I words) { return _mm512_and_si512(_mm512_srli_epi32(words, SHIFT), _mm512_set1_epi32((1 << BITS) - 1)); }
+template <int BITS>
+inline I field_of_bytes(I words, int shift) {
+    return _mm512_and_si512(_mm512_srli_epi32(words, shift), _mm512_set1_epi8((1 << BITS) - 1));
+}
+inline void store_words(uint8_t* p, I words) { _mm512_storeu_si512(p, words); }
+inline I same_words(int32_t v) { return _mm512_set1_epi32(v); }
+// unsigned bytes times signed ones, added in pairs of 16 bits (which saturate), and pairs added to words of 32
+inline I products_in_pairs(I a, I b) { return _mm512_maddubs_epi16(a, b); }
+inline I add_pairs(I a, I b) { return _mm512_add_epi16(a, b); }
+inline I words_of_pairs(I pairs, I start) { return _mm512_add_epi32(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)), start); }
+// signed bytes as 16 bits, and pairs of those multiplied and added to words
+inline I widen_bytes(const uint8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+inline I multiply_pairs(I a, I b) { return _mm512_madd_epi16(a, b); }
+inline I add_words(I a, I b) { return _mm512_add_epi32(a, b); }
 template <int BYTE>
 inline I signed_byte(I words) { return _mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * BYTE), 24); }
 inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }

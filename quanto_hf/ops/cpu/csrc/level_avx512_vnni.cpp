@@ -1,0 +1,39 @@
+// AVX-512 with VNNI: Cascade Lake, Ice Lake and later.
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+
+#include "common.h"
+#include "target.h"
+QUANTO_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+
+namespace quanto {
+namespace avx512_vnni {
+namespace {
+#include "simd_avx512.h"
+#include "decode.h"
+#include "grid.h"
+#include "fit.h"
+#include "quantize.h"
+#include "gemv.h"
+#include "gemm.h"
+#include "gemv_blocks.h"
+#include "ahead.h"
+#include "int8.h"
+#include "int8_gemm.h"
+#include "int8_x_groups.h"
+#include "int8_dot_vnni.h"
+#include "int8_groups.h"
+#include "int8_rows.h"
+#include "linear_int8.h"
+
+void linear(const Linear& a) {
+    if (a.m > GEMV_ROWS) return gemm<DotF32>(a);
+    if (!gemv_blocks(a)) gemv(a);
+}
+}  // namespace
+extern const Level level;
+const Level level = {"avx512_vnni", linear, dequantize, quantize, linear_int8, linear_int8_groups};
+}  // namespace avx512_vnni
+}  // namespace quanto
+QUANTO_TARGET_END
+#endif

@@ -1,0 +1,97 @@
+// Products with x in int8: x is rounded here as it is promised, and multiplied in float64. Included in test_kernels.cpp.
+
+// x in steps of absmax / 127 of each `group` columns; a step of 0 counts as 1.
+std::vector<double> round_x(const std::vector<double>& x, int64_t m, int64_t k, int64_t group) {
+    std::vector<double> out(m * k);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t from = 0; from < k; from += group) {
+            const int64_t to = std::min(from + group, k);
+            float most = 0;
+            for (int64_t j = from; j < to; j++) most = std::max(most, std::fabs(static_cast<float>(x[i * k + j])));
+            const float step = most / 127.0f == 0.0f ? 1.0f : most / 127.0f;
+            for (int64_t j = from; j < to; j++) {
+                const float number = std::nearbyint(static_cast<float>(x[i * k + j]) / step);
+                out[i * k + j] = static_cast<double>(std::max(-127.0f, std::min(127.0f, number))) * step;
+            }
+        }
+    return out;
+}
+
+// Row 1 of x: NaN if `poisoned`, else zeros. The other rows have sizes from 1e-3 to 1e3, and an outlier each.
+bool check_int8(const std::vector<const Level*>& levels, const Example& e, int x_type, bool small, bool with_bias, bool poisoned) {
+    const int64_t n = e.w.n, k = e.w.k;
+    std::vector<double> x(M_MAX * k);
+    for (int64_t i = 0; i < M_MAX; i++) {
+        const double size = std::pow(10.0, static_cast<double>(i % 7) - 3);
+        for (int64_t j = 0; j < k; j++) x[i * k + j] = i == 1 ? 0.0 : round_to(uniform(-1, 1) * size, x_type);
+        if (i > 1) x[i * k + generator() % k] = round_to(20 * size, x_type);
+    }
+    const Reference r = multiply(e, round_x(x, M_MAX, k, e.w.codes == INT8 ? k : 32), 0);
+    if (poisoned) x[k + generator() % k] = std::nan("");
+    Guarded bias(n * size_of(x_type));
+    for (int64_t i = 0; i < n; i++) write(bias.get(), i, x_type, uniform(-1, 1));
+    // what a weight is without the cancellation of code - zero: at most 2 of its largest codes
+    const double accuracy = 6e-8 * (8 + std::sqrt(static_cast<double>(k))), widest = e.w.zero ? 16 : 1;
+    for (int64_t m : M_VALUES) {
+        if (small && m != 1 && m != 2 && m != 7 && m != 9 && m != 33) continue;
+        Guarded input(m * k * size_of(x_type));
+        for (int64_t i = 0; i < m * k; i++) write(input.get(), i, x_type, x[i]);
+        for (const Level* level : levels) {
+            const auto kernel = e.w.codes == INT8 ? level->linear_int8 : level->linear_int8_groups;
+            if (!kernel) continue;
+            Guarded first;
+            for (int threads : {1, 2, 3, 8}) {
+                if (small && threads > 1 && threads != (m == 9 ? 8 : m == 1 ? 2 : 3)) continue;
+                Guarded out(m * n * size_of(x_type));
+                kernel({e.w, input.get(), with_bias ? bias.get() : nullptr, out.get(), m, x_type, threads});
+                checks++;
+                const auto complain = [&](const char* what, int64_t i, int64_t j, double got, double wanted) {
+                    return fail("%s int8 x, %s x=%s m=%lld bias=%d threads=%d: %s [%lld, %lld] %.9g, wanted %.9g", level->name,
+                                e.name.c_str(), FLOAT_NAMES[x_type], static_cast<long long>(m), with_bias, threads, what,
+                                static_cast<long long>(i), static_cast<long long>(j), got, wanted);
+                };
+                if (!out.intact()) return complain("writes in front of out", 0, 0, 0, 0);
+                if (threads > 1) {
+                    if (!same_bits(out, first)) return complain("differs from one thread", 0, 0, 0, 0);
+                    continue;
+                }
+                for (int64_t i = 0; i < m; i++)
+                    for (int64_t j = 0; j < n; j++) {
+                        const double got = read(out.get(), i * n + j, x_type), b = with_bias ? read(bias.get(), j, x_type) : 0;
+                        if (poisoned && i == 1) {
+                            if (!std::isnan(got)) return complain("NaN is lost", i, j, got, std::nan(""));
+                            continue;
+                        }
+                        const double wanted = r.sum[i * n + j] + b;
+                        const double slack = accuracy * (widest * r.magnitude[i * n + j] + std::fabs(b)) + 1e-30;
+                        const double low = round_to(wanted - slack, x_type), high = round_to(wanted + slack, x_type);
+                        if (!(got >= low && got <= high)) return complain("is", i, j, got, wanted);
+                    }
+                first = std::move(out);
+            }
+        }
+    }
+    return true;
+}
+
+void check_all_int8(const std::vector<const Level*>& levels, bool small) {
+    int turn = 0;
+    for (int codes : {INT8, TABLE4, TABLE2})
+        for (int64_t group : {-1, 16, 32, 48, 64, 96, 128, 256})
+            for (bool zero : {false, true})
+                for (int64_t k : {1, 13, 33, 200, 256, 513, 640, 1000}) {
+                    if (codes == INT8 && (group > 0 || zero)) continue;
+                    turn++;
+                    if (small && turn % 3 && codes != INT8) continue;
+                    const int64_t rows[] = {1, 13, 45, 101, 200};
+                    Example e = make(codes, rows[turn % (small ? 4 : 5)], k, group, zero, turn % 2 ? BF16 : F32, false);
+                    if (codes != INT8) {  // evenly spaced; symmetric from -8 or -2 on
+                        for (int i = 0; i < 16; i++) e.table.get<float>()[i] = static_cast<float>(i - (zero ? 0 : codes == TABLE4 ? 8 : 2));
+                        compute_exact(e);
+                    }
+                    for (int x_type : {F32, BF16, F16}) {
+                        if (small && x_type != BF16 && turn % 2) continue;
+                        check_int8(levels, e, x_type, small, turn % 2, turn % 5 == 0);
+                    }
+                }
+}
