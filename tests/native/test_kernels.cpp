@@ -182,6 +182,18 @@ int read_code(const Example& e, int64_t row, int64_t j) {
     return bytes[base * bits / 8 + (j - base) % m] >> ((j - base) / m * bits) & ((1 << bits) - 1);
 }
 
+void dequantize(Example& e) {
+    const Weight& w = e.w;
+    e.exact.resize(w.n * w.k);
+    for (int64_t i = 0; i < w.n; i++)
+        for (int64_t j = 0; j < w.k; j++) {
+            const int64_t g = i * w.groups + j / w.group;
+            const float value = static_cast<float>(code_value(e, read_code(e, i, j)));
+            const float shifted = value - (w.zero ? static_cast<float>(read(w.zero, g, w.scale_type)) : 0.0f);
+            e.exact[i * w.k + j] = shifted * static_cast<float>(read(w.scale, g, w.scale_type));
+        }
+}
+
 // `all_codes`: NaN and infinities of the float8 types too.
 Example make(int codes, int64_t n, int64_t k, int64_t group, bool zero, int scale_type, bool all_codes) {
     Example e;
@@ -212,14 +224,7 @@ Example make(int codes, int64_t n, int64_t k, int64_t group, bool zero, int scal
     w.packed = e.packed.get<uint8_t>(), w.scale = e.scale.get();
     w.zero = zero ? e.zero.get() : nullptr;
     w.table = bits_of(codes) < 8 ? e.table.get<float>() : nullptr;
-    e.exact.resize(n * k);
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < k; j++) {
-            const int64_t g = i * w.groups + j / w.group;
-            const float value = static_cast<float>(code_value(e, read_code(e, i, j)));
-            const float shifted = value - (zero ? static_cast<float>(read(e.zero.get(), g, scale_type)) : 0.0f);
-            e.exact[i * k + j] = shifted * static_cast<float>(read(e.scale.get(), g, scale_type));
-        }
+    dequantize(e);
     char text[200];
     std::snprintf(text, sizeof text, "%s n=%lld k=%lld group=%lld scale=%s%s", CODE_NAMES[codes], static_cast<long long>(n),
                   static_cast<long long>(k), static_cast<long long>(group), FLOAT_NAMES[scale_type], zero ? " zero" : "");
@@ -362,6 +367,9 @@ bool check_linear(const std::vector<const Level*>& levels, Example& e, int x_typ
     return true;
 }
 
+#include "check_extremes.h"
+#include "check_int8.h"
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -441,6 +449,8 @@ int main(int count, char** arguments) {
                                 }
                         }
                     }
+    check_extremes(levels);
+    check_int8(levels, small);
     std::printf("%ld calls, %d failures\n", checks, failures);
     return failures ? 1 : 0;
 }
