@@ -389,7 +389,7 @@ int main(int count, char** arguments) {
         return 1;
     }
     std::printf("levels:");
-    for (const Level* level : levels) std::printf(" %s", level->name);
+    for (int i = 0; i < offers; i++) std::printf(" %s", offered[i]->name);
     std::printf("\n");
     std::fflush(stdout);
 
