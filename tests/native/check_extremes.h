@@ -1,5 +1,5 @@
-// Numbers at the edge of float32: a result is NaN, infinite or finite as that of float64, and a scale of any size brings an
-// input of the inverse size back. Included by test_kernels.cpp inside its namespace.
+// Numbers at the edge of float32: a result is NaN, infinite or finite as that of float64, and a scale of any size
+// brings an input of the inverse size back. Included by test_kernels.cpp inside its namespace.
 
 struct Extreme {
     const char* name;
@@ -60,7 +60,7 @@ void check_extremes(const std::vector<const Level*>& levels) {
                         const double scale = read(e.scale.get(), i, F32) * extreme.scale[i / e.w.groups % 4];
                         write(e.scale.get(), i, F32, scale);
                     }
-                    dequantize(e);
+                    compute_exact(e);
                     for (int x_type : {F32, BF16}) {
                         std::vector<double> x(M_MAX * k);
                         for (int64_t i = 0; i < M_MAX * k; i++)

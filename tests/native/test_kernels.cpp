@@ -182,7 +182,7 @@ int read_code(const Example& e, int64_t row, int64_t j) {
     return bytes[base * bits / 8 + (j - base) % m] >> ((j - base) / m * bits) & ((1 << bits) - 1);
 }
 
-void dequantize(Example& e) {
+void compute_exact(Example& e) {
     const Weight& w = e.w;
     e.exact.resize(w.n * w.k);
     for (int64_t i = 0; i < w.n; i++)
@@ -224,7 +224,7 @@ Example make(int codes, int64_t n, int64_t k, int64_t group, bool zero, int scal
     w.packed = e.packed.get<uint8_t>(), w.scale = e.scale.get();
     w.zero = zero ? e.zero.get() : nullptr;
     w.table = bits_of(codes) < 8 ? e.table.get<float>() : nullptr;
-    dequantize(e);
+    compute_exact(e);
     char text[200];
     std::snprintf(text, sizeof text, "%s n=%lld k=%lld group=%lld scale=%s%s", CODE_NAMES[codes], static_cast<long long>(n),
                   static_cast<long long>(k), static_cast<long long>(group), FLOAT_NAMES[scale_type], zero ? " zero" : "");
@@ -368,7 +368,7 @@ bool check_linear(const std::vector<const Level*>& levels, Example& e, int x_typ
 }
 
 #include "check_extremes.h"
-#include "check_int8.h"
+#include "check_int8_rows.h"
 
 }  // namespace
 
@@ -450,7 +450,7 @@ int main(int count, char** arguments) {
                         }
                     }
     check_extremes(levels);
-    check_int8(levels, small);
+    check_int8_rows(levels, small);
     std::printf("%ld calls, %d failures\n", checks, failures);
     return failures ? 1 : 0;
 }

@@ -174,7 +174,8 @@ inline void blocks(const Weight& w, const ByteTable& t, int64_t row, int64_t b0,
     else table_blocks<bits_of(CODES), PER_HALVES, R>(w, row, b0, b1, emit);
 }
 
-// What late.h needs: the largest magnitude among k bfloat16 (as their bits, NaN above all), and whether all lanes are finite.
+// What late.h needs: the largest magnitude among k bfloat16 (as their bits, NaN above all), and whether all lanes are
+// finite.
 inline uint32_t largest_magnitude(const uint16_t* x, int64_t k) {
     __m512i most = _mm512_setzero_si512();
     for (int64_t i = 0; i < k; i += 32) {

@@ -1,5 +1,5 @@
-// Many rows of x for int8_neon.h: panels of the weight times tiles of x, as in gemm.h. Included inside the namespace of a
-// level that has FEAT_DotProd.
+// Many rows of x for int8_neon.h: panels of the weight times tiles of x, as in gemm.h. Included inside the namespace
+// of a level that has FEAT_DotProd.
 
 // With sdot: a lane is a row of x, and its 4 bytes meet 4 bytes of the weight that all lanes share.
 struct LanePanels {
@@ -75,26 +75,30 @@ inline void gemm_int8(const Linear& a, const int8_t* x, int64_t ld, const float*
         const Range part = share(a.w.n, 32, thread, of);
         int8_t* panel = static_cast<int8_t*>(scratch(3, PANEL * CHUNK));
         for (int64_t m0 = 0; m0 < a.m; m0 += MAX_X) {
-            const int64_t count = a.m - m0 < MAX_X ? a.m - m0 : MAX_X, tiles = (count + W - 1) / W, sums_ld = (tiles + 1) * W;
+            const int64_t count = a.m - m0 < MAX_X ? a.m - m0 : MAX_X, tiles = (count + W - 1) / W;
+            const int64_t sums_ld = (tiles + 1) * W;
             float* sums = static_cast<float*>(scratch(4, PANEL * sums_ld * sizeof(float)));
             for (int64_t row = part.begin; row < part.end; row += PANEL) {
                 const int64_t rows = part.end - row < PANEL ? part.end - row : PANEL;
                 for (int64_t k = 0; k < ld; k += CHUNK) {
-                    const int64_t columns = ld - k < CHUNK ? ld - k : CHUNK, inside = a.w.k - k < columns ? a.w.k - k : columns;
+                    const int64_t columns = ld - k < CHUNK ? ld - k : CHUNK;
+                    const int64_t inside = a.w.k - k < columns ? a.w.k - k : columns;
                     for (int64_t r = 0; r < rows; r++) {
                         std::memcpy(panel + r * CHUNK, a.w.packed + (row + r) * a.w.k + k, inside);
                         std::memset(panel + r * CHUNK + inside, 0, columns - inside);
                     }
                     Panels::multiply(panel, rows, packed + m0 * ld + k * W, x_ld, tiles, columns, sums, sums_ld, k == 0);
                 }
+                float scales[PANEL];
+                load_scales(a.w.scale, a.w.scale_type, row, row + rows, scales);
                 for (int64_t r = 0; r < rows; r++)
                     for (int64_t t = 0; t < tiles; t++) {
                         float* at = sums + r * sums_ld + t * W;
-                        const F v = to_float(vreinterpretq_s32_f32(load(at)));
+                        const F v = mul(to_float(vreinterpretq_s32_f32(load(at))), splat(scales[r]));
                         store(at, mul(v, loadn(x_scales + m0 + t * W, count - t * W)));
                     }
                 with_type(a.x_type, [&](auto type) {
-                    put_panel<decltype(type)::type>(a, m0, count, row, rows, sums, sums_ld, true);
+                    put_panel<decltype(type)::type>(a, m0, count, row, rows, sums, sums_ld, false);
                 });
             }
         }

@@ -1,5 +1,5 @@
-// Panels of bfloat16 for gemm.h, multiplied in pairs of rows (neon_pairs.h). Included inside the namespace of a level that
-// has FEAT_BF16.
+// Panels of bfloat16 for gemm.h, multiplied in pairs of rows (neon_pairs.h). Included inside the namespace of a level
+// that has FEAT_BF16.
 
 // BLOCKS: the weight goes through neon_bf16_blocks.h. Else any weight.
 template <bool BLOCKS>

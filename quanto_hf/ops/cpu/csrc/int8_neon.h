@@ -1,7 +1,8 @@
-// int8 weights times int8 activations, as int8.h has them on x86 and to the same bits: each row of x is rounded to 255 levels
+// int8 weights times int8 activations, as int8.h has them on x86: each row of x is rounded to 255 levels
 // of its own, and the product is exact in int32. Included inside the namespace of a level that has FEAT_DotProd.
 //
-// sdot multiplies signed with signed bytes, so x is stored as it is. Sums stay below 2^31 up to 65536 columns.
+// sdot multiplies signed with signed bytes, so x is stored as it is. Sums stay below 2^31 up to 65536 columns. They are
+// multiplied with the scale of the weight first: times a large scale of x alone, a sum could leave float32.
 
 inline I dot_bytes(I acc, int8x16_t a, int8x16_t b) {  // lane i += the 4 bytes i of a . those of b
     __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(a), "w"(b));
@@ -20,7 +21,8 @@ inline int8x16_t round_bytes(const void* x, int64_t at, int64_t n, F step) {
     return vmaxq_s8(v, vdupq_n_s8(-127));
 }
 
-// Rounds a row of x to out, in whole vectors of 16; the scale is returned. A row with NaN or infinity has the scale NaN.
+// Rounds a row of x to out, in whole vectors of 16; the scale is returned. A row with NaN or infinity has the scale
+// NaN.
 template <int TYPE>
 inline float round_row(const void* x, int64_t from, int64_t k, int8_t* out) {
     F most = splat(0.0f), poison = splat(0.0f);
@@ -70,7 +72,7 @@ inline void few_rows(const Linear& a, const int8_t* x, int64_t ld, const float* 
         const float scale = half_value(w.scale, row + r, w.scale_type);
         for (int m = 0; m < M; m++) {
             const int32_t total = vaddvq_s32(acc[r][m][0]) + (SUMS == 2 ? vaddvq_s32(acc[r][m][SUMS - 1]) : 0);
-            put(a, m, row + r, static_cast<float>(total) * x_scales[m] * scale);
+            put(a, m, row + r, static_cast<float>(total) * scale * x_scales[m]);
         }
     }
 }

@@ -1,5 +1,5 @@
-// Whether the scale of a row of the weight may multiply sums in place of weights. Included inside the namespace of a level
-// with bfloat16 products, behind its largest_magnitude() and is_finite().
+// Whether the scale of a row of the weight may multiply sums in place of weights. Included inside the namespace of a
+// level with bfloat16 products, behind its largest_magnitude() and is_finite().
 
 constexpr uint32_t WILD = 0x6C80, FAINT = 0x2180;  // 2^90 and 2^-60 as bfloat16
 

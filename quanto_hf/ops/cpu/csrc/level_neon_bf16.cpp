@@ -1,5 +1,5 @@
-// NEON with FEAT_BF16, FEAT_I8MM and FEAT_DotProd: armv8.6 and later (Graviton 3, Neoverse N2 and V1, Apple M2). Processors
-// that have the first have the others.
+// NEON with FEAT_BF16, FEAT_I8MM and FEAT_DotProd: armv8.6 and later (Graviton 3, Neoverse N2 and V1, Apple M2).
+// Processors that have the first have the others.
 #include "target.h"
 #if defined(QUANTO_ARM64_ASSEMBLY)
 #include <arm_neon.h>

@@ -1,5 +1,5 @@
-// Which kernel serves int8 times int8: few rows or many. Panels: LanePanels (gemm_int8_neon.h), or PairPanels (neon_pairs.h)
-// where there is FEAT_I8MM. Included last inside the namespaces of levels with FEAT_DotProd.
+// Which kernel serves int8 times int8: few rows or many. Panels: LanePanels (gemm_int8_neon.h), or PairPanels
+// (neon_pairs.h) where there is FEAT_I8MM. Included last inside the namespaces of levels with FEAT_DotProd.
 
 template <class Panels>
 inline void linear_int8(const Linear& a) {

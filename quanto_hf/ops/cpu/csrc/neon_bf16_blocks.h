@@ -1,5 +1,5 @@
-// Codes to bfloat16, 16 columns at a time and in their natural order, and the instructions of FEAT_BF16. Included inside
-// a level's namespace.
+// Codes to bfloat16, 16 columns at a time and in their natural order, and the instructions of FEAT_BF16. Included
+// inside a level's namespace.
 //
 // Codes of 2 and 4 bits: the weights of a group take at most 16 values. They are computed once per group and rounded to
 // bfloat16 as the reference rounds them; two byte lookups give the low and the high bytes of 16 weights.
@@ -134,7 +134,8 @@ inline void blocks(const Weight& w, int64_t row, int64_t from, int64_t to, const
     else table_blocks<bits_of(CODES), R>(w, row, from, to, emit);
 }
 
-// What late.h needs: the largest magnitude among k bfloat16 (as their bits, NaN above all), and whether all lanes are finite.
+// What late.h needs: the largest magnitude among k bfloat16 (as their bits, NaN above all), and whether all lanes are
+// finite.
 inline uint32_t largest_magnitude(const uint16_t* x, int64_t k) {
     uint16x8_t most = vdupq_n_u16(0);
     int64_t i = 0;

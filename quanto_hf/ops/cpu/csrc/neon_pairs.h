@@ -1,5 +1,6 @@
-// Products of panels with tiles of x for gemm.h and gemm_int8_neon.h: bfmmla and smmla multiply two rows of the weight with two
-// rows of x, 8 bytes of each. Included inside the namespace of a level that has FEAT_BF16 and FEAT_I8MM.
+// Products of panels with tiles of x for gemm.h and gemm_int8_neon.h: bfmmla and smmla multiply two rows of the
+// weight with two rows of x, 8 bytes of each. Included inside the namespace of a level that has FEAT_BF16 and
+// FEAT_I8MM.
 //
 //   x tiles   [tile of 4 rows of x][columns / (numbers in 8 bytes)][4 rows][8 bytes]
 
