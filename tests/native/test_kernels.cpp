@@ -427,6 +427,8 @@ bool check_experts(const Level& level, int codes, int64_t experts, int64_t n, in
 }
 
 #include "int8_checks.h"
+#include "check_extremes.h"
+#include "check_int8_rows.h"
 
 }  // namespace
 
@@ -447,7 +449,7 @@ int main(int count, char** arguments) {
         return 1;
     }
     std::printf("levels:");
-    for (const Level* level : levels) std::printf(" %s", level->name);
+    for (int i = 0; i < offers; i++) std::printf(" %s", offered[i]->name);
     std::printf("\n");
     std::fflush(stdout);
 
@@ -517,6 +519,8 @@ int main(int count, char** arguments) {
                                 }
                         }
                     }
+    check_extremes(levels);
+    check_int8_rows(levels, small);
     std::printf("%ld calls, %d failures\n", checks, failures);
     return failures ? 1 : 0;
 }

@@ -8,7 +8,16 @@ from types import ModuleType
 logger = logging.getLogger("quanto_hf")
 
 # Every level that the sources have, best first; a processor offers those that it has the instructions for.
-LEVELS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "neon_bf16", "neon")
+LEVELS = (
+    "amx",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx512",
+    "avx2",
+    "neon_bf16",
+    "neon_dotprod",
+    "neon",
+)
 
 
 def _load() -> tuple[ModuleType | None, str]:

@@ -68,4 +68,7 @@ def test_the_sanitizers_find_nothing(tmp_path: Path) -> None:
 def test_the_kernels_for_arm_hold_in_an_emulator(tmp_path: Path) -> None:
     need("bash", "aarch64-linux-gnu-g++", "qemu-aarch64")
     lines = run("aarch64", compiler="aarch64-linux-gnu-g++", build=tmp_path)
-    assert lines[0] == "levels: neon_bf16 neon"
+    # processors with everything, with FEAT_DotProd at most, and with neither
+    offered = [line for line in lines if line.startswith("levels: ")]
+    assert offered == ["levels: neon_bf16 neon_dotprod neon", "levels: neon_dotprod neon", "levels: neon"]
+    assert len([line for line in lines if line.endswith(" calls, 0 failures")]) == 3

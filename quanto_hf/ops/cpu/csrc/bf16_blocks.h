@@ -173,3 +173,15 @@ inline void blocks(const Weight& w, const ByteTable& t, int64_t row, int64_t b0,
     else if (w.group % 64 == 0) table_blocks<bits_of(CODES), PER_PLANES, R>(w, row, b0, b1, emit);
     else table_blocks<bits_of(CODES), PER_HALVES, R>(w, row, b0, b1, emit);
 }
+
+// What late.h needs: the largest magnitude among k bfloat16 (as their bits, NaN above all), and whether all lanes are
+// finite.
+inline uint32_t largest_magnitude(const uint16_t* x, int64_t k) {
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t i = 0; i < k; i += 32) {
+        const __mmask32 mask = k - i >= 32 ? ~0u : (1u << (k - i)) - 1;
+        most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, x + i), _mm512_set1_epi16(0x7FFF)));
+    }
+    return _mm512_reduce_max_epu32(_mm512_max_epu16(_mm512_and_si512(most, _mm512_set1_epi32(0xFFFF)), _mm512_srli_epi32(most, 16)));
+}
+inline bool is_finite(F v) { return _mm512_fpclass_ps_mask(v, 0x99) == 0; }  // NaN of both kinds, infinity of both signs

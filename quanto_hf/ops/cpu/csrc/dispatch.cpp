@@ -1,4 +1,5 @@
 #include "dispatch.h"
+#include "target.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define QUANTO_X86 1
@@ -12,7 +13,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
-#elif defined(__aarch64__)
+#elif defined(QUANTO_ARM64)
 #if defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__APPLE__)
@@ -101,8 +102,12 @@ int available_levels(const Level** out) {
     if (avx2) out[count++] = &avx2::level;
     return count;
 }
-#elif defined(__aarch64__)
+#elif defined(QUANTO_ARM64)
 namespace neon {
+extern const Level level;
+}
+#if defined(QUANTO_ARM64_ASSEMBLY)
+namespace neon_dotprod {
 extern const Level level;
 }
 namespace neon_bf16 {
@@ -110,22 +115,34 @@ extern const Level level;
 }
 
 namespace {
-bool has_bf16() {
-#if defined(__linux__)
-    return (getauxval(AT_HWCAP2) >> 14) & 1;  // HWCAP2_BF16, which older headers lack
-#elif defined(__APPLE__)
-    int value = 0;
-    size_t size = sizeof(value);
-    return sysctlbyname("hw.optional.arm.FEAT_BF16", &value, &size, nullptr, 0) == 0 && value;
+struct Features {
+    bool dotprod, i8mm, bf16;
+};
+Features features() {
+#if defined(__linux__)  // by number: older headers lack HWCAP_ASIMDDP, HWCAP2_I8MM and HWCAP2_BF16
+    const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+    return {(first >> 20 & 1) != 0, (second >> 13 & 1) != 0, (second >> 14 & 1) != 0};
+#elif defined(__APPLE__)  // names of macOS 12; earlier ones have no such name, and get plain NEON
+    const auto has = [](const char* name) {
+        int value = 0;
+        size_t size = sizeof(value);
+        return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value != 0;
+    };
+    return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM"), has("hw.optional.arm.FEAT_BF16")};
 #else
-    return false;
+    return {false, false, false};
 #endif
 }
 }  // namespace
+#endif
 
 int available_levels(const Level** out) {
     int count = 0;
-    if (has_bf16()) out[count++] = &neon_bf16::level;
+#if defined(QUANTO_ARM64_ASSEMBLY)
+    const Features has = features();
+    if (has.bf16 && has.i8mm && has.dotprod) out[count++] = &neon_bf16::level;
+    if (has.dotprod) out[count++] = &neon_dotprod::level;
+#endif
     out[count++] = &neon::level;
     return count;
 }

@@ -86,39 +86,6 @@ inline void fold_sums(const Weight& w, const Folded& folded, int64_t row, int64_
         for (int m = 0; m < M; m++) sums[r * M + m] = acc[r][m];
 }
 
-// Whether no product of a row of x with the numbers of the codes, or sum of them, can leave the range of float32 on the
-// way, where the scale would have brought it back. Infinity times a code, less infinity times a zero, would be NaN where
-// the weight itself gives infinity. A row that is tiny throughout would vanish before a large scale.
-inline bool is_tame(const uint16_t* x, int64_t k) {
-    __m512i most = _mm512_setzero_si512();
-    for (int64_t i = 0; i < k; i += 32) {
-        const __mmask32 mask = k - i >= 32 ? ~0u : (1u << (k - i)) - 1;
-        most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, x + i), _mm512_set1_epi16(0x7FFF)));
-    }
-    const __m512i limit = _mm512_set1_epi16(0x7180);  // 2^100 as bfloat16
-    const __m512i tiny = _mm512_set1_epi16(0x2180);   // 2^-60
-    return _mm512_cmpge_epu16_mask(most, limit) == 0 &&
-           (_mm512_cmpge_epu16_mask(most, tiny) != 0 || _mm512_test_epi16_mask(most, most) == 0);
-}
-
-inline bool is_finite(F v) { return _mm512_fpclass_ps_mask(v, 0x99) == 0; }  // NaN of both kinds, infinity of both signs
-
-// Whether the scale of a row may multiply sums in place of weights: every row of x is tame, and every scale finite.
-inline bool may_scale_late(const Linear& a) {
-    std::atomic<bool> good{true};
-    with_type(a.w.scale_type, [&](auto tag) {
-        for (int64_t i = 0; i < a.w.n; i += W)
-            if (!is_finite(loadn_as<decltype(tag)::type>(a.w.scale, i, a.w.n - i))) good = false;
-    });
-    if (!good) return false;
-    parallel(a.m > GEMV_ROWS ? a.threads : 1, [&](int thread, int of) {
-        const Range part = share(a.m, 1, thread, of);
-        for (int64_t m = part.begin; m < part.end; m++)
-            if (!is_tame(static_cast<const uint16_t*>(a.x) + m * a.w.k, a.w.k)) good = false;
-    });
-    return good;
-}
-
 // x is in the order of the blocks; `rest` holds the columns behind them as float32, or is null.
 template <int CODES, int M, bool FOLD>
 inline void gemv_bf16_rows(const Linear& a, const ByteTable& t, const Folded& folded, const uint16_t* x, int64_t ld,

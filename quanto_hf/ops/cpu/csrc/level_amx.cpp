@@ -21,6 +21,7 @@ namespace {
 #include "gemm.h"
 #include "ahead.h"
 #include "bf16_blocks.h"
+#include "late.h"
 #include "gemv_bf16.h"
 #include "gemm_bf16.h"
 #include "int8.h"

@@ -18,6 +18,7 @@ namespace {
 #include "gemm.h"
 #include "ahead.h"
 #include "bf16_blocks.h"
+#include "late.h"
 #include "gemv_bf16.h"
 #include "gemm_bf16.h"
 #include "int8.h"

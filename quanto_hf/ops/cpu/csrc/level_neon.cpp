@@ -1,9 +1,9 @@
 // The NEON of every 64-bit ARM processor (armv8-a): nothing has to be raised.
-#if defined(__aarch64__)
+#include "target.h"
+#if defined(QUANTO_ARM64)
 #include <arm_neon.h>
 
 #include "common.h"
-#include "target.h"
 
 namespace quanto {
 namespace neon {

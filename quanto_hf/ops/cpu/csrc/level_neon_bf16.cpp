@@ -1,13 +1,14 @@
-// NEON with FEAT_BF16: armv8.6 and later (Graviton 3, Neoverse N2 and V1, Apple M2).
-#if defined(__aarch64__)
+// NEON with FEAT_BF16, FEAT_I8MM and FEAT_DotProd: armv8.6 and later (Graviton 3, Neoverse N2 and V1, Apple M2).
+// Processors that have the first have the others.
+#include "target.h"
+#if defined(QUANTO_ARM64_ASSEMBLY)
 #include <arm_neon.h>
 
 #include "common.h"
-#include "target.h"
 #if defined(__clang__)
-QUANTO_TARGET("bf16")
+QUANTO_TARGET("bf16,i8mm,dotprod")
 #else
-QUANTO_TARGET("+bf16")
+QUANTO_TARGET("arch=armv8.2-a+bf16+i8mm+dotprod")
 #endif
 
 namespace quanto {
@@ -21,20 +22,17 @@ namespace {
 #include "gemv.h"
 #include "gemm.h"
 #include "neon_bf16_blocks.h"
+#include "late.h"
 #include "gemv_neon_bf16.h"
+#include "neon_pairs.h"
 #include "gemm_neon_bf16.h"
-
-void linear(const Linear& a) {
-    const bool blocks = has_blocks(a.w);
-    if (a.x_type == BF16) {
-        if (a.m <= GEMV_ROWS) return blocks ? gemv_bf16(a) : gemv(a);
-        return blocks ? gemm<DotBF16<true>>(a) : gemm<DotBF16<false>>(a);
-    }
-    a.m <= GEMV_ROWS ? gemv(a) : gemm<DotF32>(a);
-}
+#include "int8_neon.h"
+#include "gemm_int8_neon.h"
+#include "linear_int8_neon.h"
+#include "linear_bf16.h"
 }  // namespace
 extern const Level level;
-const Level level = {"neon_bf16", linear, dequantize, quantize, nullptr, nullptr};
+const Level level = {"neon_bf16", linear, dequantize, quantize, linear_int8<PairPanels>, nullptr};
 }  // namespace neon_bf16
 }  // namespace quanto
 QUANTO_TARGET_END

@@ -1,4 +1,4 @@
-// Which kernel serves a call, for the levels with AVX-512 BF16. Included last inside their namespaces.
+// Which kernel serves a call, for the levels with bfloat16 products. Included last inside their namespaces.
 
 inline void linear(const Linear& a) {
     if (a.x_type == BF16) {

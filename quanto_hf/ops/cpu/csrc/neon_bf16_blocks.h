@@ -1,18 +1,14 @@
-// Codes to bfloat16, 16 columns at a time and in their natural order, and the instructions of FEAT_BF16. Included inside
-// a level's namespace.
+// Codes to bfloat16, 16 columns at a time and in their natural order, and the instructions of FEAT_BF16. Included
+// inside a level's namespace.
 //
 // Codes of 2 and 4 bits: the weights of a group take at most 16 values. They are computed once per group and rounded to
 // bfloat16 as the reference rounds them; two byte lookups give the low and the high bytes of 16 weights.
 // Codes of 8 bits with one scale per row: as bfloat16 they are exact; the scale multiplies the sum.
 
 // Written as assembly: clang before 17 has these intrinsics only where the whole file is compiled for FEAT_BF16.
-// All three flush subnormal bfloat16 and round sums their own way, within the error of a float32 sum.
+// bfdot and bfmmla take subnormal numbers for zero and round sums their own way, within the error of a float32 sum.
 inline F dot_bf16(F acc, uint16x8_t a, uint16x8_t b) {  // lane i += a[2i] * b[2i] + a[2i + 1] * b[2i + 1]
     __asm__("bfdot %0.4s, %1.8h, %2.8h" : "+w"(acc) : "w"(a), "w"(b));
-    return acc;
-}
-inline F product_bf16(F acc, uint16x8_t a, uint16x8_t b) {  // lane 2i + j += a[4i ... 4i + 3] . b[4j ... 4j + 3]
-    __asm__("bfmmla %0.4s, %1.8h, %2.8h" : "+w"(acc) : "w"(a), "w"(b));
     return acc;
 }
 inline uint16x8_t narrow_bf16(F low, F high) {
@@ -137,3 +133,16 @@ inline void blocks(const Weight& w, int64_t row, int64_t from, int64_t to, const
     if constexpr (bits_of(CODES) == 8) byte_blocks<CODES, R>(w, row, from, to, emit);
     else table_blocks<bits_of(CODES), R>(w, row, from, to, emit);
 }
+
+// What late.h needs: the largest magnitude among k bfloat16 (as their bits, NaN above all), and whether all lanes are
+// finite.
+inline uint32_t largest_magnitude(const uint16_t* x, int64_t k) {
+    uint16x8_t most = vdupq_n_u16(0);
+    int64_t i = 0;
+    for (; i + 8 <= k; i += 8) most = vmaxq_u16(most, vandq_u16(vld1q_u16(x + i), vdupq_n_u16(0x7FFF)));
+    uint32_t largest = vmaxvq_u16(most);
+    for (; i < k; i++)
+        if ((x[i] & 0x7FFFu) > largest) largest = x[i] & 0x7FFFu;
+    return largest;
+}
+inline bool is_finite(F v) { return vmaxvq_u32(vreinterpretq_u32_f32(masked(v, 0x7FFFFFFF))) < 0x7F800000; }

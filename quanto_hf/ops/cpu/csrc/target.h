@@ -2,6 +2,14 @@
 // processor decides at run time. MSVC needs nothing: it compiles every intrinsic.
 #pragma once
 
+// 64-bit ARM. The levels above plain NEON use some assembly (neon_bf16_blocks.h says why), which MSVC does not know.
+#if defined(__aarch64__) || defined(_M_ARM64)
+#define QUANTO_ARM64 1
+#if defined(__GNUC__) || defined(__clang__)
+#define QUANTO_ARM64_ASSEMBLY 1
+#endif
+#endif
+
 #define QUANTO_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define QUANTO_TARGET(list) QUANTO_PRAGMA(clang attribute push(__attribute__((target(list))), apply_to = function))
