@@ -31,6 +31,10 @@ class MappedWeights(Mapping[str, torch.Tensor]):
 
     def __init__(self, loader: OffloadedWeightsLoader, ties: Mapping[str, str]) -> None:
         self.loader, self.ties, self.files = loader, ties, MappedFiles()
+        # At once: save_pretrained removes files of the folder before it has read what it wants to save, which may be
+        # these.
+        for file in {entry.get("safetensors_file") for entry in loader.index.values()} - {None}:
+            self.files.map(file)
 
     def entry(self, name: str) -> dict[str, str] | None:
         """File, name and dtype of a tensor in a safetensors file; None for one that is elsewhere."""

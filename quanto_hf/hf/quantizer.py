@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 import torch
+from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
 from quanto_hf.flow import Choice, Plan, activation_type, dequantize, first_match, make_plan, not_quantizable
@@ -227,9 +228,16 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         """True: ``save_pretrained`` writes plain tensors in safetensors files."""
         return True
 
-    def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[None, dict[str, str]]:
-        """The plain state dict, and the format version for the header of each file."""
-        return None, {"quanto_hf_format": str(FORMAT_VERSION)}
+    def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """The plain state dict, and the format version for the header of each file.
+
+        Of an offloaded model transformers splits it into files in the order in which it comes, of others in its own
+        order: so that both give the same files, it comes in that order.
+        """
+        metadata = {"quanto_hf_format": str(FORMAT_VERSION)}
+        if not hasattr(model, "hf_device_map"):
+            return None, metadata
+        return dict(sorted(model.state_dict().items(), key=lambda item: dot_natural_key(item[0]))), metadata
 
     @property
     def is_trainable(self) -> bool:

@@ -11,7 +11,7 @@ from quanto_hf.io.checkpoint import CheckpointError
 
 
 class MappedFiles:
-    """Safetensors files by name, each opened when a tensor of it is first wanted.
+    """Safetensors files by name, each mapped when it is first wanted. From then on it may be replaced or removed.
 
     The tensors are views of private mappings. They stay valid when this object is gone, and a file is unmapped when
     no tensor of it is left. Pages that were read are given back by the system when memory is short.
@@ -21,18 +21,33 @@ class MappedFiles:
         self._files: dict[str, Any] = {}
         self._lock = threading.Lock()
 
+    def map(self, file: str | PathLike[str]) -> None:
+        """Map a file before a tensor of it is wanted.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        with self._lock:
+            self._map(fspath(file))
+
     def tensor(self, file: str | PathLike[str], name: str) -> torch.Tensor:
         """A tensor of a file, on the CPU.
 
         Raises:
-            CheckpointError: the file is damaged, or has no such tensor.
+            CheckpointError: the file is missing or damaged, or has no such tensor.
         """
         path = fspath(file)
         with self._lock:
             try:
-                if path not in self._files:
-                    self._files[path] = safe_open(path, framework="pt")
-                tensor: torch.Tensor = self._files[path].get_tensor(name)
-            except (SafetensorError, OSError) as error:
+                tensor: torch.Tensor = self._map(path).get_tensor(name)
+            except SafetensorError as error:
                 raise CheckpointError(f"{name} cannot be read from {path}: {error}") from None
         return tensor
+
+    def _map(self, path: str) -> Any:
+        try:
+            if path not in self._files:
+                self._files[path] = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        return self._files[path]

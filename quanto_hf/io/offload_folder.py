@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from quanto_hf.io.checkpoint import read_headers
 from quanto_hf.io.format import FORMAT_VERSION
 from quanto_hf.io.shard_writer import write_shard
 from quanto_hf.schemes import TensorSpec
@@ -67,7 +68,7 @@ class OffloadFolder:
             OSError: the folder cannot be written, or the disk is full. What was there before is still there.
         """
         if self._why_not_complete() is None:
-            return self._locations()
+            return self._files
         with self._locked():
             # somebody else may have written it while this process waited
             reason = self._why_not_complete()
@@ -75,12 +76,12 @@ class OffloadFolder:
                 if reason:
                     warnings.warn(f"{self.path} is written again: {reason}", stacklevel=3)
                 self._write(make)
-        return self._locations()
+        return self._files
 
     def _why_not_complete(self) -> str | None:
         """None if the entry is complete; an empty string if it has never been; else what happened to it."""
         try:
-            text = (self.path / INDEX).read_text(encoding="utf-8")
+            text = (self.path / INDEX).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return ""
         try:
@@ -89,36 +90,43 @@ class OffloadFolder:
                 return f"its {INDEX} belongs to other weights"
             for name, (size, digest) in index["files"].items():
                 file = self.path / name
-                if not file.is_file():
-                    return f"{name} is missing"
                 if file.stat().st_size != size:
                     return f"{name} has {file.stat().st_size} bytes instead of {size}"
                 if file_digest(file) != digest:
                     return f"{name} has been changed"
-            self._files = {name: self.path / file for name, file in index["tensors"].items()}
+            self._files = self._locations(index["files"])
+        except FileNotFoundError:
+            return f"{name} is missing"
         except (ValueError, KeyError, TypeError, AttributeError):
             return f"its {INDEX} is damaged"
         return None if set(self._files) == set(self.specs) else f"its {INDEX} lacks tensors"
 
-    def _locations(self) -> dict[str, Path]:
-        return self._files
+    def _locations(self, files: Iterable[str]) -> dict[str, Path]:
+        """Tensor -> file, from the files themselves."""
+        return {tensor: self.path / file for file in files for tensor in read_headers([self.path / file])}
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        lock = FileLock(self.folder / f".{self.path.name}.lock")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / f".{self.path.name}.lock")
             lock.acquire()
         except OSError as error:
-            raise OSError(
-                error.errno, f"the offload folder {self.folder} cannot be written: {error.strerror or error}"
-            ) from None
+            raise self._cannot_write(error) from None
         try:
             yield
         finally:
             lock.release()
 
+    def _cannot_write(self, error: OSError) -> OSError:
+        return OSError(
+            error.errno,
+            f"{self.nbytes:,} bytes cannot be written to the offload folder {self.folder}: {error.strerror or error}",
+        )
+
     def _write(self, make: Callable[[], Named]) -> None:
+        # What does not count takes space. Who has mapped a file of it keeps that.
+        shutil.rmtree(self.path, ignore_errors=True)
         free = shutil.disk_usage(self.folder).free
         if free < self.nbytes:
             raise OSError(
@@ -126,11 +134,7 @@ class OffloadFolder:
                 f"the offload folder {self.folder} needs {self.nbytes:,} bytes, but its disk has {free:,} left",
             )
         try:
-            # the index is what makes an entry: without it the rest is nothing
-            (self.path / INDEX).unlink(missing_ok=True)
-            self.path.mkdir(exist_ok=True)
-            for left in self.path.glob(f"{TEMPORARY}*"):
-                left.unlink()
+            self.path.mkdir()
             files: dict[str, tuple[int, str]] = {}
             tensors = iter(make())
             parts = _split(self.specs)
@@ -138,11 +142,12 @@ class OffloadFolder:
                 name = f"weights-{i + 1:05}-of-{len(parts):05}.safetensors"
                 temporary = self.path / f"{TEMPORARY}{name}"
                 metadata = {"format": "pt", "quanto_hf_format": str(FORMAT_VERSION)}
-                digest = write_shard(temporary, part, islice(tensors, len(part)), metadata)
-                files[name] = (temporary.stat().st_size, digest)
+                write_shard(temporary, part, islice(tensors, len(part)), metadata)
+                files[name] = (temporary.stat().st_size, file_digest(temporary))
                 os.replace(temporary, self.path / name)
-            where = {name: file for file, part in zip(files, parts, strict=True) for name in part}
-            index = {"identity": self.identity, "files": files, "tensors": where}
+            self._files = self._locations(files)
+            # the index is what makes an entry: without it the rest is nothing
+            index = {"identity": self.identity, "files": files}
             temporary = self.path / f"{TEMPORARY}{INDEX}"
             with open(temporary, "w", encoding="utf-8") as handle:
                 json.dump(index, handle)
@@ -152,11 +157,8 @@ class OffloadFolder:
         except BaseException as error:
             shutil.rmtree(self.path, ignore_errors=True)
             if isinstance(error, OSError):
-                raise OSError(
-                    error.errno, f"the offload folder {self.folder} cannot be written: {error.strerror or error}"
-                ) from None
+                raise self._cannot_write(error) from None
             raise
-        self._files = {name: self.path / file for name, file in where.items()}
 
 
 def _split(specs: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
