@@ -13,9 +13,11 @@ from quanto_hf.hf.legacy import LegacyHooks
 from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, waits_for_weight
 from quanto_hf.hf.register import register
 from quanto_hf.hf.replace import replace_by_plan
+from quanto_hf.hf.sizes import Kept, Transient, kept_dtypes, largest_transient, loaded_element_size, lower_by_transient
 from quanto_hf.hf.skips import default_skips
 from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_modules
 from quanto_hf.nn import QLinear
+from quanto_hf.nn.qlinear import PREFIX
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import Scheme, TensorSpec
 
@@ -50,6 +52,10 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             )
         self._dtype = torch.get_default_dtype()
         self._headers: dict[str, TensorSpec] | None = None
+        # what is known of the model once its layers are replaced: sizes are asked for parts of it too
+        self._kept: Kept = []
+        self._stored: dict[str, torch.dtype] = {}
+        self._transient = Transient()
 
     # ------------------------------------------------------------------------------------------- before loading
 
@@ -84,6 +90,13 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             _warn_of_floats(model, plan)
         replace_by_plan(model, plan, activations, placeholder=not self.pre_quantized)
+        self._kept = kept_dtypes(model, self._dtype)
+        self._stored = {
+            f"{name}.{PREFIX}{part}" if name else f"{PREFIX}{part}": tensor.dtype
+            for name, module in model.named_modules()
+            if isinstance(module, QLinear)
+            for part, tensor in module.tensors().items()
+        }
         files = kwargs.get("checkpoint_files") or []
         if files and all(str(file).endswith(".safetensors") for file in files):
             self._headers = read_headers(files)
@@ -130,7 +143,19 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             seen = copy.deepcopy(conversions)
             check_before_loading(model, self._headers, seen, self.pre_quantized, complete=_wrote(model))
             self._headers = None
+        # after the check, which puts plain layers in the place of those that the checkpoint does not have
+        self._transient = Transient() if self.pre_quantized else largest_transient(model, self._dtype, self._kept)
         return conversions
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Room on each accelerator for the float weight and the temporaries of the largest layer, if weights are
+        quantized there on arrival."""
+        return lower_by_transient(max_memory, self._transient.nbytes)
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes per element once the model is loaded, for device maps; the float placeholder does not count."""
+        dequantize = self.quantization_config.dequantize
+        return loaded_element_size(model, param_name, param, self._kept, self.pre_quantized, dequantize)
 
     # ------------------------------------------------------------------------------------------- while loading
 
@@ -142,9 +167,13 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         """The operation that quantizes one weight."""
         return QuantizeWeights()
 
-    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
-        """Bytes per element for device maps: the stored tensors count, the float placeholder does not."""
-        return 0.0 if waits_for_weight(model, param_name) else param.element_size()
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype in which a tensor of a quantized checkpoint is loaded. Scales keep theirs: a model that keeps a
+        layer in float32 does so for its weight, and the loader would convert whatever begins with this name."""
+        stored = self._stored.get(converter.target_patterns[0])
+        if stored is not None and stored.is_floating_point:
+            return stored
+        return super().get_new_dtype(converter, param, dtype)
 
     # ------------------------------------------------------------------------------------------- after loading
 
@@ -176,6 +205,13 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             raise ValueError(
                 "the checkpoint does not fit the model:\n  " + "\n  ".join(f"missing: {name}" for name in absent)
             )
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Float weights in plain layers. Everything else keeps its dtype unless one is given: transformers would convert
+        the whole model, and round the frequencies of rotary embeddings, which every model keeps in float32."""
+        model = self._dequantize(model, dtype=dtype)
+        self.remove_quantization_config(model)
+        return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         if any(parameter.device.type == "meta" for parameter in model.parameters()):
