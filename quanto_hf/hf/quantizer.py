@@ -53,9 +53,9 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self._dtype = torch.get_default_dtype()
         self._headers: dict[str, TensorSpec] | None = None
         # what is known of the model once its layers are replaced: sizes are asked for parts of it too
-        self._kept: Kept = []
+        self.kept: Kept = []
         self._stored: dict[str, torch.dtype] = {}
-        self._transient = Transient()
+        self.transient = Transient()
 
     # ------------------------------------------------------------------------------------------- before loading
 
@@ -90,7 +90,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             _warn_of_floats(model, plan)
         replace_by_plan(model, plan, activations, placeholder=not self.pre_quantized)
-        self._kept = kept_dtypes(model, self._dtype)
+        self.kept = kept_dtypes(model, self._dtype)
         self._stored = {
             f"{name}.{PREFIX}{part}" if name else f"{PREFIX}{part}": tensor.dtype
             for name, module in model.named_modules()
@@ -117,7 +117,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
                 absent.append(saved)
             else:
                 chosen[name] = _choice(scheme)
-        if absent and (not chosen or _wrote(model)):
+        if absent and (not chosen or was_written_from(model)):
             raise ValueError(
                 f"{len(absent)} of the {len(schemes)} quantized modules of the checkpoint are not in "
                 f"{type(model).__name__}; the first one is {absent[0]!r}"
@@ -141,21 +141,25 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if self._headers is not None:
             # a copy: conversions remember which names they have seen
             seen = copy.deepcopy(conversions)
-            check_before_loading(model, self._headers, seen, self.pre_quantized, complete=_wrote(model))
+            check_before_loading(model, self._headers, seen, self.pre_quantized, complete=was_written_from(model))
             self._headers = None
         # after the check, which puts plain layers in the place of those that the checkpoint does not have
-        self._transient = Transient() if self.pre_quantized else largest_transient(model, self._dtype, self._kept)
+        self.measure(model)
         return conversions
+
+    def measure(self, model: Any) -> None:
+        """Find what quantizing the largest layer of an empty model will take."""
+        self.transient = Transient() if self.pre_quantized else largest_transient(model, self._dtype, self.kept)
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         """Room on each accelerator for the float weight and the temporaries of the largest layer, if weights are
         quantized there on arrival."""
-        return lower_by_transient(max_memory, self._transient.nbytes)
+        return lower_by_transient(max_memory, self.transient.nbytes)
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Bytes per element once the model is loaded, for device maps; the float placeholder does not count."""
         dequantize = self.quantization_config.dequantize
-        return loaded_element_size(model, param_name, param, self._kept, self.pre_quantized, dequantize)
+        return loaded_element_size(model, param_name, param, self.kept, self.pre_quantized, dequantize)
 
     # ------------------------------------------------------------------------------------------- while loading
 
@@ -173,7 +177,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         stored = self._stored.get(converter.target_patterns[0])
         if stored is not None and stored.is_floating_point:
             return stored
-        return super().get_new_dtype(converter, param, dtype)
+        found: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return found
 
     # ------------------------------------------------------------------------------------------- after loading
 
@@ -207,8 +212,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             )
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Float weights in plain layers. Everything else keeps its dtype unless one is given: transformers would convert
-        the whole model, and round the frequencies of rotary embeddings, which every model keeps in float32."""
+        """Float weights in plain layers. Everything else keeps its dtype unless one is given: transformers would
+        convert the whole model, and round the frequencies of rotary embeddings, which are kept in float32."""
         model = self._dequantize(model, dtype=dtype)
         self.remove_quantization_config(model)
         return model
@@ -248,7 +253,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _wrote(model: Any) -> bool:
+def was_written_from(model: Any) -> bool:
     """Whether the checkpoint was written from the class of this model, so that everything fits or it is damaged."""
     return type(model).__name__ in (model.config.architectures or [])
 

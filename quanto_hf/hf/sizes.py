@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from quanto_hf.fit import Fit, fit_by_name
+from quanto_hf.flow import replace_modules
 from quanto_hf.hf.loading import split_name, waits_for_weight
 from quanto_hf.nn import QLinear
 from quanto_hf.nn.qlinear import PREFIX
@@ -141,8 +142,11 @@ def lower_by_transient(max_memory: dict[Any, Any], transient: int) -> dict[Any, 
     return {d: size if d in ("cpu", "disk") else max(0, size - transient) for d, size in sizes.items()}
 
 
-def as_loaded(model: Any, kept: Kept, pre_quantized: bool) -> None:
-    """Make an empty model what the loaded one is, still on meta: stored tensors only, dtypes, and ties. In place."""
+def as_loaded(model: Any, kept: Kept, pre_quantized: bool, dequantize: bool) -> None:
+    """Make an empty model what the loaded one is, still on meta: stored tensors only, or float weights in plain layers,
+    with their dtypes and ties. In place."""
+    if dequantize:
+        _as_dequantized(model)
     for name, module in model.named_modules():
         if isinstance(module, QLinear):
             module._parameters.pop("weight", None)
@@ -155,4 +159,15 @@ def as_loaded(model: Any, kept: Kept, pre_quantized: bool) -> None:
                     empty = torch.empty_like(tensor, dtype=dtype, device="meta")
                     tensors[leaf] = nn.Parameter(empty, False) if tensors is module._parameters else empty
     if getattr(model, "all_tied_weights_keys", None):
-        model.tie_weights(missing_keys=set(model.state_dict()), recompute_mapping=False)
+        model.tie_weights(missing_keys=set(model.all_tied_weights_keys), recompute_mapping=False)
+
+
+def _as_dequantized(model: nn.Module) -> None:
+    made: dict[nn.Module, nn.Module] = {}
+    for layer in model.modules():
+        if isinstance(layer, QLinear):
+            bias = layer.bias is not None
+            plain = nn.Linear(layer.in_features, layer.out_features, bias, device="meta", dtype=layer.weight_dtype)
+            plain.quanto_hf_left = "it is dequantized"  # type: ignore[assignment]
+            made[layer] = plain
+    replace_modules(model, made)

@@ -14,8 +14,8 @@ from transformers.integrations.accelerate import _get_device_map, compute_module
 
 from quanto_hf import QLinear, QuantoConfig
 from quanto_hf.hf.loading import quantize_into
-from quanto_hf.hf.skeleton import build_skeleton
 from quanto_hf.hf.sizes import largest_transient
+from quanto_hf.hf.skeleton import build_skeleton
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import grouped, make_scheme
 
@@ -196,8 +196,8 @@ def test_maps_of_cpu_and_disk_are_the_same_in_both_modes(mode, scheme, modes):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_map_over_accelerators_leaves_the_transient_and_nothing_else(mode, scheme, modes, monkeypatch):
     fresh, saved = modes[scheme]
-    total, transient = planned(saved)[""], fresh.quantizer._transient.nbytes
-    assert transient > 0 == saved.quantizer._transient.nbytes
+    total, transient = planned(saved)[""], fresh.quantizer.transient.nbytes
+    assert transient > 0 == saved.quantizer.transient.nbytes
     balance = maps.get_balanced_memory
     # the transient is on top of what balancing gives to a device, as it is of what the user gives
     monkeypatch.setattr(
@@ -215,14 +215,14 @@ def test_a_map_over_accelerators_leaves_the_transient_and_nothing_else(mode, sch
 @pytest.mark.parametrize("scheme", ["int8", "int4", "float8"])
 def test_a_model_that_fits_to_the_byte_is_not_spilled(scheme, device, modes):
     for skeleton in modes[scheme]:
-        need = planned(skeleton)[""] + (0 if device == "cpu" else skeleton.quantizer._transient.nbytes)
+        need = planned(skeleton)[""] + (0 if device == "cpu" else skeleton.quantizer.transient.nbytes)
         assert set(the_map(skeleton, "auto", {device: need}).values()) == {device}
         assert "disk" in the_map(skeleton, "auto", {device: need - 1}).values()
 
 
 def test_sizes_in_words_and_numbers_give_the_same_map(modes):
     for skeleton in modes["int4"]:
-        room = skeleton.quantizer._transient.nbytes / 2**20 + 0.12
+        room = skeleton.quantizer.transient.nbytes / 2**20 + 0.12
         words, numbers = {0: f"{room}MiB", "cpu": "0.0625MiB"}, {0: int(room * 2**20), "cpu": 2**16}
         assert the_map(skeleton, "sequential", words) == the_map(skeleton, "sequential", numbers)
         assert len(set(the_map(skeleton, "sequential", words).values())) > 1
@@ -231,7 +231,7 @@ def test_sizes_in_words_and_numbers_give_the_same_map(modes):
 def test_adjusting_leaves_cpu_disk_and_pre_quantized_models_alone(modes):
     fresh, saved = modes["int4"]
     given = {0: "1.5GiB", 1: 2**30 + 0.5, 2: 7, "mps": "1GB", "cpu": "1MiB", "disk": 5}
-    before, transient = copy.deepcopy(given), fresh.quantizer._transient.nbytes
+    before, transient = copy.deepcopy(given), fresh.quantizer.transient.nbytes
     sizes = {0: 3 << 29, 1: 2**30 + 0.5, 2: 7, "mps": 10**9, "cpu": 2**20, "disk": 5}
     assert saved.quantizer.adjust_max_memory(given) == sizes
     lowered = {0: sizes[0] - transient, 1: sizes[1] - transient, 2: 0, "mps": sizes["mps"] - transient}
@@ -264,15 +264,15 @@ def test_real_models_go_where_the_map_says_and_answer_the_same(scheme, mode, che
 
 
 def test_the_transient_is_that_of_the_largest_layer_that_is_quantized(checkpoint):
-    folder, cls = checkpoint("llama")
+    folder, _ = checkpoint("llama")
     skeleton = build_skeleton(str(folder), QuantoConfig(weights="int8"))
-    found = skeleton.quantizer._transient
+    found = skeleton.quantizer.transient
     assert found.layer == "model.layers.0.mlp.down_proj"
     assert found.nbytes >= 128 * 64 * 2
     skipped = build_skeleton(str(folder), QuantoConfig(weights="int8", modules_to_not_convert=["mlp"]))
-    assert skipped.quantizer._transient.layer == "model.layers.0.self_attn.q_proj"
-    assert skipped.quantizer._transient.nbytes < found.nbytes
-    wide = build_skeleton(str(folder), QuantoConfig(weights="int8"), "float32").quantizer._transient
+    assert skipped.quantizer.transient.layer == "model.layers.0.self_attn.q_proj"
+    assert skipped.quantizer.transient.nbytes < found.nbytes
+    wide = build_skeleton(str(folder), QuantoConfig(weights="int8"), "float32").quantizer.transient
     assert wide.nbytes - found.nbytes == 128 * 64 * 2
 
 
