@@ -127,7 +127,7 @@ def _of_quantized(model: nn.Module, config: QuantoConfig | None) -> Empty:
     held = saved_config(getattr(model, "config", None))
     if held is not None and config is not None and (different := held.conflicts(config)):
         raise ValueError(f"the model is quantized already, with another {', '.join(different)}: leave out the config")
-    quantizer = QuantoHfQuantizer(held or config or QuantoConfig())
+    quantizer = QuantoHfQuantizer(held or config or QuantoConfig(), pre_quantized=False)
     quantizer.pre_quantized = True
     borrowed = hasattr(model, "_get_dtype_plan")
     # a copy of a model of transformers would copy the weights that its hooks have offloaded
@@ -137,7 +137,7 @@ def _of_quantized(model: nn.Module, config: QuantoConfig | None) -> Empty:
 
 
 def _of_float(model: nn.Module, config: QuantoConfig) -> Empty:
-    copied, quantizer = _on_meta(model), QuantoHfQuantizer(config)
+    copied, quantizer = _on_meta(model), QuantoHfQuantizer(config, pre_quantized=False)
     dtype = quantizer.update_dtype(_dtype(model))
     if hasattr(model, "_get_dtype_plan"):
         quantizer.preprocess_model(copied, dtype=dtype, device_map=None, checkpoint_files=None)
