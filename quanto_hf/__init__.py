@@ -46,6 +46,7 @@ __all__ = [
     "heldout_text",
     "install",
     "load_and_quantize_model",
+    "plan",
     "qfloat8",
     "qfloat8_e4m3fn",
     "qfloat8_e5m2",
@@ -67,6 +68,6 @@ _hf.register()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("QuantoHfQuantizer", "convert_checkpoint", "replace_with_quanto_layers"):
+    if name in ("QuantoHfQuantizer", "convert_checkpoint", "plan", "replace_with_quanto_layers"):
         return getattr(_hf, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

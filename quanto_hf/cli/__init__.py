@@ -1,5 +1,5 @@
-"""The command line: ``quanto-hf demo | quantize | inspect | eval | kernels | bench``. A thin face: the work is done in
-the rooms below.
+"""The command line: ``quanto-hf demo | quantize | inspect | plan | eval | kernels | bench``. A thin face: the work is
+done in the rooms below.
 
 Imports: every room above; torch and transformers inside of commands only.
 """

@@ -12,6 +12,7 @@ from quanto_hf.cli.eval import evaluate_command
 from quanto_hf.cli.inspect import inspect_command
 from quanto_hf.cli.kernels import kernels
 from quanto_hf.cli.options import WrongUsage
+from quanto_hf.cli.plan import plan_command
 from quanto_hf.cli.quantize import quantize
 from quanto_hf.cli.quiet import quiet
 
@@ -56,7 +57,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Quantize Hugging Face models: look at what it costs, convert checkpoints, inspect, evaluate and time them.",
+    help="Quantize Hugging Face models: see what it costs and takes, convert, inspect, evaluate and time them.",
 )
 
 
@@ -84,6 +85,7 @@ def common(
 app.command("demo")(demo)
 app.command("quantize")(quantize)
 app.command("inspect")(inspect_command)
+app.command("plan")(plan_command)
 app.command("eval")(evaluate_command)
 app.command("kernels")(kernels)
 app.add_typer(bench, name="bench")

@@ -17,6 +17,7 @@ __all__ = [
     "convert_checkpoint",
     "install",
     "load_and_quantize_model",
+    "plan",
     "register",
     "replace_with_quanto_layers",
 ]
@@ -26,6 +27,7 @@ __all__ = [
 _LAZY = {
     "QuantoHfQuantizer": "quanto_hf.hf.quantizer",
     "convert_checkpoint": "quanto_hf.hf.convert",
+    "plan": "quanto_hf.hf.planning",
     "replace_with_quanto_layers": "quanto_hf.hf.replace",
 }
 

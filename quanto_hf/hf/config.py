@@ -13,6 +13,9 @@ from quanto_hf.qtypes import weight_names
 from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL
 
 METHOD = "quanto_hf"
+# of a config that asks for an empty model (hf/skeleton.py): known to transformers only so that from_pretrained finds
+# the quantizer that stops it; never saved
+SKELETON_METHOD = "quanto_hf_skeleton"
 
 # Keys that a former format version had and that have no meaning any more: format version -> names. Versions 0
 # and 1 have the same keys.

@@ -28,7 +28,7 @@ def load_and_quantize_model(
     if auto_class is None or config is None:
         saved = transformers.AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in _HUB_KEYS if k in kwargs})
         if auto_class is None:
-            auto_class = _named_class(saved)
+            auto_class = named_class(saved)
         if config is None and getattr(saved, "quantization_config", None) is None:
             config = QuantoConfig()
     if config is not None:
@@ -40,7 +40,12 @@ def load_and_quantize_model(
 _HUB_KEYS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
 
 
-def _named_class(config: Any) -> Any:
+def named_class(config: Any) -> Any:
+    """The model class that a config names.
+
+    Raises:
+        ValueError: transformers has none of its names.
+    """
     import transformers
 
     names = config.architectures or []

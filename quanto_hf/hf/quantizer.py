@@ -17,9 +17,11 @@ from quanto_hf.hf.merging import merge_late
 from quanto_hf.hf.offload import add_to_index, folder_of, offload_hooks, use_in_place
 from quanto_hf.hf.register import register
 from quanto_hf.hf.replace import replace_by_plan
+from quanto_hf.hf.sizes import Kept, Transient, kept_dtypes, largest_transient, loaded_element_size, lower_by_transient
 from quanto_hf.hf.skips import default_skips
 from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_modules
 from quanto_hf.nn import QLinear
+from quanto_hf.nn.qlinear import PREFIX
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import Scheme, TensorSpec
 
@@ -57,6 +59,10 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self._device_map: Any = None
         self._files: list[str] = []
         self._deferred: Deferred | None = None
+        # what is known of the model once its layers are replaced: sizes are asked for parts of it too
+        self.kept: Kept = []
+        self._stored: dict[str, torch.dtype] = {}
+        self.transient = Transient()
 
     # ------------------------------------------------------------------------------------------- before loading
 
@@ -93,6 +99,13 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             _warn_of_floats(model, plan)
         replace_by_plan(model, plan, activations, placeholder=not self.pre_quantized)
+        self.kept = kept_dtypes(model, self._dtype)
+        self._stored = {
+            f"{name}.{PREFIX}{part}" if name else f"{PREFIX}{part}": tensor.dtype
+            for name, module in model.named_modules()
+            if isinstance(module, QLinear)
+            for part, tensor in module.tensors().items()
+        }
         self._device_map = kwargs.get("device_map")
         self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
         if files and all(file.endswith(".safetensors") for file in files):
@@ -114,7 +127,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
                 absent.append(saved)
             else:
                 chosen[name] = _choice(scheme)
-        if absent and (not chosen or _wrote(model)):
+        if absent and (not chosen or was_written_from(model)):
             raise ValueError(
                 f"{len(absent)} of the {len(schemes)} quantized modules of the checkpoint are not in "
                 f"{type(model).__name__}; the first one is {absent[0]!r}"
@@ -141,9 +154,25 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if self._headers is not None:
             # a copy: conversions remember which names they have seen
             seen = copy.deepcopy(conversions)
-            check_before_loading(model, self._headers, seen, self.pre_quantized, complete=_wrote(model))
+            check_before_loading(model, self._headers, seen, self.pre_quantized, complete=was_written_from(model))
             self._headers = None
+        # after the check, which puts plain layers in the place of those that the checkpoint does not have
+        self.measure(model)
         return conversions
+
+    def measure(self, model: Any) -> None:
+        """Find what quantizing the largest layer of an empty model will take."""
+        self.transient = Transient() if self.pre_quantized else largest_transient(model, self._dtype, self.kept)
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Room on each accelerator for the float weight and the temporaries of the largest layer, if weights are
+        quantized there on arrival."""
+        return lower_by_transient(max_memory, self.transient.nbytes)
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes per element once the model is loaded, for device maps; the float placeholder does not count."""
+        dequantize = self.quantization_config.dequantize
+        return loaded_element_size(model, param_name, param, self.kept, self.pre_quantized, dequantize)
 
     # ------------------------------------------------------------------------------------------- while loading
 
@@ -160,9 +189,14 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def _has_disk(self) -> bool:
         return isinstance(self._device_map, dict) and "disk" in self._device_map.values()
 
-    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
-        """Bytes per element for device maps: the stored tensors count, the float placeholder does not."""
-        return 0.0 if waits_for_weight(model, param_name) else param.element_size()
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype in which a tensor of a quantized checkpoint is loaded. Scales keep theirs: a model that keeps a
+        layer in float32 does so for its weight, and the loader would convert whatever begins with this name."""
+        stored = self._stored.get(converter.target_patterns[0])
+        if stored is not None and stored.is_floating_point:
+            return stored
+        found: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return found
 
     # ------------------------------------------------------------------------------------------- after loading
 
@@ -213,6 +247,13 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
                 "the checkpoint does not fit the model:\n  " + "\n  ".join(f"missing: {name}" for name in absent)
             )
 
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Float weights in plain layers. Everything else keeps its dtype unless one is given: transformers would
+        convert the whole model, and round the frequencies of rotary embeddings, which are kept in float32."""
+        model = self._dequantize(model, dtype=dtype)
+        self.remove_quantization_config(model)
+        return model
+
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         if any(parameter.device.type == "meta" for parameter in model.parameters()):
             raise ValueError("a model with offloaded weights cannot be dequantized; load it without disk offload first")
@@ -255,7 +296,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _wrote(model: Any) -> bool:
+def was_written_from(model: Any) -> bool:
     """Whether the checkpoint was written from the class of this model, so that everything fits or it is damaged."""
     return type(model).__name__ in (model.config.architectures or [])
 

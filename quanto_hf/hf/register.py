@@ -8,7 +8,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from quanto_hf.hf.config import METHOD, QuantoConfig
+from quanto_hf.hf.config import METHOD, SKELETON_METHOD, QuantoConfig
 
 # Importing it takes 0.9 s, so it is patched when somebody else imports it, which from_pretrained does.
 AUTO = "transformers.quantizers.auto"
@@ -104,4 +104,6 @@ def _merge(saved: Any, given: QuantoConfig) -> QuantoConfig:
             f"the original float checkpoint"
         )
     saved.dequantize = given.dequantize
+    if given.quant_method == SKELETON_METHOD:
+        saved.quant_method = SKELETON_METHOD
     return saved

@@ -1,18 +1,19 @@
 """The empty quantized model that ``from_pretrained`` builds, without the weights."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+from transformers import AutoConfig
 from transformers.quantizers import auto
 
+from quanto_hf.hf.config import METHOD as SAVED_METHOD
+from quanto_hf.hf.config import SKELETON_METHOD as METHOD
 from quanto_hf.hf.config import QuantoConfig
-from quanto_hf.hf.load import load_and_quantize_model
+from quanto_hf.hf.load import load_and_quantize_model, named_class
 from quanto_hf.hf.quantizer import QuantoHfQuantizer
-
-# known to transformers only so that from_pretrained finds the class below; it is never saved
-METHOD = "quanto_hf_skeleton"
 
 
 @dataclass(frozen=True)
@@ -55,24 +56,59 @@ class SkeletonQuantizer(QuantoHfQuantizer):
         raise _Built(Skeleton(model, self, conversions, self._files, self._dtype))
 
 
-def build_skeleton(path: str, config: QuantoConfig, dtype: Any = "auto", auto_class: Any = None) -> Skeleton:
-    """The empty quantized model of a float checkpoint: from ``from_pretrained`` itself, so that every decision (class,
+def build_skeleton(path: str, config: QuantoConfig | None, dtype: Any = "auto", auto_class: Any = None) -> Skeleton:
+    """The empty quantized model of a checkpoint: from ``from_pretrained`` itself, so that every decision (class,
     dtype, names, modules that stay float) is the one that loading makes.
 
     Args:
-        path: a local folder with a float checkpoint.
-        config: how it is quantized.
+        path: a local folder with a checkpoint.
+        config: how it is quantized; None is the saved config of a quantized checkpoint, and else the default.
         dtype: as of ``from_pretrained``.
         auto_class: the class whose ``from_pretrained`` is called; None is the class that the checkpoint names.
 
     Raises:
         ValueError: the checkpoint or the config cannot be used.
     """
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = SkeletonQuantizer
-    marked = copy.deepcopy(config)
+    marked = _marked(config if config is not None else saved_config(AutoConfig.from_pretrained(path)))
+    return _catch(path, lambda: load_and_quantize_model(path, marked, auto_class, dtype=dtype))
+
+
+def skeleton_of_config(
+    model_config: Any, config: QuantoConfig | None, dtype: Any = "auto", auto_class: Any = None
+) -> Skeleton:
+    """The same from the config of a model alone: there need not be a checkpoint.
+
+    Args:
+        model_config: a ``PreTrainedConfig``, as of ``AutoConfig.from_pretrained``.
+    """
+    marked = _marked(config if config is not None else saved_config(model_config))
+    cls = named_class(model_config) if auto_class is None else auto_class
+    arguments = {"config": model_config, "state_dict": {}, "dtype": dtype, "quantization_config": marked}
+    return _catch(type(model_config).__name__, lambda: cls.from_pretrained(None, **arguments))
+
+
+def saved_config(model_config: Any) -> QuantoConfig | None:
+    """The config with which a checkpoint says that it was quantized by quanto_hf; None if it says no such thing."""
+    saved = getattr(model_config, "quantization_config", None)
+    if isinstance(saved, QuantoConfig):
+        return copy.deepcopy(saved)
+    if not isinstance(saved, dict) or saved.get("quant_method") != SAVED_METHOD:
+        return None
+    made = QuantoConfig.from_dict(saved)
+    assert isinstance(made, QuantoConfig)
+    return made
+
+
+def _marked(config: QuantoConfig | None) -> QuantoConfig:
+    marked = QuantoConfig() if config is None else copy.deepcopy(config)
     marked.quant_method = METHOD
+    return marked
+
+
+def _catch(what: str, load: Callable[[], Any]) -> Skeleton:
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = SkeletonQuantizer
     try:
-        load_and_quantize_model(path, marked, auto_class, dtype=dtype)
+        load()
     except _Built as built:
         return built.skeleton
-    raise ValueError(f"{path} cannot be quantized: transformers loaded it without asking the quantizer")
+    raise ValueError(f"{what} cannot be quantized: transformers loaded it without asking the quantizer")

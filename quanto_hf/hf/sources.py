@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+from quanto_hf.io.checkpoint import DTYPES
+from quanto_hf.schemes import TensorSpec
+
 # tokenizers, processors and licences; by suffix, for their names are free
 SIDE_SUFFIXES = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".spm", ".bpe")
 SIDE_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
@@ -35,6 +38,54 @@ def local_folder(model: str | os.PathLike[str]) -> Path:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{name} is not a folder, and the hub does not give it: {first}") from None
     return found
+
+
+def headers_only(model: str | os.PathLike[str]) -> tuple[Path | None, dict[str, TensorSpec] | None]:
+    """Where the config and the headers of a model are, without its weights being downloaded.
+
+    Returns:
+        The folder: the one given, or the snapshot of a hub id in the cache; None for a hub id whose weights are not in
+        the cache, with what the hub says of its tensors (None if they are not in safetensors files).
+
+    Raises:
+        ValueError: it is neither a folder nor a hub id, or the hub cannot be asked.
+    """
+    path, name = Path(model).expanduser(), os.fspath(model)
+    if path.is_dir():
+        return path, None
+    from huggingface_hub import get_safetensors_metadata, snapshot_download
+    from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError
+
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise ValueError(f"{name} is not a folder with a model")
+    try:
+        found = Path(snapshot_download(name, local_files_only=True))
+        if has_weights(found):
+            return found, None
+    except HFValidationError:
+        raise ValueError(f"{name} is neither a folder nor a hub id") from None
+    except OSError:
+        pass  # not in the cache
+    try:
+        files = get_safetensors_metadata(name).files_metadata.values()
+    except NotASafetensorsRepoError:
+        return None, None
+    except Exception as error:  # offline mode, no such model, no network: each library below has errors of its own
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{name} is not a folder and not in the cache of the hub, and the hub does not tell its sizes: {first}; "
+            f"give a folder, or one with its config.json alone"
+        ) from None
+    return None, {
+        key: TensorSpec(tuple(info.shape), DTYPES.get(info.dtype, info.dtype))  # type: ignore[arg-type]
+        for file in files
+        for key, info in file.tensors.items()
+    }
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weight files, or an index that names them."""
+    return any(next(folder.glob(f"*{end}"), None) for end in (".safetensors", ".bin", ".index.json"))
 
 
 def side_files(folder: Path) -> dict[str, Path]:

@@ -1,6 +1,5 @@
 """The tensors of a quantized checkpoint, one after the other, from those of a float one."""
 
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from quanto_hf.hf.loading import loader_names, quantize_into, split_name
+from quanto_hf.hf.sizes import kept_dtypes, loaded_dtype
 from quanto_hf.hf.skeleton import Skeleton
 from quanto_hf.io import check_tensors, read_headers
 from quanto_hf.nn import QLinear
@@ -106,24 +106,13 @@ def output_tensors(skeleton: Skeleton) -> dict[str, tuple[str, torch.Tensor]]:
     for key in model._keys_to_ignore_on_save or ():
         state.pop(key, None)
     state = remove_tied_weights_from_state_dict(state, model)
-    state = {name: torch.empty_like(t, dtype=loaded_dtype(skeleton, name, t.dtype)) for name, t in state.items()}
+    kept = kept_dtypes(model, skeleton.dtype)
+    state = {name: torch.empty_like(t, dtype=loaded_dtype(model, name, t.dtype, kept)) for name, t in state.items()}
     names = {id(tensor): name for name, tensor in state.items()}
     saved = revert_weight_conversion(model, state)
     if {id(tensor) for tensor in saved.values()} != set(names):
         raise NotStreamable("its tensors are merged or split on saving")
     return {saved_name: (names[id(tensor)], tensor) for saved_name, tensor in saved.items()}
-
-
-def loaded_dtype(skeleton: Skeleton, name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that the loader gives a tensor of the model that is not quantized."""
-    owner, leaf = split_name(skeleton.model, name)
-    if isinstance(owner, QLinear) and leaf.startswith(PREFIX):
-        return dtype
-    plan: dict[str, torch.dtype] = skeleton.model._get_dtype_plan(skeleton.dtype)
-    for pattern, kept in plan.items():
-        if re.search(pattern.replace("*", ".*"), name):
-            return kept
-    return dtype
 
 
 class Reader:

@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 
 from quanto_hf.schemes import TensorSpec
 
-_DTYPES = {
+# as the headers of safetensors files name them
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -45,7 +46,7 @@ def read_headers(files: Iterable[str | PathLike[str]]) -> dict[str, TensorSpec]:
                     if name in found:
                         raise CheckpointError(f"{name} is in more than one file of the checkpoint, also in {file}")
                     part = handle.get_slice(name)
-                    dtype: Any = _DTYPES.get(part.get_dtype(), part.get_dtype())
+                    dtype: Any = DTYPES.get(part.get_dtype(), part.get_dtype())
                     found[name] = TensorSpec(tuple(part.get_shape()), dtype)
         except SafetensorError as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from None

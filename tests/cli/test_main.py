@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import quanto_hf
 from quanto_hf.cli.app import app, sentence
 
-COMMANDS = ("demo", "quantize", "inspect", "eval", "kernels", "bench linear", "bench model")
+COMMANDS = ("demo", "quantize", "inspect", "plan", "eval", "kernels", "bench linear", "bench model")
 
 
 def run(*words: str):
