@@ -1,118 +1,151 @@
-// Few rows of x against whole blocks of evenly spaced codes (int8, int4, int2), in float32: four bytes of codes per lane
-// are taken apart by shifts, where a load per byte and a table take three times as long. Included inside the namespace
-// of a level for x86.
+// Few rows of x against whole blocks of codes, in float32: the numbers of the codes are multiplied with x, and the scale
+// multiplies the sums of a segment, which lies inside one group. Included inside the namespace of a level for x86.
 //
-// A unit is 4 * W columns of a plane. Lane l holds its bytes 4 l to 4 l + 3, so x has the order
-// [unit][byte in the lane][lane]. The scale multiplies the sum of a unit, and a unit lies inside one group.
+// sum((number - zero) * scale * x) = scale * (sum(number * x) - zero * sum(x)). The sums of x are made in the same order,
+// lane by lane: where all codes stand for the zero, and it is a power of two, the difference is 0 to the bit.
 
-constexpr int64_t UNIT = 4 * W, AHEAD_BYTES = 4096;
+constexpr int64_t X_BYTES = 16384;    // of x at a time: half of the smallest first-level cache
+constexpr int64_t AHEAD_BYTES = 4096;  // codes are asked for so many bytes before they are used
+constexpr int ROWS = 16;               // of the weight, before the next columns of x
 
-// Whether codes stand for numbers that are 1 apart; int8 has no table.
-inline bool evenly_spaced(const Weight& w) {
-    if (w.codes == INT8) return true;
-    if (w.codes != TABLE4 && w.codes != TABLE2) return false;
-    for (int i = 1; i < 1 << bits_of(w.codes); i++)
-        if (w.table[i] != w.table[0] + static_cast<float>(i)) return false;
-    return true;
+// How long a segment is, and whether each of its lanes has a scale of its own.
+template <int UNITS_, bool LANES_>
+struct Segment {
+    static constexpr int UNITS = UNITS_;
+    static constexpr bool LANES = LANES_;
+    static constexpr int64_t COLUMNS = UNITS * UNIT, SCALES = LANES ? W : 1, STEP = COLUMNS / SCALES;  // columns per scale
+};
+
+// x of a call, by chunks of columns: [chunk][row][columns of the chunk], and the sums of its segments, W lanes each.
+struct OrderedX {
+    float *x, *sums;
+    const float *natural, *rest;  // as it is, and the columns behind the last block
+    int64_t blocks, chunk;        // in a row, and in a chunk
+};
+
+template <int VECTORS>
+inline F chain(const F* w, const float* x) {
+    F sum = mul(w[0], load(x));
+    for (int v = 1; v < VECTORS; v++) sum = fma(w[v], load(x + v * W), sum);
+    return sum;
 }
 
-template <int CODES, int PLANE, int BYTE>
-inline F code_of_word(I words) {
-    if constexpr (CODES == INT8) return to_float(signed_byte<BYTE>(words));
-    else return to_float(field_of_word<bits_of(CODES), 8 * BYTE + PLANE * bits_of(CODES)>(words));
-}
-
-template <int CODES, int PLANE, int M>
-inline void unit_sums(I words, F zero, F scale, const float* x, int64_t ld, F* acc) {
-    const auto shifted = [&](F code) { return CODES == INT8 ? code : sub(code, zero); };  // int8 has no zero here
-    const F w0 = shifted(code_of_word<CODES, PLANE, 0>(words)), w1 = shifted(code_of_word<CODES, PLANE, 1>(words));
-    const F w2 = shifted(code_of_word<CODES, PLANE, 2>(words)), w3 = shifted(code_of_word<CODES, PLANE, 3>(words));
-    for (int m = 0; m < M; m++) {
-        const float* v = x + m * ld;
-        const F low = fma(w1, load(v + W), mul(w0, load(v))), high = fma(w3, load(v + 3 * W), mul(w2, load(v + 2 * W)));
-        acc[m] = fma(add(low, high), scale, acc[m]);
-    }
-}
-
-template <int CODES, int M>
-inline void gemv_block_rows(const Linear& a, const float* natural, const float* x, int64_t ld, const float* rest, int64_t m0, Range part) {
-    constexpr int PLANES = 8 / bits_of(CODES), UNITS = static_cast<int>(64 / UNIT);
-    const Weight& w = a.w;
-    const int64_t whole = w.k / (64 * PLANES), columns = whole * 64 * PLANES, bytes = row_bytes(CODES, w.k);
-    const int64_t per_group = w.groups == 1 ? int64_t(1) << 40 : w.group / UNIT, width = round_up(w.groups, W);
-    const float offset = CODES == INT8 ? 0.0f : w.table[0];  // a code is the value of its number plus this
-    float* scales = static_cast<float*>(scratch(4, 2 * width * sizeof(float)));
-    float* zeros = scales + width;
-    for (int64_t row = part.begin; row < part.end; row++) {
-        load_scales(w.scale, w.scale_type, row * w.groups, (row + 1) * w.groups, scales);
-        if (w.zero) load_scales(w.zero, w.scale_type, row * w.groups, (row + 1) * w.groups, zeros);
-        for (int64_t g = 0; g < w.groups; g++) zeros[g] = (w.zero ? zeros[g] : 0.0f) - offset;
-        F acc[2 * M];
-        for (F& v : acc) v = splat(0.0f);
-        const uint8_t* packed = w.packed + row * bytes;
-        int64_t g = 0, left = per_group;
-        for (int64_t b = 0; b < whole; b++) {
-            _mm_prefetch(reinterpret_cast<const char*>(packed + b * 64 + AHEAD_BYTES), _MM_HINT_T0);
-            const auto plane = [&](auto tag) {
-                constexpr int P = decltype(tag)::slot;
-                for (int u = 0; u < UNITS; u++) {
-                    if (left == 0) g++, left = per_group;
-                    left--;
-                    unit_sums<CODES, P, M>(load_words(packed + b * 64 + u * UNIT), splat(zeros[g]), splat(scales[g]),
-                                           x + ((b * PLANES + P) * UNITS + u) * UNIT, ld, acc + (u & 1) * M);
+// acc[m] += blocks of one row of the weight times a chunk of M rows of x.
+template <class Form, class Seg, int M>
+inline void add_blocks(Form& units, const uint8_t* codes, int64_t blocks, const float* scales, const float* zeros, const float* x,
+                       const float* x_sums, Ahead ahead, F* sums) {
+    const int64_t ld = blocks * 64 * Form::PLANES, sums_ld = ld / Seg::COLUMNS * W;
+    F acc[M];
+    for (int m = 0; m < M; m++) acc[m] = sums[m];
+    for (int64_t b = 0; b < blocks; b++, codes += 64) {
+        ahead.step();
+        const auto plane = [&](auto tag) {
+            for (int at = 0; at < 64; at += Seg::COLUMNS) {
+                F w[4 * Seg::UNITS];
+                for (int u = 0; u < Seg::UNITS; u++) units.template numbers<decltype(tag)::slot>(codes + at + u * UNIT, w + 4 * u);
+                const F scale = Seg::LANES ? load(scales) : splat(*scales);
+                for (int m = 0; m < M; m++) {
+                    F sum = chain<4 * Seg::UNITS>(w, x + m * ld);
+                    if (Form::COUNTS) sum = fma(Seg::LANES ? load(zeros) : splat(*zeros), load(x_sums + m * sums_ld), sum);
+                    acc[m] = fma(sum, scale, acc[m]);
                 }
-            };
-            plane(Slot<0>{});
-            if constexpr (PLANES > 1) plane(Slot<1>{});
-            if constexpr (PLANES > 2) plane(Slot<2>{}), plane(Slot<3>{});
+                x += Seg::COLUMNS, scales += Seg::SCALES;
+                if (Form::COUNTS) zeros += Seg::SCALES, x_sums += W;
+            }
+        };
+        plane(Slot<0>{});
+        if constexpr (Form::PLANES > 1) plane(Slot<1>{});
+        if constexpr (Form::PLANES > 2) plane(Slot<2>{}), plane(Slot<3>{});
+    }
+    for (int m = 0; m < M; m++) sums[m] = acc[m];
+}
+
+// The scales (or zeros) of the columns [from, to) of a row, one for every `step` columns.
+inline void spread_scales(const Weight& w, const void* p, int64_t row, int64_t from, int64_t to, int64_t step, float* out) {
+    const int64_t count = (to - from) / step, g0 = w.groups == 1 ? 0 : from / w.group;
+    if (w.groups == 1) return (void)std::fill_n(out, count, half_value(p, row, w.scale_type));
+    const int64_t g1 = (to - 1) / w.group + 1;
+    if (w.group == step) return load_scales(p, w.scale_type, row * w.groups + g0, row * w.groups + g1, out);
+    float* each = static_cast<float*>(scratch(5, (g1 - g0) * sizeof(float)));
+    load_scales(p, w.scale_type, row * w.groups + g0, row * w.groups + g1, each);
+    int64_t column = from;
+    for (int64_t g = g0; g < g1; g++)
+        for (const int64_t end = (g + 1) * w.group < to ? (g + 1) * w.group : to; column < end; column += step) *out++ = each[g - g0];
+}
+
+template <class Form, class Seg, int M>
+inline void gemv_block_rows(const Linear& a, const OrderedX& x, int64_t m0, int real, Range part) {
+    constexpr int64_t BLOCK = 64 * Form::PLANES;
+    const Weight& w = a.w;
+    const int64_t bytes = row_bytes(Form::CODES, w.k), columns = x.blocks * BLOCK, entries = x.chunk * BLOCK / Seg::STEP;
+    float* scales = static_cast<float*>(scratch(4, 2 * entries * sizeof(float)));
+    float* zeros = scales + entries;
+    const float first = Form::COUNTS ? w.table[0] : 0.0f;
+    if (Form::COUNTS && !w.zero) std::fill_n(zeros, entries, first);
+    Form units(w);
+    alignas(64) F sums[ROWS][M];
+    alignas(64) float results[M][ROWS];
+    for (int64_t row = part.begin; row < part.end; row += ROWS) {
+        const int n = static_cast<int>(part.end - row < ROWS ? part.end - row : ROWS);
+        for (int r = 0; r < n; r++)
+            for (int m = 0; m < M; m++) sums[r][m] = splat(0.0f);
+        for (int64_t b = 0; b < x.blocks; b += x.chunk) {
+            const int64_t end = b + x.chunk < x.blocks ? b + x.chunk : x.blocks, ahead = 1 + AHEAD_BYTES / ((end - b) * 64 + 1);
+            for (int r = 0; r < n; r++) {
+                spread_scales(w, w.scale, row + r, b * BLOCK, end * BLOCK, Seg::STEP, scales);
+                if (Form::COUNTS && w.zero) {
+                    spread_scales(w, w.zero, row + r, b * BLOCK, end * BLOCK, Seg::STEP, zeros);
+                    for (int64_t i = 0; i < (end - b) * BLOCK / Seg::STEP; i++) zeros[i] = first - zeros[i];
+                }
+                add_blocks<Form, Seg, M>(units, w.packed + (row + r) * bytes + b * 64, end - b, scales, zeros, x.x + b * BLOCK * M,
+                                         x.sums + b * BLOCK * M / Seg::COLUMNS * W, Ahead(w.packed, bytes, row + r + ahead, b, end), sums[r]);
+                if (units.saw_nan()) {
+                    for (int m = 0; m < M; m++) sums[r][m] = splat(std::numeric_limits<float>::quiet_NaN());
+                    units = Form(w);
+                }
+            }
         }
-        if (columns < w.k) dot_columns<CODES, M>(w, row, columns, w.k, rest - columns, w.k - columns, acc);
-        bool finite = true;
-        for (int m = 0; m < M; m++) finite = finite && std::isfinite(sum(add(acc[m], acc[M + m])));
-        if (!finite) {
-            // x is tame, so that only a scale or a zero can do this: multiplied late, it makes another NaN or infinity
-            for (F& v : acc) v = splat(0.0f);
-            dot_columns<CODES, M>(w, row, 0, w.k, natural + m0 * w.k, w.k, acc);
+        for (int r = 0; r < n; r++) {
+            F rest[2 * M];
+            for (F& v : rest) v = splat(0.0f);
+            if (columns < w.k) dot_columns<Form::CODES, M>(w, row + r, columns, w.k, x.rest - columns, w.k - columns, rest);
+            for (int m = 0; m < real; m++) {
+                results[m][r] = sum(fma(sums[r][m], splat(Form::RESULT), add(rest[m], rest[M + m])));
+                if (std::isfinite(results[m][r])) continue;
+                // x is tame, so that only a weight can do this: multiplied late, it makes another NaN or infinity
+                F again[2] = {splat(0.0f), splat(0.0f)};
+                dot_columns<Form::CODES, 1>(w, row + r, 0, w.k, x.natural + m * w.k, w.k, again);
+                results[m][r] = sum(add(again[0], again[1]));
+            }
         }
-        for (int m = 0; m < M; m++) put(a, m0 + m, row, sum(add(acc[m], acc[M + m])));
+        with_type(a.x_type, [&](auto type) {
+            for (int m = 0; m < real; m++)
+                for (int r = 0; r < n; r += W)
+                    put_vector<decltype(type)::type>(a, m0 + m, row + r, n - r < W ? n - r : W, load(results[m] + r), false);
+        });
     }
 }
 
-// False if these kernels do not take the call.
-inline bool gemv_blocks(const Linear& a) {
-    const Weight& w = a.w;
-    if (!evenly_spaced(w) || (w.codes == INT8 && w.zero) || (w.groups > 1 && w.group % UNIT != 0)) return false;
-    const int64_t block = 64 * (8 / bits_of(w.codes)), columns = w.k / block * block, behind = w.k - columns;
-    const float* natural = x_as_float(a, 0);
-    float* x = static_cast<float*>(scratch(1, a.m * columns * sizeof(float)));
-    float* rest = static_cast<float*>(scratch(2, a.m * behind * sizeof(float)));
-    for (int64_t m = 0; m < a.m; m++) {
-        const float* row = natural + m * w.k;
-        float most = 0.0f;
-        for (int64_t i = 0; i < columns; i += UNIT)
-            for (int64_t j = 0; j < UNIT; j++) {
-                const float v = row[i + j], size = std::fabs(v);
-                x[m * columns + i + (j % 4) * W + j / 4] = v;
-                most = size > most ? size : most;
-                if (size != size) return false;
+// `real` rows of x in the order of the kernel, and rows of zeros up to M.
+template <class Form, class Seg, int M>
+inline void order_x(const OrderedX& x, int64_t k, int real) {
+    constexpr int64_t BLOCK = 64 * Form::PLANES;
+    std::memset(x.x, 0, x.blocks * BLOCK * M * sizeof(float));
+    for (int64_t b = 0; b < x.blocks; b++) {
+        const int64_t c = b / x.chunk * x.chunk, ld = (x.blocks - c < x.chunk ? x.blocks - c : x.chunk) * BLOCK;
+        for (int m = 0; m < M; m++)
+            for (int p = 0; p < Form::PLANES; p++) {
+                const int64_t at = c * BLOCK * M + m * ld + (b - c) * BLOCK + p * 64;
+                const float* in = x.natural + m * k + b * BLOCK + p * 64;
+                float factor[4];
+                F ones[4 * Seg::UNITS];
+                for (int v = 0; v < 4; v++) factor[v] = X_FACTOR / static_cast<float>(1 << Form::shift_of(p, v));
+                for (int v = 0; v < 4 * Seg::UNITS; v++) ones[v] = splat(static_cast<float>(1 << Form::shift_of(p, v % 4)));
+                for (int u = 0; u < 64 && m < real; u += UNIT)
+                    for (int v = 0; v < 4; v++)
+                        for (int lane = 0; lane < W; lane++) x.x[at + u + v * W + lane] = in[u + Form::column_of(v, lane)] * factor[v];
+                for (int u = 0; u < 64 && Form::COUNTS; u += Seg::COLUMNS)
+                    store(x.sums + (at + u) / Seg::COLUMNS * W, chain<4 * Seg::UNITS>(ones, x.x + at + u));
             }
-        if (most >= 1.2676506e30f) return false;  // 2^100: a product could overflow before its scale brings it back
-        if (behind) std::memcpy(rest + m * behind, row + columns, behind * sizeof(float));
     }
-    parallel(a.threads, [&](int thread, int of) {
-        const Range part = share(w.n, 32, thread, of);
-        const auto run = [&](auto codes, auto rows, int64_t m) {
-            gemv_block_rows<decltype(codes)::codes, decltype(rows)::slot>(a, natural, x + m * columns, columns, rest + m * behind, m, part);
-        };
-        const auto all = [&](auto codes) {
-            int64_t m = 0;
-            for (; m + 4 <= a.m; m += 4) run(codes, Slot<4>{}, m);
-            for (; m + 2 <= a.m; m += 2) run(codes, Slot<2>{}, m);
-            if (m < a.m) run(codes, Slot<1>{}, m);
-        };
-        if (w.codes == INT8) all(Tag<INT8>{});
-        else if (w.codes == TABLE4) all(Tag<TABLE4>{});
-        else all(Tag<TABLE2>{});
-    });
-    return true;
 }

@@ -16,7 +16,10 @@ namespace {
 #include "quantize.h"
 #include "gemv.h"
 #include "gemm.h"
+#include "ahead.h"
+#include "words.h"
 #include "gemv_blocks.h"
+#include "gemv_forms.h"
 
 void linear(const Linear& a) {
     if (a.m > GEMV_ROWS) return gemm<DotF32>(a);
