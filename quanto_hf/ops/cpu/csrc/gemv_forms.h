@@ -2,10 +2,12 @@
 
 // Numbers whose products and sums stay in the range of float32 before the scale brings them back, as NaN does not.
 inline bool is_tame(const float* x, int64_t count) {
-    const F limit = splat(1.1529215e18f);  // 2^60, and X_FACTOR
+    const F limit = splat(1.0995116e12f);  // 2^40; the numbers of the kernels reach 2^31, x is multiplied with 2^28
     F wild = splat(0.0f);
-    for (int64_t i = 0; i < count; i += W)
-        wild = select_less(masked(loadn(x + i, count - i < W ? count - i : W), 0x7FFFFFFF), limit, wild, splat(1.0f));
+    const auto look = [&](F v) { wild = select_less(masked(v, 0x7FFFFFFF), limit, wild, splat(1.0f)); };
+    int64_t i = 0;
+    for (; i + W <= count; i += W) look(load(x + i));
+    if (i < count) look(loadn(x + i, count - i));
     return sum(wild) == 0.0f;
 }
 
@@ -14,16 +16,17 @@ inline void gemv_chunks(const Linear& a, const float* natural, int64_t m0, int r
     constexpr int64_t BLOCK = 64 * Form::PLANES, MOST = X_BYTES / (BLOCK * M * sizeof(float));
     const Weight& w = a.w;
     const int64_t blocks = w.k / BLOCK, columns = blocks * BLOCK, behind = w.k - columns;
-    OrderedX x;
-    x.blocks = blocks, x.chunk = blocks < MOST ? blocks : MOST, x.natural = natural + m0 * w.k;
-    x.x = static_cast<float*>(scratch(1, columns * M * sizeof(float)));
-    x.sums = static_cast<float*>(scratch(3, columns * M / Seg::COLUMNS * W * sizeof(float)));
-    float* rest = static_cast<float*>(scratch(2, behind * M * sizeof(float)));
-    std::memset(rest, 0, behind * M * sizeof(float));
-    for (int m = 0; m < real && behind; m++) std::memcpy(rest + m * behind, x.natural + m * w.k + columns, behind * sizeof(float));
-    x.rest = rest;
-    order_x<Form, Seg, M>(x, w.k, real);
+    natural += m0 * w.k;
     parallel(a.threads, [&](int thread, int of) {
+        // each thread has its own: the caches pass a line that another core wrote no faster than it is made again
+        OrderedX x;
+        x.blocks = blocks, x.chunk = blocks < MOST ? blocks : MOST, x.natural = natural;
+        x.x = static_cast<float*>(scratch(1, columns * M * sizeof(float)));
+        x.sums = static_cast<float*>(scratch(3, columns * M / Seg::COLUMNS * W * sizeof(float)));
+        x.rest = static_cast<float*>(scratch(2, behind * M * sizeof(float)));
+        std::memset(x.rest, 0, behind * M * sizeof(float));
+        for (int m = 0; m < real && behind; m++) std::memcpy(x.rest + m * behind, natural + m * w.k + columns, behind * sizeof(float));
+        order_x<Form, Seg, M>(x, w.k, real);
         gemv_block_rows<Form, Seg, M>(a, x, m0, real, share(w.n, 32, thread, of));
     });
 }
@@ -46,7 +49,7 @@ inline bool gemv_form(const Linear& a) {
     const Weight& w = a.w;
     if ((w.zero && !Form::COUNTS) || w.k < 64 * Form::PLANES) return false;
     const bool whole = w.groups == 1 || w.group % 64 == 0;
-    if (!whole && (w.group % 4 != 0 || is_half(FORM))) return false;
+    if (!whole && (w.group % 16 != 0 || is_half(FORM))) return false;
     const float* natural = x_as_float(a, 0);
     if (!is_tame(natural, a.m * w.k)) return false;
     if (whole) return gemv_rows_of_x<Form, Segment<64 / UNIT, false>>(a, natural), true;

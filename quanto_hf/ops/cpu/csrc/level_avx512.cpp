@@ -18,6 +18,7 @@ namespace {
 #include "gemm.h"
 #include "ahead.h"
 #include "words.h"
+#include "ordered_x.h"
 #include "gemv_blocks.h"
 #include "gemv_forms.h"
 

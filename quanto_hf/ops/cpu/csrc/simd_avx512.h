@@ -43,16 +43,22 @@ template <int SHIFT>
 inline I words_right(I words) { return _mm512_srli_epi32(words, SHIFT); }
 inline I words_and(I words, uint32_t bits) { return _mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(bits))); }
 inline I no_bits() { return _mm512_setzero_si512(); }
-template <int BYTE>
-inline I signed_byte(I words) { return _mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * BYTE), 24); }
+template <int SHIFT>
+inline I words_left(I words) { return _mm512_slli_epi32(words, SHIFT); }
 inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }
 inline I to_int(F v) { return _mm512_cvtps_epi32(v); }
 // the low bytes of the lanes
 inline void storen_bytes(uint8_t* p, I v, int64_t n) { _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(v)); }
 inline Table load_table(const float* p) { return _mm512_loadu_ps(p); }
 inline F lookup(Table table, I index) { return _mm512_permutexvar_ps(index, table); }
-template <int SHIFT>
-inline F lookup_word(Table table, I words) { return lookup(table, _mm512_srli_epi32(words, SHIFT)); }  // it looks at 4 bits
+using WordTable = Table;
+constexpr bool LOOKUP_IN_ORDER = false;
+inline WordTable load_word_table(const float* p) { return load_table(p); }
+template <int PLANE>
+inline void lookup_words(WordTable table, I words, F* out) {  // the permutation looks at 4 bits
+    out[0] = lookup(table, _mm512_srli_epi32(words, 4 * PLANE)), out[1] = lookup(table, _mm512_srli_epi32(words, 8 + 4 * PLANE));
+    out[2] = lookup(table, _mm512_srli_epi32(words, 16 + 4 * PLANE)), out[3] = lookup(table, _mm512_srli_epi32(words, 24 + 4 * PLANE));
+}
 
 inline F from_half(__m256i h) { return _mm512_cvtph_ps(h); }
 inline F e5m2(I v) { return from_half(_mm512_cvtepi32_epi16(_mm512_slli_epi32(v, 8))); }
