@@ -18,7 +18,7 @@ inline void add_blocks(Form& units, const uint8_t* codes, int64_t blocks, const 
     for (int m = 0; m < M && KEPT; m++) acc[m] = load(sums + m * W);
     for (int64_t b = 0; b < blocks; b++, codes += 64) {
         ahead.step();
-        const auto plane = [&](auto tag) {
+        for_each_plane<Form::PLANES>([&](auto tag) {
             for (int at = 0; at < 64; at += Seg::COLUMNS) {
                 F w[VECTORS];
                 for (int u = 0; u < Seg::UNITS; u++) units.template numbers<decltype(tag)::slot>(codes + at + u * UNIT, w + 4 * u);
@@ -32,32 +32,33 @@ inline void add_blocks(Form& units, const uint8_t* codes, int64_t blocks, const 
                 x += Seg::COLUMNS, scales += Seg::SCALES;
                 if (Form::COUNTS) zeros += Seg::SCALES, x_sums += W;
             }
-        };
-        for_each_plane<Form::PLANES>(plane);
+        });
     }
     for (int m = 0; m < M && KEPT; m++) store(sums + m * W, acc[m]);
 }
 
-// The scales (or zeros) of the columns [from, to) of a row, one for every `step` columns.
+// The scales (or zeros) of the columns [from, to) of a row, one for every `step` columns. Up to W more may be written.
 inline void spread_scales(const Weight& w, const void* p, int64_t row, int64_t from, int64_t to, int64_t step, float* out) {
-    const int64_t count = (to - from) / step, g0 = w.groups == 1 ? 0 : from / w.group;
+    const int64_t count = (to - from) / step;
     if (w.groups == 1) return (void)std::fill_n(out, count, half_value(p, row, w.scale_type));
-    const int64_t g1 = (to - 1) / w.group + 1;
+    const int64_t g0 = from / w.group, g1 = (to - 1) / w.group + 1;
     if (w.group == step) return load_scales(p, w.scale_type, row * w.groups + g0, row * w.groups + g1, out);
     float* each = static_cast<float*>(scratch(5, (g1 - g0) * sizeof(float)));
     load_scales(p, w.scale_type, row * w.groups + g0, row * w.groups + g1, each);
-    int64_t column = from;
-    for (int64_t g = g0; g < g1; g++)
-        for (const int64_t end = (g + 1) * w.group < to ? (g + 1) * w.group : to; column < end; column += step) *out++ = each[g - g0];
+    for (int64_t g = g0, column = from; g < g1; g++) {
+        const int64_t end = (g + 1) * w.group < to ? (g + 1) * w.group : to, copies = (end - column) / step;
+        for (int64_t i = 0; i < copies; i += W) store(out + i, splat(each[g - g0]));
+        out += copies, column = end;
+    }
 }
 
 template <class Form, class Seg, int M>
-inline void gemv_block_rows(const Linear& a, const OrderedX& x, int64_t m0, int real, Range part) {
+inline void gemv_block_rows(const Linear& a, const OrderedX& x, Range part) {
     constexpr int64_t BLOCK = 64 * Form::PLANES;
     const Weight& w = a.w;
     const int64_t bytes = row_bytes(Form::CODES, w.k), columns = x.blocks * BLOCK, entries = x.chunk * BLOCK / Seg::STEP;
-    float* scales = static_cast<float*>(scratch(4, 2 * entries * sizeof(float)));
-    float* zeros = scales + entries;
+    float* scales = static_cast<float*>(scratch(4, 2 * (entries + W) * sizeof(float)));
+    float* zeros = scales + entries + W;
     const float first = Form::COUNTS ? w.table[0] : 0.0f;
     if (Form::COUNTS && !w.zero) std::fill_n(zeros, entries, first);
     Form units(w);
@@ -65,10 +66,10 @@ inline void gemv_block_rows(const Linear& a, const OrderedX& x, int64_t m0, int 
     alignas(64) float results[M][ROWS];
     for (int64_t row = part.begin; row < part.end; row += ROWS) {
         const int n = static_cast<int>(part.end - row < ROWS ? part.end - row : ROWS);
-        for (int r = 0; r < n; r++)
-            std::fill_n(sums[r], M * W, 0.0f);
+        std::fill_n(sums[0], n * M * W, 0.0f);
         for (int64_t b = 0; b < x.blocks; b += x.chunk) {
-            const int64_t end = b + x.chunk < x.blocks ? b + x.chunk : x.blocks, ahead = 1 + AHEAD_BYTES / ((end - b) * 64 + 1);
+            const int64_t end = b + x.chunk < x.blocks ? b + x.chunk : x.blocks;
+            const int64_t ahead = 1 + AHEAD_BYTES / ((end - b) * 64 + 1);  // rows
             for (int r = 0; r < n; r++) {
                 spread_scales(w, w.scale, row + r, b * BLOCK, end * BLOCK, Seg::STEP, scales);
                 if (Form::COUNTS && w.zero) {
@@ -76,7 +77,8 @@ inline void gemv_block_rows(const Linear& a, const OrderedX& x, int64_t m0, int 
                     for (int64_t i = 0; i < (end - b) * BLOCK / Seg::STEP; i++) zeros[i] = first - zeros[i];
                 }
                 add_blocks<Form, Seg, M>(units, w.packed + (row + r) * bytes + b * 64, end - b, scales, zeros, x.x + b * BLOCK * M,
-                                         x.sums + b * BLOCK * M / Seg::COLUMNS * W, Ahead(w.packed, bytes, row + r + ahead, b, end), sums[r]);
+                                         x.sums + b * BLOCK * M / Seg::COLUMNS * W,
+                                         Ahead(w.packed, bytes, row + r + ahead, b, end), sums[r]);
                 if (units.saw_nan()) {
                     std::fill_n(sums[r], M * W, std::numeric_limits<float>::quiet_NaN());
                     units = Form(w);
@@ -87,7 +89,7 @@ inline void gemv_block_rows(const Linear& a, const OrderedX& x, int64_t m0, int 
             F rest[2 * M];
             for (F& v : rest) v = splat(0.0f);
             if (columns < w.k) dot_columns<Form::CODES, M>(w, row + r, columns, w.k, x.rest - columns, w.k - columns, rest);
-            for (int m = 0; m < real; m++) {
+            for (int m = 0; m < a.m; m++) {
                 results[m][r] = sum(fma(load(sums[r] + m * W), splat(Form::RESULT), add(rest[m], rest[M + m])));
                 if (std::isfinite(results[m][r])) continue;
                 // x is tame, so that only a weight can do this: multiplied late, it makes another NaN or infinity
@@ -97,9 +99,9 @@ inline void gemv_block_rows(const Linear& a, const OrderedX& x, int64_t m0, int 
             }
         }
         with_type(a.x_type, [&](auto type) {
-            for (int m = 0; m < real; m++)
+            for (int m = 0; m < a.m; m++)
                 for (int r = 0; r < n; r += W)
-                    put_vector<decltype(type)::type>(a, m0 + m, row + r, n - r < W ? n - r : W, load(results[m] + r), false);
+                    put_vector<decltype(type)::type>(a, m, row + r, n - r < W ? n - r : W, load(results[m] + r), false);
         });
     }
 }

@@ -12,11 +12,10 @@ inline bool is_tame(const float* x, int64_t count) {
 }
 
 template <class Form, class Seg, int M>
-inline void gemv_chunks(const Linear& a, const float* natural, int64_t m0, int real) {
+inline void gemv_chunks(const Linear& a, const float* natural) {
     constexpr int64_t BLOCK = 64 * Form::PLANES, MOST = X_BYTES / (BLOCK * M * sizeof(float));
     const Weight& w = a.w;
     const int64_t blocks = w.k / BLOCK, columns = blocks * BLOCK, behind = w.k - columns;
-    natural += m0 * w.k;
     parallel(a.threads, [&](int thread, int of) {
         // each thread has its own: the caches pass a line that another core wrote no faster than it is made again
         OrderedX x;
@@ -24,22 +23,20 @@ inline void gemv_chunks(const Linear& a, const float* natural, int64_t m0, int r
         x.x = static_cast<float*>(scratch(1, columns * M * sizeof(float)));
         x.sums = static_cast<float*>(scratch(3, columns * M / Seg::COLUMNS * W * sizeof(float)));
         x.rest = static_cast<float*>(scratch(2, behind * M * sizeof(float)));
-        std::memset(x.rest, 0, behind * M * sizeof(float));
-        for (int m = 0; m < real && behind; m++) std::memcpy(x.rest + m * behind, natural + m * w.k + columns, behind * sizeof(float));
-        order_x<Form, Seg, M>(x, w.k, real);
-        gemv_block_rows<Form, Seg, M>(a, x, m0, real, share(w.n, 32, thread, of));
+        for (int64_t i = 0; i < behind * M; i++)
+            x.rest[i] = i < behind * a.m ? natural[i / behind * w.k + columns + i % behind] : 0.0f;
+        order_x<Form, Seg, M>(x, w.k, a.m);
+        gemv_block_rows<Form, Seg, M>(a, x, share(w.n, 32, thread, of));
     });
 }
 
 template <class Form, class Seg>
 inline void gemv_rows_of_x(const Linear& a, const float* natural) {
-    for (int64_t m = 0; m < a.m; m += 8) {
-        const int real = static_cast<int>(a.m - m < 8 ? a.m - m : 8);
-        if (real == 1) gemv_chunks<Form, Seg, 1>(a, natural, m, real);
-        else if (real == 2) gemv_chunks<Form, Seg, 2>(a, natural, m, real);
-        else if (real <= 4) gemv_chunks<Form, Seg, 4>(a, natural, m, real);
-        else gemv_chunks<Form, Seg, 8>(a, natural, m, real);
-    }
+    static_assert(GEMV_ROWS <= 8, "rows of x are handled at once");
+    if (a.m == 1) gemv_chunks<Form, Seg, 1>(a, natural);
+    else if (a.m == 2) gemv_chunks<Form, Seg, 2>(a, natural);
+    else if (a.m <= 4) gemv_chunks<Form, Seg, 4>(a, natural);
+    else gemv_chunks<Form, Seg, 8>(a, natural);
 }
 
 // False if these kernels do not take the call.

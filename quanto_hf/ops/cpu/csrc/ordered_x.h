@@ -18,8 +18,8 @@ struct OrderedX {
 };
 
 // The products of VECTORS vectors of weights with a row of x, in CHAINS sums side by side: a processor holds about 64
-// operations that wait, and one chain of 8 multiply-adds, each 4 cycles long, fills them with operations of one row.
-constexpr int chains(int vectors, int rows) { return rows == 1 ? vectors / 2 : 2; }
+// operations that wait, and with one chain of 8 multiply-adds, each 4 cycles long, those of one row leave it idle.
+constexpr int chains(int vectors, int rows) { return rows == 1 ? vectors / 2 : vectors / 4; }
 
 template <int VECTORS, int CHAINS>
 inline F product(const F* w, const float* x) {
@@ -31,15 +31,15 @@ inline F product(const F* w, const float* x) {
     return sums[0];
 }
 
-// `real` rows of x in the order of the kernel, and rows of zeros up to M.
+// `rows` rows of x in the order of the kernel, and rows of zeros up to M.
 template <class Form, class Seg, int M>
-inline void order_x(const OrderedX& x, int64_t k, int real) {
+inline void order_x(const OrderedX& x, int64_t k, int64_t rows) {
     constexpr int64_t BLOCK = 64 * Form::PLANES;
     constexpr int VECTORS = 4 * Seg::UNITS;
     for (int64_t from = 0; from < x.blocks; from += x.chunk) {
         const int64_t count = x.blocks - from < x.chunk ? x.blocks - from : x.chunk, ld = count * BLOCK;
         float *out = x.x + from * BLOCK * M, *sums = x.sums + from * BLOCK * M / Seg::COLUMNS * W;
-        for (int m = 0; m < real; m++, out += ld, sums += ld / Seg::COLUMNS * W)
+        for (int m = 0; m < rows; m++, out += ld, sums += ld / Seg::COLUMNS * W)
             for (int64_t b = 0; b < count; b++)
                 for_each_plane<Form::PLANES>([&](auto tag) {
                     constexpr int PLANE = decltype(tag)::slot;
@@ -53,7 +53,7 @@ inline void order_x(const OrderedX& x, int64_t k, int real) {
                             store(sums + u / Seg::COLUMNS * W, product<VECTORS, chains(VECTORS, M)>(ones, out + u));
                     }
                 });
-        std::memset(out, 0, (M - real) * ld * sizeof(float));
-        std::memset(sums, 0, (M - real) * ld / Seg::COLUMNS * W * sizeof(float));
+        std::memset(out, 0, (M - rows) * ld * sizeof(float));
+        std::memset(sums, 0, (M - rows) * ld / Seg::COLUMNS * W * sizeof(float));
     }
 }
