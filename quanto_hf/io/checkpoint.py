@@ -25,7 +25,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 # the names of dtypes in the headers of safetensors files
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class CheckpointError(ValueError):

@@ -453,7 +453,7 @@ int main(int count, char** arguments) {
     std::printf("\n");
     std::fflush(stdout);
 
-    const int64_t GROUPS[] = {-1, 32, 64, 96, 7};
+    const int64_t GROUPS[] = {-1, 32, 64, 96, 16, 7};
     const int64_t K_VALUES[] = {1, 13, 200, 512, 640, 1000};
     const int64_t N_VALUES[] = {1, 13, 200, 512, 640, 1000}, N_SMALL[] = {1, 13, 45, 101};
     int turn = 0;

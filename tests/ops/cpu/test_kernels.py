@@ -20,7 +20,7 @@ from quanto_hf.schemes import make_scheme
 
 pytestmark = needs_native
 
-GROUP_SIZES = (-1, 32, 64, 128, 96, 7)
+GROUP_SIZES = (-1, 32, 64, 128, 96, 16, 7)
 ALL_KINDS = [
     Kind(name, group_size, asymmetric)
     for name, number in QTYPES.items()
@@ -288,6 +288,16 @@ def test_nan_and_infinity_in_the_input(level: str, kind: Kind, dtype: torch.dtyp
     bias = torch.randn(n).to(dtype)
     bias[0], bias[2], bias[-1] = SPECIALS
     check_classes(weight, x, bias)
+
+
+@every_float
+@pytest.mark.parametrize("qtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_nan_and_infinity_in_the_codes(level: str, qtype: str, dtype: torch.dtype):
+    weight, x = make_weight(Kind(qtype, -1), 33, 513), random_x(20, 513, dtype)
+    infinities = (0x7F, 0xFF) if qtype == "float8_e4m3fn" else (0x7C, 0xFC)  # e4m3 has none, but another NaN
+    for code, row, column in zip((0x7F, 0xFF, *infinities) * 2, range(0, 32, 4), (0, 1, 31, 63, 64, 300, 511, 512)):
+        weight.packed[row, column] = code
+    check_classes(weight, x)
 
 
 @every_kind

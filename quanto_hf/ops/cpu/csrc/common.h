@@ -3,6 +3,7 @@
 // is compiled for AVX-512 must never be the copy that the linker keeps for older processors.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstddef>

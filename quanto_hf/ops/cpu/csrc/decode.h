@@ -118,10 +118,9 @@ inline void with_type(int type, const Run& run) {
 // Scales [from, to) of a tensor, as float.
 inline void load_scales(const void* p, int type, int64_t from, int64_t to, float* out) {
     with_type(type, [&](auto tag) {
-        for (int64_t i = from; i < to; i += W) {
-            const int64_t n = to - i < W ? to - i : W;
-            storen(out + i - from, loadn_as<decltype(tag)::type>(p, i, n), n);
-        }
+        int64_t i = from;
+        for (; i + W <= to; i += W) store(out + i - from, loadn_as<decltype(tag)::type>(p, i, W));
+        if (i < to) storen(out + i - from, loadn_as<decltype(tag)::type>(p, i, to - i), to - i);
     });
 }
 

@@ -1,118 +1,107 @@
-// Few rows of x against whole blocks of evenly spaced codes (int8, int4, int2), in float32: four bytes of codes per lane
-// are taken apart by shifts, where a load per byte and a table take three times as long. Included inside the namespace
-// of a level for x86.
+// Few rows of x against whole blocks of codes, in float32: the numbers of the codes are multiplied with x, and the scale
+// multiplies the sums of a segment, which lies inside one group. Included inside the namespace of a level for x86.
 //
-// A unit is 4 * W columns of a plane. Lane l holds its bytes 4 l to 4 l + 3, so x has the order
-// [unit][byte in the lane][lane]. The scale multiplies the sum of a unit, and a unit lies inside one group.
+// sum((number - zero) * scale * x) = scale * (sum(number * x) - zero * sum(x)). The sums of x are made in the same order,
+// lane by lane: where all codes stand for the zero, and it is a power of two, the difference is 0 to the bit.
 
-constexpr int64_t UNIT = 4 * W, AHEAD_BYTES = 4096;
+constexpr int64_t AHEAD_BYTES = 4096;  // codes are asked for so many bytes before they are used
+constexpr int ROWS = 16;               // of the weight, before the next columns of x
 
-// Whether codes stand for numbers that are 1 apart; int8 has no table.
-inline bool evenly_spaced(const Weight& w) {
-    if (w.codes == INT8) return true;
-    if (w.codes != TABLE4 && w.codes != TABLE2) return false;
-    for (int i = 1; i < 1 << bits_of(w.codes); i++)
-        if (w.table[i] != w.table[0] + static_cast<float>(i)) return false;
-    return true;
-}
-
-template <int CODES, int PLANE, int BYTE>
-inline F code_of_word(I words) {
-    if constexpr (CODES == INT8) return to_float(signed_byte<BYTE>(words));
-    else return to_float(field_of_word<bits_of(CODES), 8 * BYTE + PLANE * bits_of(CODES)>(words));
-}
-
-template <int CODES, int PLANE, int M>
-inline void unit_sums(I words, F zero, F scale, const float* x, int64_t ld, F* acc) {
-    const auto shifted = [&](F code) { return CODES == INT8 ? code : sub(code, zero); };  // int8 has no zero here
-    const F w0 = shifted(code_of_word<CODES, PLANE, 0>(words)), w1 = shifted(code_of_word<CODES, PLANE, 1>(words));
-    const F w2 = shifted(code_of_word<CODES, PLANE, 2>(words)), w3 = shifted(code_of_word<CODES, PLANE, 3>(words));
-    for (int m = 0; m < M; m++) {
-        const float* v = x + m * ld;
-        const F low = fma(w1, load(v + W), mul(w0, load(v))), high = fma(w3, load(v + 3 * W), mul(w2, load(v + 2 * W)));
-        acc[m] = fma(add(low, high), scale, acc[m]);
-    }
-}
-
-template <int CODES, int M>
-inline void gemv_block_rows(const Linear& a, const float* natural, const float* x, int64_t ld, const float* rest, int64_t m0, Range part) {
-    constexpr int PLANES = 8 / bits_of(CODES), UNITS = static_cast<int>(64 / UNIT);
-    const Weight& w = a.w;
-    const int64_t whole = w.k / (64 * PLANES), columns = whole * 64 * PLANES, bytes = row_bytes(CODES, w.k);
-    const int64_t per_group = w.groups == 1 ? int64_t(1) << 40 : w.group / UNIT, width = round_up(w.groups, W);
-    const float offset = CODES == INT8 ? 0.0f : w.table[0];  // a code is the value of its number plus this
-    float* scales = static_cast<float*>(scratch(4, 2 * width * sizeof(float)));
-    float* zeros = scales + width;
-    for (int64_t row = part.begin; row < part.end; row++) {
-        load_scales(w.scale, w.scale_type, row * w.groups, (row + 1) * w.groups, scales);
-        if (w.zero) load_scales(w.zero, w.scale_type, row * w.groups, (row + 1) * w.groups, zeros);
-        for (int64_t g = 0; g < w.groups; g++) zeros[g] = (w.zero ? zeros[g] : 0.0f) - offset;
-        F acc[2 * M];
-        for (F& v : acc) v = splat(0.0f);
-        const uint8_t* packed = w.packed + row * bytes;
-        int64_t g = 0, left = per_group;
-        for (int64_t b = 0; b < whole; b++) {
-            _mm_prefetch(reinterpret_cast<const char*>(packed + b * 64 + AHEAD_BYTES), _MM_HINT_T0);
-            const auto plane = [&](auto tag) {
-                constexpr int P = decltype(tag)::slot;
-                for (int u = 0; u < UNITS; u++) {
-                    if (left == 0) g++, left = per_group;
-                    left--;
-                    unit_sums<CODES, P, M>(load_words(packed + b * 64 + u * UNIT), splat(zeros[g]), splat(scales[g]),
-                                           x + ((b * PLANES + P) * UNITS + u) * UNIT, ld, acc + (u & 1) * M);
+// sums[m] += blocks of one row of the weight times a chunk of M rows of x.
+template <class Form, class Seg, int M>
+inline void add_blocks(Form& units, const uint8_t* codes, int64_t blocks, const float* scales, const float* zeros, const float* x,
+                       const float* x_sums, Ahead ahead, float* sums) {
+    constexpr int VECTORS = 4 * Seg::UNITS;
+    const int64_t ld = blocks * 64 * Form::PLANES, sums_ld = ld / Seg::COLUMNS * W;
+    constexpr bool KEPT = M <= 4;  // more sums do not fit into 16 registers, and stay in memory
+    F acc[M];
+    for (int m = 0; m < M && KEPT; m++) acc[m] = load(sums + m * W);
+    for (int64_t b = 0; b < blocks; b++, codes += 64) {
+        ahead.step();
+        for_each_plane<Form::PLANES>([&](auto tag) {
+            for (int at = 0; at < 64; at += Seg::COLUMNS) {
+                F w[VECTORS];
+                for (int u = 0; u < Seg::UNITS; u++) units.template numbers<decltype(tag)::slot>(codes + at + u * UNIT, w + 4 * u);
+                const F scale = Seg::LANES ? load(scales) : splat(*scales);
+                for (int m = 0; m < M; m++) {
+                    F sum = product<VECTORS, chains(VECTORS, M)>(w, x + m * ld);
+                    if (Form::COUNTS) sum = fma(Seg::LANES ? load(zeros) : splat(*zeros), load(x_sums + m * sums_ld), sum);
+                    if (KEPT) acc[m] = fma(sum, scale, acc[m]);
+                    else store(sums + m * W, fma(sum, scale, load(sums + m * W)));
                 }
-            };
-            plane(Slot<0>{});
-            if constexpr (PLANES > 1) plane(Slot<1>{});
-            if constexpr (PLANES > 2) plane(Slot<2>{}), plane(Slot<3>{});
-        }
-        if (columns < w.k) dot_columns<CODES, M>(w, row, columns, w.k, rest - columns, w.k - columns, acc);
-        bool finite = true;
-        for (int m = 0; m < M; m++) finite = finite && std::isfinite(sum(add(acc[m], acc[M + m])));
-        if (!finite) {
-            // x is tame, so that only a scale or a zero can do this: multiplied late, it makes another NaN or infinity
-            for (F& v : acc) v = splat(0.0f);
-            dot_columns<CODES, M>(w, row, 0, w.k, natural + m0 * w.k, w.k, acc);
-        }
-        for (int m = 0; m < M; m++) put(a, m0 + m, row, sum(add(acc[m], acc[M + m])));
+                x += Seg::COLUMNS, scales += Seg::SCALES;
+                if (Form::COUNTS) zeros += Seg::SCALES, x_sums += W;
+            }
+        });
+    }
+    for (int m = 0; m < M && KEPT; m++) store(sums + m * W, acc[m]);
+}
+
+// The scales (or zeros) of the columns [from, to) of a row, one for every `step` columns. Up to W more may be written.
+inline void spread_scales(const Weight& w, const void* p, int64_t row, int64_t from, int64_t to, int64_t step, float* out) {
+    const int64_t count = (to - from) / step;
+    if (w.groups == 1) return (void)std::fill_n(out, count, half_value(p, row, w.scale_type));
+    const int64_t g0 = from / w.group, g1 = (to - 1) / w.group + 1;
+    if (w.group == step) return load_scales(p, w.scale_type, row * w.groups + g0, row * w.groups + g1, out);
+    float* each = static_cast<float*>(scratch(5, (g1 - g0) * sizeof(float)));
+    load_scales(p, w.scale_type, row * w.groups + g0, row * w.groups + g1, each);
+    for (int64_t g = g0, column = from; g < g1; g++) {
+        const int64_t end = (g + 1) * w.group < to ? (g + 1) * w.group : to, copies = (end - column) / step;
+        for (int64_t i = 0; i < copies; i += W) store(out + i, splat(each[g - g0]));
+        out += copies, column = end;
     }
 }
 
-// False if these kernels do not take the call.
-inline bool gemv_blocks(const Linear& a) {
+template <class Form, class Seg, int M>
+inline void gemv_block_rows(const Linear& a, const OrderedX& x, Range part) {
+    constexpr int64_t BLOCK = 64 * Form::PLANES;
     const Weight& w = a.w;
-    if (!evenly_spaced(w) || (w.codes == INT8 && w.zero) || (w.groups > 1 && w.group % UNIT != 0)) return false;
-    const int64_t block = 64 * (8 / bits_of(w.codes)), columns = w.k / block * block, behind = w.k - columns;
-    const float* natural = x_as_float(a, 0);
-    float* x = static_cast<float*>(scratch(1, a.m * columns * sizeof(float)));
-    float* rest = static_cast<float*>(scratch(2, a.m * behind * sizeof(float)));
-    for (int64_t m = 0; m < a.m; m++) {
-        const float* row = natural + m * w.k;
-        float most = 0.0f;
-        for (int64_t i = 0; i < columns; i += UNIT)
-            for (int64_t j = 0; j < UNIT; j++) {
-                const float v = row[i + j], size = std::fabs(v);
-                x[m * columns + i + (j % 4) * W + j / 4] = v;
-                most = size > most ? size : most;
-                if (size != size) return false;
+    const int64_t bytes = row_bytes(Form::CODES, w.k), columns = x.blocks * BLOCK, entries = x.chunk * BLOCK / Seg::STEP;
+    float* scales = static_cast<float*>(scratch(4, 2 * (entries + W) * sizeof(float)));
+    float* zeros = scales + entries + W;
+    const float first = Form::COUNTS ? w.table[0] : 0.0f;
+    if (Form::COUNTS && !w.zero) std::fill_n(zeros, entries, first);
+    Form units(w);
+    alignas(64) float sums[ROWS][M * W];
+    alignas(64) float results[M][ROWS];
+    for (int64_t row = part.begin; row < part.end; row += ROWS) {
+        const int n = static_cast<int>(part.end - row < ROWS ? part.end - row : ROWS);
+        std::fill_n(sums[0], n * M * W, 0.0f);
+        for (int64_t b = 0; b < x.blocks; b += x.chunk) {
+            const int64_t end = b + x.chunk < x.blocks ? b + x.chunk : x.blocks;
+            const int64_t ahead = 1 + AHEAD_BYTES / ((end - b) * 64 + 1);  // rows
+            for (int r = 0; r < n; r++) {
+                spread_scales(w, w.scale, row + r, b * BLOCK, end * BLOCK, Seg::STEP, scales);
+                if (Form::COUNTS && w.zero) {
+                    spread_scales(w, w.zero, row + r, b * BLOCK, end * BLOCK, Seg::STEP, zeros);
+                    for (int64_t i = 0; i < (end - b) * BLOCK / Seg::STEP; i++) zeros[i] = first - zeros[i];
+                }
+                add_blocks<Form, Seg, M>(units, w.packed + (row + r) * bytes + b * 64, end - b, scales, zeros, x.x + b * BLOCK * M,
+                                         x.sums + b * BLOCK * M / Seg::COLUMNS * W,
+                                         Ahead(w.packed, bytes, row + r + ahead, b, end), sums[r]);
+                if (units.saw_nan()) {
+                    std::fill_n(sums[r], M * W, std::numeric_limits<float>::quiet_NaN());
+                    units = Form(w);
+                }
             }
-        if (most >= 1.2676506e30f) return false;  // 2^100: a product could overflow before its scale brings it back
-        if (behind) std::memcpy(rest + m * behind, row + columns, behind * sizeof(float));
+        }
+        for (int r = 0; r < n; r++) {
+            F rest[2 * M];
+            for (F& v : rest) v = splat(0.0f);
+            if (columns < w.k) dot_columns<Form::CODES, M>(w, row + r, columns, w.k, x.rest - columns, w.k - columns, rest);
+            for (int m = 0; m < a.m; m++) {
+                results[m][r] = sum(fma(load(sums[r] + m * W), splat(Form::RESULT), add(rest[m], rest[M + m])));
+                if (std::isfinite(results[m][r])) continue;
+                // x is tame, so that only a weight can do this: multiplied late, it makes another NaN or infinity
+                F again[2] = {splat(0.0f), splat(0.0f)};
+                dot_columns<Form::CODES, 1>(w, row + r, 0, w.k, x.natural + m * w.k, w.k, again);
+                results[m][r] = sum(add(again[0], again[1]));
+            }
+        }
+        with_type(a.x_type, [&](auto type) {
+            for (int m = 0; m < a.m; m++)
+                for (int r = 0; r < n; r += W)
+                    put_vector<decltype(type)::type>(a, m, row + r, n - r < W ? n - r : W, load(results[m] + r), false);
+        });
     }
-    parallel(a.threads, [&](int thread, int of) {
-        const Range part = share(w.n, 32, thread, of);
-        const auto run = [&](auto codes, auto rows, int64_t m) {
-            gemv_block_rows<decltype(codes)::codes, decltype(rows)::slot>(a, natural, x + m * columns, columns, rest + m * behind, m, part);
-        };
-        const auto all = [&](auto codes) {
-            int64_t m = 0;
-            for (; m + 4 <= a.m; m += 4) run(codes, Slot<4>{}, m);
-            for (; m + 2 <= a.m; m += 2) run(codes, Slot<2>{}, m);
-            if (m < a.m) run(codes, Slot<1>{}, m);
-        };
-        if (w.codes == INT8) all(Tag<INT8>{});
-        else if (w.codes == TABLE4) all(Tag<TABLE4>{});
-        else all(Tag<TABLE2>{});
-    });
-    return true;
 }

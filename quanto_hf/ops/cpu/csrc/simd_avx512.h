@@ -41,8 +41,6 @@ inline I field(I bytes, int shift) {
     return _mm512_and_si512(_mm512_srl_epi32(bytes, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32((1 << BITS) - 1));
 }
 inline I load_words(const uint8_t* p) { return _mm512_loadu_si512((const __m512i*)p); }
-template <int BITS, int SHIFT>
-inline I field_of_word(I words) { return _mm512_and_si512(_mm512_srli_epi32(words, SHIFT), _mm512_set1_epi32((1 << BITS) - 1)); }
 template <int BITS>
 inline I field_of_bytes(I words, int shift) {
     return _mm512_and_si512(_mm512_srli_epi32(words, shift), _mm512_set1_epi8((1 << BITS) - 1));
@@ -57,14 +55,26 @@ inline I words_of_pairs(I pairs, I start) { return _mm512_add_epi32(_mm512_madd_
 inline I widen_bytes(const uint8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
 inline I multiply_pairs(I a, I b) { return _mm512_madd_epi16(a, b); }
 inline I add_words(I a, I b) { return _mm512_add_epi32(a, b); }
-template <int BYTE>
-inline I signed_byte(I words) { return _mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * BYTE), 24); }
+template <int SHIFT>
+inline I words_right(I words) { return _mm512_srli_epi32(words, SHIFT); }
+inline I words_and(I words, uint32_t bits) { return _mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(bits))); }
+inline I no_bits() { return _mm512_setzero_si512(); }
+template <int SHIFT>
+inline I words_left(I words) { return _mm512_slli_epi32(words, SHIFT); }
 inline F to_float(I v) { return _mm512_cvtepi32_ps(v); }
 inline I to_int(F v) { return _mm512_cvtps_epi32(v); }
 // the low bytes of the lanes
 inline void storen_bytes(uint8_t* p, I v, int64_t n) { _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(v)); }
 inline Table load_table(const float* p) { return _mm512_loadu_ps(p); }
 inline F lookup(Table table, I index) { return _mm512_permutexvar_ps(index, table); }
+using WordTable = Table;
+constexpr bool LOOKUP_IN_ORDER = false;
+inline WordTable load_word_table(const float* p) { return load_table(p); }
+template <int PLANE>
+inline void lookup_words(WordTable table, I words, F* out) {  // the permutation looks at 4 bits
+    out[0] = lookup(table, _mm512_srli_epi32(words, 4 * PLANE)), out[1] = lookup(table, _mm512_srli_epi32(words, 8 + 4 * PLANE));
+    out[2] = lookup(table, _mm512_srli_epi32(words, 16 + 4 * PLANE)), out[3] = lookup(table, _mm512_srli_epi32(words, 24 + 4 * PLANE));
+}
 
 inline F from_half(__m256i h) { return _mm512_cvtph_ps(h); }
 inline F e5m2(I v) { return from_half(_mm512_cvtepi32_epi16(_mm512_slli_epi32(v, 8))); }
@@ -77,6 +87,23 @@ inline F e4m3(I v) {
     const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7F));
     return _mm512_mask_mov_ps(value, nan, splat(std::numeric_limits<float>::quiet_NaN()));
 }
+
+// The float8 of a register, as halves: those of the even and of the odd bytes of its lower half, then of its upper.
+inline void split_halves(I even, I odd, F* out) {
+    out[0] = from_half(_mm512_castsi512_si256(even)), out[1] = from_half(_mm512_castsi512_si256(odd));
+    out[2] = from_half(_mm512_extracti64x4_epi64(even, 1)), out[3] = from_half(_mm512_extracti64x4_epi64(odd, 1));
+}
+inline void e5m2_words(I words, F* out) {
+    split_halves(_mm512_slli_epi16(words, 8), _mm512_and_si512(words, _mm512_set1_epi16(static_cast<int16_t>(0xFF00))), out);
+}
+inline void e4m3_words(I words, F* out) {  // divided by 256, and NaN as a number: see above, and e4m3_saw_nan
+    const I bits = _mm512_set1_epi16(static_cast<int16_t>(0xBF80));  // the shift doubles the sign
+    split_halves(_mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(words, 8), 1), bits),
+                 _mm512_and_si512(_mm512_srai_epi16(words, 1), bits), out);
+}
+// The largest magnitudes that were seen, doubled.
+inline I e4m3_seen(I seen, I words) { return _mm512_max_epu8(seen, _mm512_add_epi8(words, words)); }
+inline bool e4m3_saw_nan(I seen) { return _mm512_cmpeq_epi8_mask(seen, _mm512_set1_epi8(static_cast<char>(0xFE))) != 0; }
 
 inline F widen(__m256i b) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16)); }
 inline __m256i mask_load16(const uint16_t* p, int64_t n) { return _mm256_maskz_loadu_epi16(first(n), p); }
