@@ -255,7 +255,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        places = getattr(model, "hf_device_map", {}).values()
+        if "disk" in places or any(parameter.device.type == "meta" for parameter in model.parameters()):
             raise ValueError("a model with offloaded weights cannot be dequantized; load it without disk offload first")
         dequantize(model)
         if isinstance(dtype, str):

@@ -14,6 +14,7 @@ from accelerate.hooks import AlignDevicesHook
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import llama_config, tokens
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, WeightConverter
 
 from quanto_hf import QLinear, QuantoConfig
@@ -240,7 +241,7 @@ def test_a_merged_weight_is_quantized_piece_by_piece(tmp_path, device_map, monke
     save_file(state, tmp_path / "apart" / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(tmp_path / "apart")
     halves = WeightConverter([r"mlp\.w1\.weight", r"mlp\.w3\.weight"], "mlp.gate_up_proj.weight", [Concatenate(dim=0)])
-    transformers.conversion_mapping.register_checkpoint_conversion_mapping("Phi", [halves], overwrite=True)
+    register_checkpoint_conversion_mapping("Phi", [halves], overwrite=True)
     seen = []
     quantize = Affine.quantize
 

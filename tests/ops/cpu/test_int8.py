@@ -204,6 +204,7 @@ def test_a_layer_gives_what_the_definition_gives_with_and_without_the_kernel(
 )
 def test_what_no_kernel_takes_has_a_sentence(arguments, said):
     skip_without(INT8)
+    skip_without(Kind("int4", 64))
     assert said in int8.refuses_int8(*arguments)
     assert int8.refuses_int8("int8", -1, False, 65536, "int8") is None
     assert int8.refuses_int8("int4", 24, False, 20, "int8") is None  # one group

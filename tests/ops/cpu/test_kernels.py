@@ -295,7 +295,9 @@ def test_nan_and_infinity_in_the_input(level: str, kind: Kind, dtype: torch.dtyp
 def test_nan_and_infinity_in_the_codes(level: str, qtype: str, dtype: torch.dtype):
     weight, x = make_weight(Kind(qtype, -1), 33, 513), random_x(20, 513, dtype)
     infinities = (0x7F, 0xFF) if qtype == "float8_e4m3fn" else (0x7C, 0xFC)  # e4m3 has none, but another NaN
-    for code, row, column in zip((0x7F, 0xFF, *infinities) * 2, range(0, 32, 4), (0, 1, 31, 63, 64, 300, 511, 512)):
+    for code, row, column in zip(
+        (0x7F, 0xFF, *infinities) * 2, range(0, 32, 4), (0, 1, 31, 63, 64, 300, 511, 512), strict=True
+    ):
         weight.packed[row, column] = code
     check_classes(weight, x)
 
