@@ -59,7 +59,7 @@ def plan(
 
     Example:
         >>> import quanto_hf
-        >>> plan(quanto_hf.tiny_lm(), QuantoConfig(weights="int4"), "8MiB").fits
+        >>> plan(quanto_hf.tiny_lm(), QuantoConfig(weights="int4"), "16MiB").fits
         True
     """
     for name, value in (("context", context), ("batch", batch)):
