@@ -64,13 +64,14 @@ class Prefetcher:
 
     def _start_next(self, module: Hashable) -> None:
         wanted: list[Hashable] = []
+        seen = {module}
         following = self._next.get(module)
-        while following is not None and following not in wanted and len(wanted) < self.ahead:
+        # several threads can leave a circle that does not lead back to this module
+        while following is not None and following not in seen and len(wanted) < self.ahead:
+            seen.add(following)
             if following not in self._here:
                 wanted.append(following)
             following = self._next.get(following)
-            if following == module:
-                break
         # what was expected and did not come would stay for ever
         for stale in [key for key in self._coming if key not in wanted]:
             if len(self._coming) >= self.ahead:

@@ -95,3 +95,12 @@ def test_several_threads_get_what_they_ask_for(lane):
     for thread in threads:
         thread.join()
     assert not wrong and not prefetcher._here and len(prefetcher._coming) <= 2
+
+
+def test_a_circle_of_modules_that_are_in_use_comes_to_an_end(lane):
+    prefetcher = Prefetcher(lane, MODULES.__getitem__)
+    run(prefetcher, "cababab")
+    for name in "ab":
+        prefetcher.enter(name, lambda tensors: None)
+    prefetcher._last.module = None
+    assert run(prefetcher, "c") == [2]
