@@ -91,7 +91,7 @@ class Calibration:
         if unseen:
             more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
             warnings.warn(
-                f"no data reached {len(unseen)} of the {len(found)} layers to calibrate: {', '.join(unseen[:3])}{more}; "
+                f"no data reached {len(unseen)} of {len(found)} layers to calibrate: {', '.join(unseen[:3])}{more}; "
                 f"they refuse to run until some does",
                 stacklevel=2,
             )
@@ -133,9 +133,7 @@ def calibrate(
                 run_batch(model, batch)
                 batches += 1
             if not batches:
-                raise ValueError(
-                    "there is no batch to calibrate with: the data is empty, or an iterator that has ended"
-                )
+                raise ValueError("there is no batch to calibrate with: the data is empty, or an ended iterator")
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -143,7 +141,7 @@ def calibrate(
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """``model(**batch)``, ``model(*batch)`` or ``model(batch)``, with the tensors of the batch on the model's device."""
+    """``model(**batch)``, ``model(*batch)`` or ``model(batch)``, its tensors on the model's device."""
     device = _device(model)
     if isinstance(batch, Mapping):
         return model(**{name: _moved(value, device) for name, value in batch.items()})

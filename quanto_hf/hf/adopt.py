@@ -10,9 +10,9 @@ from quanto_hf.hf.config import QuantoConfig
 
 
 def quantize(model: nn.Module, weights: Any = "int8", activations: Any = None, **kwargs: Any) -> nn.Module:
-    """As :func:`quanto_hf.flow.quantize`, whose arguments it takes. A model of transformers is given a quantizer, so that
-    ``save_pretrained`` writes what ``from_pretrained`` loads: packed weights once it is frozen, and before that float
-    ones with the state of training.
+    """As :func:`quanto_hf.flow.quantize`, whose arguments it takes. A model of transformers gets a quantizer as well,
+    so that ``save_pretrained`` writes what ``from_pretrained`` loads: packed weights once it is frozen, and before
+    that float ones with the state of training.
 
     Example:
         >>> import quanto_hf

@@ -73,8 +73,8 @@ def replace_with_quanto_layers(
     current_key_name: list[str] | None = None,
     has_been_replaced: bool = False,
 ) -> tuple[nn.Module, bool]:
-    """Replace the linear layers of a model by empty quantized ones, in place. The name, arguments and result are those of
-    transformers' function for optimum-quanto.
+    """Replace the linear layers of a model by empty quantized ones, in place. The name, arguments and result are those
+    of transformers' function for optimum-quanto.
 
     Args:
         model: a model, usually on meta. Nothing is skipped by default here.

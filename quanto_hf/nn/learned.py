@@ -16,9 +16,9 @@ SMALLEST = torch.finfo(torch.bfloat16).tiny
 class LearnedScales(QuantizedWeight):
     """Mixin: what of a PREPARED module has gradients, and how its weight is rounded with them.
 
-    With :meth:`learn_scales` a module holds ``learned_scale``, and ``learned_zero`` if the scheme is asymmetric: float32
-    Parameters of the shapes in which they will be stored. :meth:`freeze` uses them instead of a fit. The gradients are
-    those of :meth:`quanto_hf.schemes.Scheme.fake_quantize`.
+    With :meth:`learn_scales` a module holds ``learned_scale``, and ``learned_zero`` if the scheme is asymmetric:
+    float32 Parameters of the shapes in which they will be stored. :meth:`freeze` uses them instead of a fit. The
+    gradients are those of :meth:`quanto_hf.schemes.Scheme.fake_quantize`.
     """
 
     def learn_scales(self) -> None:
