@@ -277,7 +277,7 @@ def streamed(folders, tmp_path, monkeypatch):
     lanes = []
 
     class Lane(PlainLane):
-        def __init__(self, device, ahead):
+        def __init__(self, device):
             super().__init__(device)
             self.copied = 0
             lanes.append(self)
@@ -294,6 +294,11 @@ def streamed(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(offload, "prefetch", not_in_place)
     model = offloaded(folders, "int4", "on-the-fly", MAPS["cpu-and-disk"], tmp_path)
     return model, lanes
+
+
+@pytest.mark.parametrize(("device", "on_cpu"), [("cpu", True), (None, True), (0, False), (1, False), ("cuda:0", False)])
+def test_the_first_gpu_is_not_taken_for_the_cpu(device, on_cpu):
+    assert offload.is_on_cpu({"a": AlignDevicesHook("cpu"), "b": AlignDevicesHook(device)}) is on_cpu
 
 
 def test_streamed_weights_give_the_same_numbers_and_go_again(folders, streamed):
