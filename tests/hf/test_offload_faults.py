@@ -388,7 +388,7 @@ def test_an_offload_folder_that_is_a_file_is_named(place, tmp_path):
 
 
 def test_on_the_fly_a_folder_is_needed(place):
-    with pytest.raises(ValueError, match=r"14 quantized weights on disk, but no offload_folder says where; give off"):
+    with pytest.raises(ValueError, match=r"14 weights on disk that are quantized or merged now, but no offload_folder says where; give off"):
         load(place / "float", device_map=DISK)
 
 
