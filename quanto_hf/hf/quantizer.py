@@ -17,6 +17,7 @@ from quanto_hf.hf.merging import merge_late
 from quanto_hf.hf.offload import add_to_index, folder_of, offload_hooks, use_in_place
 from quanto_hf.hf.register import register
 from quanto_hf.hf.replace import replace_by_plan
+from quanto_hf.hf.saving import save_whole_models
 from quanto_hf.hf.sizes import Kept, Transient, kept_dtypes, largest_transient, loaded_element_size, lower_by_transient
 from quanto_hf.hf.skips import default_skips
 from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_modules
@@ -213,6 +214,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         config.schemes = describe_modules(model)
         config.format_version = FORMAT_VERSION
+        save_whole_models(type(model))
         if config.dequantize:
             self.dequantize(model)
         return model
@@ -224,8 +226,9 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             folder = folder_of(hooks)
             if folder is None:
                 raise ValueError(
-                    f"device_map leaves {len(self._deferred.taken)} weights on disk that are quantized or merged now, but "
-                    "no offload_folder says where; give offload_folder=... to from_pretrained, or save the model quantized and load that"
+                    f"device_map leaves {len(self._deferred.taken)} weights on disk that are quantized or merged now, "
+                    "but no offload_folder says where; give offload_folder=... to from_pretrained, or save the model "
+                    "quantized and load that"
                 )
             add_to_index(hooks, self._deferred.write(model, folder))
         self._deferred, self._conversions = None, []
