@@ -18,7 +18,7 @@ from typing import Any
 from quanto_hf import hf as _hf
 from quanto_hf.assets import heldout_text, tiny_lm
 from quanto_hf.fit import AbsmaxOptimizer, HqqOptimizer, MaxOptimizer
-from quanto_hf.flow import dequantize, freeze, quantization_map, quantize, report, requantize
+from quanto_hf.flow import compare, dequantize, freeze, quantization_map, quantize, report, requantize, smooth
 from quanto_hf.hf import QuantoConfig, install, load_and_quantize_model
 from quanto_hf.io import CheckpointError
 from quanto_hf.nn import QLayerNorm, QLinear
@@ -40,6 +40,7 @@ __all__ = [
     "QType",
     "QuantoConfig",
     "QuantoHfQuantizer",
+    "compare",
     "convert_checkpoint",
     "dequantize",
     "freeze",
@@ -61,6 +62,7 @@ __all__ = [
     "replace_with_quanto_layers",
     "report",
     "requantize",
+    "smooth",
     "tiny_lm",
 ]
 

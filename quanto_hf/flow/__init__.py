@@ -3,10 +3,13 @@
 Imports: everything below ``nn`` included. Never: transformers.
 """
 
+from quanto_hf.flow.compare import compare
+from quanto_hf.flow.comparison import Comparison, LayerRow
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
 from quanto_hf.flow.patterns import first_match, matches
 from quanto_hf.flow.plan import Choice, Plan, apply_plan, make_plan, replace_modules
 from quanto_hf.flow.report import Report, Row, not_quantizable, report
+from quanto_hf.flow.smooth import Fold, Smoothing, smooth
 from quanto_hf.flow.verbs import (
     ACTIVATIONS,
     activation_type,
@@ -20,12 +23,17 @@ from quanto_hf.flow.verbs import (
 __all__ = [
     "ACTIVATIONS",
     "Choice",
+    "Comparison",
     "Evaluation",
+    "Fold",
+    "LayerRow",
     "Plan",
     "Report",
     "Row",
+    "Smoothing",
     "activation_type",
     "apply_plan",
+    "compare",
     "dequantize",
     "evaluate",
     "first_match",
@@ -38,5 +46,6 @@ __all__ = [
     "replace_modules",
     "report",
     "requantize",
+    "smooth",
     "windows",
 ]

@@ -1,6 +1,7 @@
 """What a model is called with: one batch or many, moved to where the model takes its inputs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ def batches(data: Any) -> Iterator[Any]:
     elif isinstance(data, Iterable) and not isinstance(data, str | bytes):
         yield from data
     else:
-        raise TypeError(f"a batch is a tensor, a tuple or a dict, and several are a list or loader; {data!r} is neither")
+        raise TypeError(
+            f"a batch is a tensor, a tuple or a dict, and several are a list or loader; {data!r} is neither"
+        )
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -59,7 +62,8 @@ def moved(value: Any, device: torch.device | None) -> Any:
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
-    """The tensors with floating-point numbers in a nest of mappings (outputs of transformers are some), lists and tuples.
+    """The floating-point tensors in a nest of mappings (outputs of transformers are some), dataclasses, lists and
+    tuples.
 
     Example:
         >>> [tuple(t.shape) for t in tensors_of({"logits": torch.ones(2, 3), "more": (torch.ones(1), None, 7)})]
@@ -70,4 +74,6 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
         return [value] if value.is_floating_point() else []
     if isinstance(value, Mapping):
         value = list(value.values())
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = list(vars(value).values())
     return [tensor for item in value for tensor in tensors_of(item)] if isinstance(value, list | tuple) else []

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from quanto_hf.flow.batches import tensors_of
+
 # Operators behind which channel c is still channel c of the last dimension, provided that the last dimension keeps its
 # size: rearrangements of the other dimensions, casts, and what works on each number alone and is homogeneous
 # (f(a x) = a f(x) for a > 0). What is not listed here ends a fold.
@@ -45,14 +47,14 @@ class Flow:
         self.reason = self.reason or reason
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the outputs of linear layers and norms through the operators of a forward pass.
 
     Tensors are known by their identity, and are not kept alive. The inside of a source is not looked into.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flows: dict[nn.Module, Flow] = {}
         # of each linear layer: which flows its input had, call by call
         self.inputs: dict[nn.Module, list[frozenset[Flow]]] = {}
@@ -80,7 +82,11 @@ class Watch(TorchDispatchMode):
         # of a quotient, and of what is written in place, only the first tensor may carry a flow
         rest = frozenset[Flow]().union(*given[1:]) if name in ("div", "div_", "mul_") else frozenset()
         for flow in carried:
-            if sum(flow in one for one in given) > 1 or flow in rest or not self._keeps(name, func._overloadname, args, out, flow):
+            if (
+                sum(flow in one for one in given) > 1
+                or flow in rest
+                or not self._keeps(name, func._overloadname, args, out, flow)
+            ):
                 flow.end(f"its output is also an input of {name}")
         alive = frozenset(flow for flow in carried if not flow.reason)
         if isinstance(out, torch.Tensor):
@@ -138,7 +144,7 @@ class Watch(TorchDispatchMode):
         if isinstance(module, nn.Linear):
             return
         alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
-        if not alone or args[0].shape != output.shape or module.weight.numel() != flow.channels:
+        if not alone or args[0].shape != output.shape or module.weight.shape != (flow.channels,):
             flow.end(f"it is a {type(module).__name__} that does more than to scale each channel")
         elif flow.sample is None:
             # at most 8 of each dimension: enough to see whether the norm scales as it is told
@@ -147,17 +153,9 @@ class Watch(TorchDispatchMode):
 
     def finish(self, output: Any) -> None:
         """The model has returned: what it gives away is not scaled."""
-        for leaf in _leaves(output):
+        for leaf in tensors_of(output):
             for flow in self.of(leaf):
                 flow.end("its output is an output of the model")
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -77,9 +77,7 @@ def compare_batch(
         pending = [name for name in pending if name in kept.skipped]
 
 
-def _watch_float(
-    kept: _Kept, name: str, source: nn.Module, module: nn.Module, own: Errors | None
-) -> RemovableHandle:
+def _watch_float(kept: _Kept, name: str, source: nn.Module, module: nn.Module, own: Errors | None) -> RemovableHandle:
     def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         wanted = tensors_of(output)
         kept.add(name, wanted)

@@ -89,16 +89,17 @@ class Comparison:
         width = max((len(_shown(row)) for row in self.rows), default=5)
         stored = max((len(row.stored) for row in self.rows), default=6)
         titles = f"{'SQNR dB':>8} {'cosine':>8} {'max':>9}"
+        shares = f"{'weight':>7} {'at ends':>7} {'clipped':>7}"
         lines = [
             f"{'':{width}}  {'':{stored}}  {'own error':^27}  {'accumulated error':^27}",
-            f"{'layer':{width}}  {'stored':{stored}}  {titles}  {titles}  {'weight':>7} {'at ends':>7} {'clipped':>7}  note",
+            f"{'layer':{width}}  {'stored':{stored}}  {titles}  {titles}  {shares}  note",
         ]
         for row in self.rows:
             cells = [_measures(row.errors(by)) for by in MEASURES]
-            shares = [_percent(row.ends), _percent(row.clipping.value)]
+            ends, clips = _percent(row.ends), _percent(row.clipping.value)
             weight = "" if row.weight is None else f"{row.weight:.4f}"
             line = f"{_shown(row):{width}}  {row.stored:{stored}}  {cells[0]}  {cells[1]}"
-            lines.append(f"{line}  {weight:>7} {shares[0]:>7} {shares[1]:>7}  {row.note}".rstrip())
+            lines.append(f"{line}  {weight:>7} {ends:>7} {clips:>7}  {row.note}".rstrip())
         return "\n".join(lines)
 
     def __repr__(self) -> str:

@@ -35,14 +35,19 @@ class Errors:
     """How many numbers there were."""
 
     def add(self, made: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Add tensors of the same shape; they may be on different devices."""
+        """Add tensors of the same shape; they may be on different devices.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
         # MPS has no float64
         device = torch.device("cpu") if made.device.type == "mps" else made.device
-        blocks = zip(made.detach().reshape(-1).split(BLOCK), wanted.detach().reshape(-1).split(BLOCK), strict=True)
-        for made_block, wanted_block in blocks:
-            if not made_block.numel():
-                continue
-            m, w = made_block.to(device, torch.float64), wanted_block.to(device, torch.float64)
+        if made.shape != wanted.shape:
+            raise ValueError(f"tensors of one shape are compared, not {tuple(made.shape)} with {tuple(wanted.shape)}")
+        flat, reference = made.detach().reshape(-1), wanted.detach().reshape(-1)
+        for start in range(0, flat.numel(), BLOCK):
+            m = flat[start : start + BLOCK].to(device, torch.float64)
+            w = reference[start : start + BLOCK].to(device, torch.float64)
             e = m - w
             most = e.abs().amax()
             found = torch.stack([w.dot(w), m.dot(m), e.dot(e), m.dot(w), most]).tolist()

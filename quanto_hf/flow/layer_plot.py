@@ -31,7 +31,9 @@ def draw_layers(file: Path, comparisons: "Mapping[str, Comparison]") -> None:
         rows = comparison.rows
         heights = {by: [_finite(row.errors(by)) for row in rows] for by in ("own", "accumulated")}
         axes.bar(range(len(rows)), heights["own"], color="#9ecae1", label="own error")
-        axes.plot(range(len(rows)), heights["accumulated"], "o-", color="#d94801", ms=3, lw=1, label="accumulated error")
+        axes.plot(
+            range(len(rows)), heights["accumulated"], "o-", color="#d94801", ms=3, lw=1, label="accumulated error"
+        )
         step = max(1, math.ceil(len(rows) / MOST_NAMES))
         axes.set_xticks(range(0, len(rows), step), [row.name for row in rows[::step]], rotation=90, fontsize=6)
         axes.set_ylabel("SQNR (dB, higher is better)")

@@ -23,7 +23,8 @@ def clipped(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         return torch.zeros(x.shape, dtype=torch.bool)
     beyond = 0.5 if kind.float_dtype is None else 0.0
     numbers = x.detach().float() / scale.detach().to(x.device)
-    return (numbers > kind.qmax + beyond) | (numbers < kind.qmin - beyond)
+    hit: torch.Tensor = (numbers > kind.qmax + beyond) | (numbers < kind.qmin - beyond)
+    return hit
 
 
 @torch.no_grad()

@@ -64,9 +64,7 @@ class Smoothing:
 
 
 @torch.no_grad()
-def smooth(
-    model: nn.Module, data: Any, alpha: float = 0.5, exclude: str | Iterable[str] = ("lm_head",)
-) -> Smoothing:
+def smooth(model: nn.Module, data: Any, alpha: float = 0.5, exclude: str | Iterable[str] = ("lm_head",)) -> Smoothing:
     """Move outliers of activations into the weights of the linear layers that read them, in place.
 
     Input channel j of a linear layer is divided by s_j = max|x_j| ** alpha / max|w_j| ** (1 - alpha) and its weight
@@ -112,7 +110,7 @@ def smooth(
         for f in planned
         if f not in refused
     ]
-    return Smoothing(folds, {names[layer]: left[layer] for layer in names if layer in left})  # type: ignore[index]
+    return Smoothing(folds, {names[layer]: left[layer] for layer in names if layer in left})
 
 
 def _check(model: nn.Module, alpha: float) -> None:
@@ -164,9 +162,7 @@ def _plan(
     return planned, {layer: why for layer, why in left.items() if layer not in taken}
 
 
-def _against(
-    flow: Flow, layers: list[nn.Linear], seen: Seen, owners: Counter[int], taken: set[nn.Linear]
-) -> str:
+def _against(flow: Flow, layers: list[nn.Linear], seen: Seen, owners: Counter[int], taken: set[nn.Linear]) -> str:
     """What speaks against a fold, or nothing."""
     if flow.reason:
         return flow.reason
@@ -183,8 +179,8 @@ def _against(
 
 
 def _scale(pairs: list[tuple[torch.Tensor, torch.Tensor]], alpha: float) -> torch.Tensor | None:
-    """Powers of two from (largest inputs of each channel, weight) of the layers that share an input; None if a number is
-    not finite. A channel without any input, or weight, keeps 1."""
+    """Powers of two from (largest input of each channel, weight) of the layers that share an input; None if a number
+    is not finite. A channel without any input, or weight, keeps 1."""
     device = pairs[0][0].device
     peak = torch.stack([peak.to(device) for peak, _ in pairs]).amax(0)
     weight = torch.stack([weight.detach().abs().amax(0).to(device, torch.float32) for _, weight in pairs]).amax(0)
