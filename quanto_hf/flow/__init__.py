@@ -7,7 +7,7 @@ from quanto_hf.flow.compare import compare
 from quanto_hf.flow.comparison import Comparison, LayerRow
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
 from quanto_hf.flow.patterns import first_match, matches
-from quanto_hf.flow.plan import Choice, Plan, apply_plan, make_plan, replace_modules
+from quanto_hf.flow.plan import Choice, Plan, apply_plan, make_plan, quantized, replace_modules
 from quanto_hf.flow.report import Report, Row, not_quantizable, report
 from quanto_hf.flow.smooth import Fold, Smoothing, smooth
 from quanto_hf.flow.verbs import (
@@ -43,6 +43,7 @@ __all__ = [
     "not_quantizable",
     "quantization_map",
     "quantize",
+    "quantized",
     "replace_modules",
     "report",
     "requantize",
