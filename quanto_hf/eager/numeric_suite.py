@@ -82,7 +82,8 @@ def compare_weights(
             found[key] = {"float": weight, "quantized": tensor}
             continue
         made = modules[name].dequantized() if modules else dequantized(prefix, state, weight)
-        shown = f"{prefix}_packed_params._packed_params" if weight.dim() == 2 else f"{prefix}weight"
+        linear = isinstance(modules[name], nn.Linear) if modules else weight.dim() == 2
+        shown = f"{prefix}_packed_params._packed_params" if linear else f"{prefix}weight"
         found[shown] = {"float": weight, "quantized": made}
     return found
 

@@ -21,17 +21,27 @@ def dequantized(prefix: str, state: Mapping[str, torch.Tensor], weight: torch.Te
     """
     packed, scale = state[f"{prefix}weight_packed"], state[f"{prefix}weight_scale"]
     zero = state.get(f"{prefix}weight_zero")
-    columns = weight.numel() // max(weight.shape[0], 1)
-    kind = _kind(packed, zero, columns)
-    count = scale.shape[-1]
-    size = PER_CHANNEL if count == 1 else next((s for s in GROUP_SIZES if groups(columns, s) == count), None)
-    if kind is None or size is None or packed.shape[0] != weight.shape[0]:
+    fits: list[torch.Tensor] = []
+    for order in (weight, weight.transpose(0, 1)) if weight.dim() > 2 else (weight,):
+        # a transposed convolution has its output channels second, and stores them first
+        columns = order.numel() // max(order.shape[0], 1)
+        kind, size = _kind(packed, zero, columns), _group_size(scale.shape[-1], columns)
+        if kind is not None and size is not None and packed.shape[0] == order.shape[0]:
+            made = dequantize(packed, scale, zero, kind, size, columns, weight.dtype).view(order.shape)
+            fits.append(made if order is weight else made.transpose(0, 1))
+    if not fits:
         raise ValueError(
             f"{prefix}weight_packed does not say what type of number it holds, or its shape is not that of the float "
             f"weight; give the quantized model instead of its state dict"
         )
-    made: torch.Tensor = dequantize(packed, scale, zero, kind, size, columns, weight.dtype)
-    return made.view(weight.shape)
+    # where both orders have the same shape, the right one is close to the float weight
+    return min(fits, key=lambda made: float((made - weight).square().sum()))
+
+
+def _group_size(count: int, columns: int) -> int | None:
+    if count == 1:
+        return PER_CHANNEL
+    return next((size for size in GROUP_SIZES if groups(columns, size) == count), None)
 
 
 def _kind(packed: torch.Tensor, zero: torch.Tensor | None, columns: int) -> str | None:

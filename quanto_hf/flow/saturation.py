@@ -4,6 +4,8 @@ import torch
 from torch import nn
 
 from quanto_hf.flow.errors import Errors, Share
+from quanto_hf.nn.activation import INPUT_SCALE
+from quanto_hf.nn.qweight import QuantizedWeight
 
 
 def clipped(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
@@ -16,9 +18,9 @@ def clipped(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         bool, the shape of ``x``.
     """
     kind = getattr(module, "activations", None)
-    if kind is None:
+    if kind is None or not getattr(module, "rounds", True):
         return None
-    scale = getattr(module, "input_scale", None)
+    scale = module._parameters.get(INPUT_SCALE)
     if scale is None:
         return torch.zeros(x.shape, dtype=torch.bool)
     beyond = 0.5 if kind.float_dtype is None else 0.0
@@ -35,25 +37,22 @@ def weight_errors(module: nn.Module, source: nn.Module) -> tuple[float | None, f
     a much larger share means that weights are clipped.
 
     Args:
-        module: with a ``scheme``, or anything with a ``weight``.
+        module: a quantized layer, frozen or not, or anything with a ``weight``.
         source: its float layer.
     """
-    weight, scheme = getattr(source, "weight", None), getattr(module, "scheme", None)
-    made = getattr(module, "weight", None)
+    weight, made = getattr(source, "weight", None), getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or not isinstance(made, torch.Tensor) or weight.shape != made.shape:
         return None, None
     if weight.device.type == "meta" or made.device.type == "meta":
         # offloaded: what was measured when it was quantized is known
         return getattr(module, "weight_error", None), None
     errors, share = Errors(), Share()
-    if scheme is None:
+    if not isinstance(module, QuantizedWeight):
         errors.add(made, weight)
         return errors.relative, None
-    to_matrix = getattr(module, "to_matrix", lambda tensor: tensor.flatten(1))
-    matrix = to_matrix(weight.detach())
-    stored = module.tensors() or scheme.quantize(to_matrix(made.detach()), module.fit)  # type: ignore[operator]
-    ends = scheme.at_ends(stored, matrix.shape[1])
+    columns, stored = module.matrix_shape[1], module.tensors() or module.quantized()
+    ends = module.scheme.at_ends(stored, columns)
     if ends is not None:
         share.add(ends)
-    errors.add(scheme.dequantize(stored, matrix.shape[1], torch.float32), matrix)
+    errors.add(module.scheme.dequantize(stored, columns, torch.float32), module.to_matrix(weight.detach()))
     return errors.relative, share.value
