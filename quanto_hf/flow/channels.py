@@ -22,6 +22,11 @@ ELEMENTWISE = {
 }  # fmt: skip
 # A product with, and a quotient by, numbers that are no part of the flow.
 PRODUCTS = {"mul", "mul_", "div", "div_"}
+# What asks a tensor for its shape, dtype and device alone.
+SHAPE_ONLY = {
+    "empty_like", "full_like", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "ones_like",
+    "rand_like", "randn_like", "zeros_like",
+}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -76,9 +81,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         given = [self.of(leaf) for leaf in tree_leaves((args, kwargs))]
         carried = frozenset[Flow]().union(*given)
-        if not carried:
-            return
         name = func._schema.name.split("::")[-1]
+        if not carried or name in SHAPE_ONLY:
+            return
         # of a quotient, and of what is written in place, only the first tensor may carry a flow
         rest = frozenset[Flow]().union(*given[1:]) if name in ("div", "div_", "mul_") else frozenset()
         for flow in carried:

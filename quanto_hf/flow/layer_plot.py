@@ -37,10 +37,11 @@ def draw_layers(file: Path, comparisons: "Mapping[str, Comparison]") -> None:
         step = max(1, math.ceil(len(rows) / MOST_NAMES))
         axes.set_xticks(range(0, len(rows), step), [row.name for row in rows[::step]], rotation=90, fontsize=6)
         axes.set_ylabel("SQNR (dB, higher is better)")
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, fontsize=9, loc="left")
         axes.margins(x=0.01)
         axes.grid(axis="y", alpha=0.3)
-        axes.legend(fontsize=8)
+        # above the plot, where it covers no bar
+        axes.legend(fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     part = file.with_name(f".{file.name}.part")
     try:
         figure.savefig(part, dpi=150, format="png")
