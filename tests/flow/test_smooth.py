@@ -10,6 +10,7 @@ import transformers as tf
 from torch import nn
 
 from quanto_hf import compare, freeze, quantize, smooth
+from quanto_hf.flow.channels import watching
 
 X = torch.randn(6, 10, 32, generator=torch.Generator().manual_seed(7))
 
@@ -87,6 +88,9 @@ def test_what_keeps_channels_apart_is_folded_through(between):
 def test_what_mixes_or_bends_channels_is_not(between, why):
     model = Made(lambda m, x: m.b(between(m, m.a(x)))).eval()
     wanted, before = model(X), copy.deepcopy(model.state_dict())
+    with torch.no_grad(), watching(model) as watch:
+        watch.finish(model(X))
+    assert why in watch.flows[model.a].reason
     found = smooth(model, X)
     assert "a" not in [fold.source for fold in found]
     assert torch.equal(model(X), wanted)
@@ -347,5 +351,7 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was():
 def test_the_text_has_a_line_for_each_fold_and_each_layer_that_is_left():
     text = str(smooth(tiny_models.build("llama"), tiny_models.TINY["llama"].inputs()))
     assert len(text.splitlines()) == 6 + 2
-    assert text.startswith("model.layers.0.input_layernorm -> model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k")
+    assert text.startswith(
+        "model.layers.0.input_layernorm -> model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k"
+    )
     assert "o_proj: not smoothed: between it" in text
