@@ -111,7 +111,7 @@ def test_weights_from_state_dicts_are_what_the_layers_multiply_with(weights, kin
 @pytest.mark.parametrize("weights", ["float8", "nf4", "fp4"])
 def test_what_a_state_dict_does_not_say_the_model_does(weights):
     net, other = pair(nn.Sequential(nn.Linear(64, 8)), weights=weights)
-    with pytest.raises(ValueError, match="0.weight_packed does not say what type of number it holds"):
+    with pytest.raises(ValueError, match=r"0\.weight_packed does not say what type of number it holds"):
         suite.compare_weights(net.state_dict(), other.state_dict())
     (found,) = suite.compare_weights(net.state_dict(), other).values()
     assert torch.equal(found["quantized"], other[0].weight.dequantize())

@@ -1,4 +1,4 @@
-"""compare: own and accumulated errors against what is computed by hand, calls that hurt, and models left as they were."""
+"""compare: errors against what is computed by hand, calls that hurt, and models left as they were."""
 
 import copy
 import json

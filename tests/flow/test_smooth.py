@@ -317,7 +317,7 @@ def test_what_cannot_be_smoothed():
     def made():
         return Made(lambda m, x: m.b(m.norm(x))).eval()
 
-    with pytest.raises(ValueError, match="alpha=1.5 is not between 0 and 1"):
+    with pytest.raises(ValueError, match=r"alpha=1\.5 is not between 0 and 1"):
         smooth(made(), X, alpha=1.5)
     for model in (quantize(made()), freeze(quantize(made()))):
         with pytest.raises(ValueError, match="smooth the float model first, then quantize it"):
