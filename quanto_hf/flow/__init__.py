@@ -3,6 +3,7 @@
 Imports: everything below ``nn`` included. Never: transformers.
 """
 
+from quanto_hf.flow.calibration import Calibration, calibrate, run_batch
 from quanto_hf.flow.compare import compare
 from quanto_hf.flow.comparison import Comparison, LayerRow
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
@@ -13,6 +14,7 @@ from quanto_hf.flow.smooth import Fold, Smoothing, smooth
 from quanto_hf.flow.verbs import (
     ACTIVATIONS,
     activation_type,
+    as_patterns,
     dequantize,
     freeze,
     quantization_map,
@@ -22,6 +24,7 @@ from quanto_hf.flow.verbs import (
 
 __all__ = [
     "ACTIVATIONS",
+    "Calibration",
     "Choice",
     "Comparison",
     "Evaluation",
@@ -33,6 +36,8 @@ __all__ = [
     "Smoothing",
     "activation_type",
     "apply_plan",
+    "as_patterns",
+    "calibrate",
     "compare",
     "dequantize",
     "evaluate",
@@ -47,6 +52,7 @@ __all__ = [
     "replace_modules",
     "report",
     "requantize",
+    "run_batch",
     "smooth",
     "windows",
 ]
