@@ -5,11 +5,12 @@ Imports: ``qtypes`` and torch. Never: a scheme, a module, transformers.
 
 from quanto_hf.ops.activation import ACTIVATION_GROUP, TOKEN, activation_group, round_activations
 from quanto_hf.ops.cpu import embedding as _native_embedding  # noqa: F401  the native ones are asked first
-from quanto_hf.ops.cpu import experts, kernels  # noqa: F401
+from quanto_hf.ops.cpu import aqlm, experts, kernels  # noqa: F401
 from quanto_hf.ops.cpu.bound import BoundLinear
 from quanto_hf.ops.cpu.bound import bind as bind_linear
 
-from quanto_hf.ops import torch_experts, torch_kernels  # noqa: F401  isort: skip
+from quanto_hf.ops import torch_aqlm, torch_experts, torch_kernels  # noqa: F401  isort: skip
+from quanto_hf.ops.aqlm import aqlm_dequantize, aqlm_linear, code_dtype
 from quanto_hf.ops.dequantize import dequantize, groups
 from quanto_hf.ops.embedding import embedding, embedding_op
 from quanto_hf.ops.expert_linear import expert_linear, expert_linear_grad_input, expert_linear_op
@@ -23,7 +24,10 @@ __all__ = [
     "TOKEN",
     "BoundLinear",
     "activation_group",
+    "aqlm_dequantize",
+    "aqlm_linear",
     "bind_linear",
+    "code_dtype",
     "dequantize",
     "embedding",
     "embedding_op",
