@@ -3,6 +3,7 @@
 Imports: everything below ``nn`` included. Never: transformers.
 """
 
+from quanto_hf.flow.codebooks import codebooks_of, warn_of_codebooks
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
 from quanto_hf.flow.patterns import first_match, matches
 from quanto_hf.flow.plan import Choice, Plan, apply_plan, make_plan, quantized, replace_modules
@@ -26,6 +27,7 @@ __all__ = [
     "Row",
     "activation_type",
     "apply_plan",
+    "codebooks_of",
     "dequantize",
     "evaluate",
     "first_match",
@@ -39,5 +41,6 @@ __all__ = [
     "replace_modules",
     "report",
     "requantize",
+    "warn_of_codebooks",
     "windows",
 ]
