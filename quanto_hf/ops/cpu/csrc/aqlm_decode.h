@@ -20,6 +20,37 @@ inline F aqlm_sum(const Aqlm& q, const Code* codes, int64_t at, int64_t n) {
     return v;
 }
 
+// load_runs of any type, from the i-th numbers on.
+template <int TYPE>
+inline F runs_as(const void* p, const void* next, int64_t i) {
+    if constexpr (TYPE == F32) {
+        return load_runs(static_cast<const float*>(p) + i, static_cast<const float*>(next) + i);
+    } else {
+        const uint16_t *half = static_cast<const uint16_t*>(p) + i, *next_half = static_cast<const uint16_t*>(next) + i;
+        if constexpr (TYPE == BF16) return load_runs_bf16(half, next_half);
+        else return load_runs_f16(half, next_half);
+    }
+}
+
+// What almost all checkpoints have, blocks of 1 x 8 values: entries fill vectors. BOOKS: how many there are; 0: any number.
+template <int BOOK, class Code, int BOOKS>
+inline void aqlm_eights(const Aqlm& q, const Code* codes, F scale, int64_t groups, float* out) {
+    constexpr int RUNS = W > 8 ? W / 8 : 1;  // groups in a vector
+    const int64_t mask = (int64_t{1} << q.bits) - 1, books = BOOKS ? BOOKS : q.books;
+    const auto at = [&](int64_t group, int64_t book) {
+        const int64_t index = ((book << q.bits) + (codes[group * books + book] & mask)) * 8;
+        return static_cast<const uint8_t*>(q.codebooks) + index * size_of(BOOK);
+    };
+    for (int64_t group = 0; group < groups; group += RUNS) {
+        const int64_t next = group + RUNS - 1 < groups ? group + RUNS - 1 : group;
+        for (int i = 0; i < 8; i += W) {
+            F v = runs_as<BOOK>(at(group, 0), at(next, 0), i);
+            for (int64_t b = 1; b < books; b++) v = add(v, runs_as<BOOK>(at(group, b), at(next, b), i));
+            store(out + group * 8 + i, mul(v, scale));
+        }
+    }
+}
+
 // The columns [from, to) of a row, as float. Up to W - 1 numbers behind the last one are written too: a vector that is
 // cut off costs more than one that the next group overwrites.
 template <int BOOK, class Code>
@@ -28,12 +59,11 @@ inline void aqlm_columns(const Weight& w, int64_t row, int64_t from, int64_t to,
     const int64_t groups = w.k / q.in_group, line = row / q.out_group, first = row % q.out_group * q.in_group;
     const Code* codes = static_cast<const Code*>(q.codes) + line * groups * q.books;
     const F scale = splat(half_value(q.scales, line, q.scale_type));
-    if (q.in_group == 8 && from % 8 == 0 && to % 8 == 0) {
-        constexpr int N = W < 8 ? W : 8;
-        for (int64_t column = from; column < to; column += 8)
-            for (int i = 0; i < 8; i += N)
-                store(out + column - from + i, mul(aqlm_sum<BOOK>(q, codes + column / 8 * q.books, first + i, N), scale));
-        return;
+    if (q.in_group == 8 && q.out_group == 1 && from % 8 == 0 && to % 8 == 0) {
+        codes += from / 8 * q.books;
+        if (q.books == 1) return aqlm_eights<BOOK, Code, 1>(q, codes, scale, (to - from) / 8, out);
+        if (q.books == 2) return aqlm_eights<BOOK, Code, 2>(q, codes, scale, (to - from) / 8, out);
+        return aqlm_eights<BOOK, Code, 0>(q, codes, scale, (to - from) / 8, out);
     }
     for (int64_t column = from; column < to;) {
         const int64_t group = column / q.in_group, start = column - group * q.in_group;
@@ -46,6 +76,15 @@ inline void aqlm_columns(const Weight& w, int64_t row, int64_t from, int64_t to,
     }
 }
 
+// The codes of these columns of a row that is decoded later: rows lie too far apart for the prefetchers of a processor.
+inline void ask_for_codes(const Weight& w, int64_t row, int64_t from, int64_t to) {
+    const Aqlm& q = *w.aqlm;
+    if (row >= w.n) return;
+    const int64_t group = q.books * q.code_bytes, begin = (row / q.out_group * (w.k / q.in_group) + from / q.in_group) * group;
+    for (int64_t i = 0; i < (to - from) / q.in_group * group; i += 64) ask_for(static_cast<const uint8_t*>(q.codes) + begin + i);
+}
+
+constexpr int64_t AQLM_AHEAD = 12;   // rows
 constexpr int64_t AQLM_CHUNK = 512;  // columns that are decoded at a time, into memory that stays in the first-level cache
 
 // Calls step(values, column, count) for the chunks of the columns [from, to) of a row, in order.
@@ -63,7 +102,12 @@ inline void for_each_chunk(const Weight& w, int64_t row, int64_t from, int64_t t
 template <int TYPE>
 inline void put_floats(const float* values, int64_t count, void* out, int64_t at) {
     int64_t i = 0;
-    for (; i + W <= count; i += W) storen_as<TYPE>(out, at + i, load(values + i), W);
+    for (; i + W <= count; i += W) {
+        // a store of a part, even of all of it, takes several times as long
+        if constexpr (TYPE == F32) store(static_cast<float*>(out) + at + i, load(values + i));
+        else if constexpr (TYPE == BF16) store_bf16(static_cast<uint16_t*>(out) + at + i, load(values + i));
+        else storen_as<TYPE>(out, at + i, load(values + i), W);
+    }
     if (i < count) storen_as<TYPE>(out, at + i, load(values + i), count - i);
 }
 

@@ -5,6 +5,7 @@ struct AqlmBF16 : DotBF16<false> {
         const int64_t end = w.k < to ? w.k : to;
         with_aqlm(*w.aqlm, [&](auto book, auto code) {
             for (int64_t r = 0; r < rows; r++) {
+                ask_for_codes(w, row + r + AQLM_AHEAD, from, end);
                 if (end < to) std::memset(out + r * CHUNK + (end - from), 0, (to - end) * 2);
                 for_each_chunk<decltype(book)::type, decltype(code)>(
                     w, row + r, from, end, [&](const float* values, int64_t column, int64_t count) {

@@ -129,6 +129,15 @@ inline Range share(int64_t rows, int64_t step, int thread, int threads) {
     return {begin < rows ? begin : rows, end < rows ? end : rows};
 }
 
+// Asks for memory that will be read soon. It need not exist.
+inline void ask_for(const void* p) {
+#if defined(__GNUC__) || defined(__clang__)
+    __builtin_prefetch(p, 0, 2);
+#else
+    (void)p;
+#endif
+}
+
 // Memory that a thread keeps between calls, aligned to a cache line. Each `slot` is one buffer: 0 to 5 belong to the
 // kernels of a level, those above to what calls them (experts.cpp).
 constexpr int SLOTS = 9;
