@@ -43,7 +43,9 @@ class Layout:
         shape = (rows // self.out_group, columns // self.in_group, self.num_codebooks)
         codes = torch.randint(-half, half, shape, generator=generator).to(code_dtype(self.nbits))
         # drawn once and repeated: 2**16 entries cost time
-        books = torch.randn((self.num_codebooks, min(1 << self.nbits, 4096), self.out_group, self.in_group), generator=generator)
+        books = torch.randn(
+            (self.num_codebooks, min(1 << self.nbits, 4096), self.out_group, self.in_group), generator=generator
+        )
         books = books.repeat(1, (1 << self.nbits) // books.shape[1], 1, 1) * (self.num_codebooks * columns) ** -0.5
         scales = torch.rand((shape[0], 1, 1, 1), generator=generator) + 0.5
         return {"codes": codes, "codebooks": books, "scales": scales}
@@ -85,7 +87,9 @@ def write(folder: Path, layout: Layout, dtype: torch.dtype = torch.float16, name
     config.pop("dtype", None)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {key: tensor.contiguous() for key, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     return model.eval()
 
 

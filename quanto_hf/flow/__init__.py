@@ -3,6 +3,7 @@
 Imports: everything below ``nn`` included. Never: transformers.
 """
 
+from quanto_hf.flow.calibration import Calibration, calibrate, run_batch
 from quanto_hf.flow.codebooks import codebooks_of, warn_of_codebooks
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
 from quanto_hf.flow.patterns import first_match, matches
@@ -11,6 +12,7 @@ from quanto_hf.flow.report import Report, Row, not_quantizable, report
 from quanto_hf.flow.verbs import (
     ACTIVATIONS,
     activation_type,
+    as_patterns,
     dequantize,
     freeze,
     quantization_map,
@@ -20,6 +22,7 @@ from quanto_hf.flow.verbs import (
 
 __all__ = [
     "ACTIVATIONS",
+    "Calibration",
     "Choice",
     "Evaluation",
     "Plan",
@@ -27,6 +30,8 @@ __all__ = [
     "Row",
     "activation_type",
     "apply_plan",
+    "as_patterns",
+    "calibrate",
     "codebooks_of",
     "dequantize",
     "evaluate",
@@ -41,6 +46,7 @@ __all__ = [
     "replace_modules",
     "report",
     "requantize",
+    "run_batch",
     "warn_of_codebooks",
     "windows",
 ]

@@ -6,6 +6,7 @@ Imports: every room above. The quantizer itself is imported when transformers' q
 from importlib import import_module
 from typing import Any
 
+from quanto_hf.hf.adopt import quantize
 from quanto_hf.hf.aqlm_config import AqlmConfig
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.load import load_and_quantize_model
@@ -20,6 +21,7 @@ __all__ = [
     "install",
     "load_and_quantize_model",
     "plan",
+    "quantize",
     "register",
     "replace_with_aqlm_linear",
     "replace_with_quanto_layers",

@@ -15,7 +15,9 @@ from quanto_hf.hf.skips import default_skips
 from quanto_hf.nn import QuantizedLinear, QuantizedWeight
 
 
-def aqlm_plan(model: nn.Module, config: AqlmConfig, not_to_quantize: list[str], prefixes: tuple[str, ...] = ("",)) -> Plan:
+def aqlm_plan(
+    model: nn.Module, config: AqlmConfig, not_to_quantize: list[str], prefixes: tuple[str, ...] = ("",)
+) -> Plan:
     """Which linear layers get codes: all but those that a list names, by parameter or by module, and those that share
     their weight with another module.
 
@@ -183,4 +185,3 @@ class AqlmQuantizer(QuantoHfQuantizer):
         """The plain state dict: this format has no version."""
         state, _ = super().get_state_dict_and_metadata(model, *args)
         return state, {}
-

@@ -32,8 +32,8 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         weights: number type of the weights: int8, int4, int2, float8 (= float8_e4m3fn), float8_e5m2, nf4, fp4; or an
             AQLM layout: "aqlm-2x8" is 2 codebooks with codes of 8 bits.
         activations: None (weight-only), "int8" or "float8": also round the inputs of linear layers. The numbers are
-            those of a quantized product. A scale belongs to a token; where int4 or int2 weights meet int8, to 32 columns
-            of it. docs/speed.md says where this is faster.
+            those of a quantized product. A scale belongs to a token; where int4 or int2 weights meet int8, to 32
+            columns of it. docs/speed.md says where this is faster.
         static_activations: round inputs with one scale per layer, which :class:`quanto_hf.Calibration` finds; the model
             refuses to run before. Calibrating a model without it sets it.
         qat: load float weights into layers that give what the packed ones would give, for quantization-aware training;
@@ -114,7 +114,10 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
             problems += [
                 f"{where}{key!r} is not known; choose {', '.join(OVERRIDABLE)}" for key in set(values) - {*OVERRIDABLE}
             ]
-            problems += [where + problem for problem in _value_problems(values, values.get("weights", self.weights), may_be_float=True)]
+            problems += [
+                where + problem
+                for problem in _value_problems(values, values.get("weights", self.weights), may_be_float=True)
+            ]
         if not problems:
             problems = self._combination_problems()
         return problems

@@ -33,9 +33,7 @@ def decode_blocks(
 
 
 @aqlm_dequantize_op.kernel("torch_blocks", lambda *args: None)
-def _dequantize(
-    codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def _dequantize(codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rows in blocks, so that the temporaries stay small."""
     out = codebooks.new_empty(features(codes, codebooks), dtype=dtype)
     for rows, weight in decode_blocks(codes, codebooks, scales, dtype):
@@ -58,9 +56,7 @@ def _linear(
 
 
 @aqlm_linear_grad_input.kernel("torch_blocks", lambda *args: None)
-def _grad_input(
-    grad: torch.Tensor, codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor
-) -> torch.Tensor:
+def _grad_input(grad: torch.Tensor, codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The same block by block; the sum over blocks is kept in float32."""
     rows, columns = features(codes, codebooks)
     flat = grad.reshape(grad.shape[:-1].numel(), rows)

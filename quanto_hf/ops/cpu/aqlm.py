@@ -48,9 +48,7 @@ def native_aqlm_dequantize(
     """Dequantize into ``out``; every tensor is contiguous and on the CPU."""
     assert NATIVE is not None
     threads = min(torch.get_num_threads(), 1 + out.numel() // THREAD_VALUES)
-    NATIVE.aqlm_dequantize(
-        *aqlm_arguments(codes, codebooks, scales), out.data_ptr(), FLOAT_TYPES[out.dtype], threads
-    )
+    NATIVE.aqlm_dequantize(*aqlm_arguments(codes, codebooks, scales), out.data_ptr(), FLOAT_TYPES[out.dtype], threads)
     return out
 
 
@@ -143,9 +141,7 @@ def _dequantize_refuses(codes: Any, codebooks: Any, scales: Any, dtype: Any) -> 
 
 
 @aqlm_dequantize_op.kernel("native", _dequantize_refuses)
-def _dequantize(
-    codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def _dequantize(codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Entries are gathered and added, a chunk of a row at a time."""
     out = codebooks.new_empty(features(codes, codebooks), dtype=dtype)
     return native_aqlm_dequantize(plain(codes), plain(codebooks), plain(scales), out)
@@ -176,9 +172,7 @@ def _grad_refuses(grad: Any, codes: Any, codebooks: Any, scales: Any) -> str | N
 
 
 @aqlm_linear_grad_input.kernel("native_blocks", _grad_refuses)
-def _grad_input(
-    grad: torch.Tensor, codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor
-) -> torch.Tensor:
+def _grad_input(grad: torch.Tensor, codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """A block of rows is dequantized natively and multiplied by torch; the sum over blocks is kept in float32."""
     rows, columns = features(codes, codebooks)
     flat = grad.reshape(-1, rows)

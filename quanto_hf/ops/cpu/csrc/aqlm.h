@@ -6,7 +6,7 @@
 constexpr int64_t TABLE_BOOKS = 4;
 
 inline void aqlm_linear(const Linear& a) {
-    if (a.m * a.w.aqlm->books <= TABLE_BOOKS && may_use_tables(a)) return aqlm_tables(a);
+    if ((a.m == 1 || a.m * a.w.aqlm->books <= TABLE_BOOKS) && may_use_tables(a)) return aqlm_tables(a);
     if (a.m <= GEMV_ROWS) return aqlm_gemv(a);
 #if defined(QUANTO_AQLM_BF16)
     if (a.x_type == BF16) return gemm<AqlmBF16>(a);
