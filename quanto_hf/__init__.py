@@ -72,13 +72,10 @@ __all__ = [
 _hf.register()
 
 
+_LAZY = ("QuantoHfQuantizer", "convert_checkpoint", "plan", "replace_with_aqlm_linear", "replace_with_quanto_layers")
+
+
 def __getattr__(name: str) -> Any:
-    if name in (
-        "QuantoHfQuantizer",
-        "convert_checkpoint",
-        "plan",
-        "replace_with_aqlm_linear",
-        "replace_with_quanto_layers",
-    ):
+    if name in _LAZY:
         return getattr(_hf, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

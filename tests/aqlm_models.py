@@ -52,13 +52,13 @@ class Layout:
 
 
 LAYOUTS = [
-    Layout(1, 16), Layout(1, 16, 1, 16), Layout(2, 8), Layout(1, 8), Layout(8, 8, 8), Layout(2, 8, 2), Layout(1, 12, 1, 4),
-    Layout(3, 5, 2, 16),
+    Layout(1, 16), Layout(1, 16, 1, 16), Layout(2, 8), Layout(1, 8), Layout(8, 8, 8), Layout(2, 8, 2),
+    Layout(1, 12, 1, 4), Layout(3, 5, 2, 16),
 ]  # fmt: skip
 
 
 def write(folder: Path, layout: Layout, dtype: torch.dtype = torch.float16, name: str = "llama") -> nn.Module:
-    """Write a checkpoint: every linear layer but the head has codes, and the list of what has none is that of parameters.
+    """Write a checkpoint: every linear layer but the head has codes, and the list of what has none names parameters.
 
     Returns:
         The model with the reconstructed weights in plain layers, float32.

@@ -31,9 +31,9 @@ def costly_codebooks(layers: dict[str, tuple[Aqlm, tuple[int, int], torch.dtype]
     worst = max(costly, key=costs.__getitem__)
     scheme, shape, dtype = layers[worst]
     return (
-        f"the codebooks of {len(costly)} AQLM layer{'s' * (len(costly) > 1)} take more than {COSTLY} bits per weight, at "
-        f"most {costs[worst]:.1f} ({worst}: {scheme.bits(shape, dtype):.2f} bits in all); choose fewer bits per code, such "
-        f"as aqlm-2x8, or leave small layers float"
+        f"the codebooks of {len(costly)} AQLM layer{'s' * (len(costly) > 1)} take more than {COSTLY} bits per weight, "
+        f"at most {costs[worst]:.1f} ({worst}: {scheme.bits(shape, dtype):.2f} bits in all); choose fewer bits per "
+        f"code, such as aqlm-2x8, or leave small layers float"
     )
 
 

@@ -17,8 +17,8 @@ from quanto_hf.schemes import Scheme, make_scheme
 
 @dataclass(frozen=True)
 class Choice:
-    """How the weight of one module is quantized: arguments of :func:`quanto_hf.schemes.make_scheme`, or a scheme, and the
-    fit."""
+    """How the weight of one module is quantized: arguments of :func:`quanto_hf.schemes.make_scheme`, or a scheme; and
+    the fit."""
 
     weights: str | QType | Scheme
     group_size: int | None = None
@@ -112,7 +112,7 @@ def make_plan(
 
 def _refusal(choice: Choice, module: nn.Module) -> str | None:
     """Why the weight of a module cannot be stored as wanted, or None."""
-    rows, *rest = module.weight.shape  # type: ignore[union-attr,misc]
+    rows, *rest = module.weight.shape  # type: ignore[misc]
     return choice.scheme().refuses((rows, torch.Size(rest).numel()))
 
 

@@ -140,9 +140,9 @@ class AqlmQuantizer(QuantoHfQuantizer):
                 plan.left[name] = reason
         for name, choice in list(plan.chosen.items()):
             layer = model.get_submodule(name)
-            if (reason := choice.scheme().refuses((layer.out_features, layer.in_features))) is not None:
+            if (refusal := choice.scheme().refuses((layer.out_features, layer.in_features))) is not None:
                 del plan.chosen[name]
-                plan.left[name] = reason
+                plan.left[name] = refusal
         return plan
 
     def _plan(self, model: Any) -> Plan:
@@ -165,7 +165,7 @@ class AqlmQuantizer(QuantoHfQuantizer):
             (dtype,) = found
             for name, module in model.named_modules():
                 if isinstance(module, QuantizedLinear):
-                    empty = torch.empty_like(module._parameters[part], dtype=dtype)
+                    empty = torch.empty_like(module.tensors()[part], dtype=dtype)
                     module._parameters[part] = nn.Parameter(empty, requires_grad=False)
                     self._stored[f"{name}.{part}"] = dtype
 

@@ -10,7 +10,7 @@ from quanto_hf.fit import FITS
 from quanto_hf.flow import ACTIVATIONS, Choice, activation_type
 from quanto_hf.io import FORMAT_VERSION, check_version
 from quanto_hf.qtypes import weight_names
-from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL, Grouped, is_aqlm_name
+from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL, is_aqlm_name
 
 METHOD = "quanto_hf"
 # of a config that asks for an empty model (hf/skeleton.py): known to transformers only so that from_pretrained finds
@@ -115,8 +115,7 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"{where}{key!r} is not known; choose {', '.join(OVERRIDABLE)}" for key in set(values) - {*OVERRIDABLE}
             ]
             problems += [
-                where + problem
-                for problem in _value_problems(values, values.get("weights", self.weights), may_be_float=True)
+                where + problem for problem in _value_problems(values, values.get("weights", self.weights), True)
             ]
         if not problems:
             problems = self._combination_problems()
@@ -189,13 +188,12 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def _resolved(self) -> dict[str, Any]:
         """The values that decide how weights are stored, the same for two ways to write the same."""
-        scheme = self.choice().scheme()
-        grouped = isinstance(scheme, Grouped)
+        scheme = self.choice().scheme().to_dict()
         return {
-            "weights": scheme.qtype if grouped else self.weights,
+            "weights": scheme.get("qtype", self.weights),
             "activations": activation_type(self.activations),
-            "group_size": scheme.group_size if grouped else scheme.to_dict()["in_group"],
-            "symmetric": scheme.symmetric if grouped else True,
+            "group_size": scheme.get("group_size", scheme.get("in_group")),
+            "symmetric": scheme.get("symmetric", True),
             "fit": self.fit,
             "overrides": self.overrides,
             "modules_to_not_convert": sorted(self.modules_to_not_convert or []),

@@ -5,8 +5,8 @@ entry of each codebook, times the scale of its rows:
 
     W[o, i] = scales[o // out_group] * sum over k of codebooks[k, codes[o // out_group, i // in_group, k]]
 
-Codes are signed integers that are read modulo the size of the codebook, so that any bits are codes. Source of the method:
-Egiazarian et al., "Extreme Compression of Large Language Models via Additive Quantization", 2024,
+Codes are signed integers that are read modulo the size of the codebook, so that any bits are codes. The method is that
+of Egiazarian et al., "Extreme Compression of Large Language Models via Additive Quantization", 2024,
 https://arxiv.org/abs/2401.06118. Kernels in plain torch are in ``torch_aqlm.py``, native ones in ``cpu/aqlm.py``.
 """
 
@@ -53,8 +53,8 @@ def check_aqlm(codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tenso
         )
     if tuple(scales.shape) != (codes.shape[0], 1, 1, 1) or scales.dtype not in FLOATS:
         raise ValueError(
-            f"scales of {codes.shape[0]} row groups have shape ({codes.shape[0]}, 1, 1, 1) and a float dtype, but these "
-            f"have shape {tuple(scales.shape)} and dtype {scales.dtype}"
+            f"scales of {codes.shape[0]} row groups have shape ({codes.shape[0]}, 1, 1, 1) and a float dtype, but "
+            f"these have shape {tuple(scales.shape)} and dtype {scales.dtype}"
         )
     for name, tensor in (("codebooks", codebooks), ("scales", scales)):
         if tensor.device != codes.device:
@@ -152,7 +152,8 @@ def aqlm_dequantize(
 
     Example:
         >>> books = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])
-        >>> aqlm_dequantize(torch.tensor([[[0], [-1]]], dtype=torch.int8), books, torch.full((1, 1, 1, 1), 2.0), torch.float32)
+        >>> codes, scales = torch.tensor([[[0], [-1]]], dtype=torch.int8), torch.full((1, 1, 1, 1), 2.0)
+        >>> aqlm_dequantize(codes, books, scales, torch.float32)
         tensor([[2., 4., 6., 8.]])
     """
     op = aqlm_dequantize_op.torch_op if torch.compiler.is_compiling() else aqlm_dequantize_op
@@ -276,7 +277,7 @@ aqlm_linear_grad_input = Op(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, codes, codebooks, scales, bias = inputs
+    _, codes, codebooks, scales, bias = inputs
     ctx.has_bias = bias is not None
     # the codes, never a float weight: a training step keeps its memory
     ctx.save_for_backward(codes, codebooks, scales)

@@ -11,7 +11,8 @@ from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
 from quanto_hf.schemes.grouped import GROUP_SIZES, PER_CHANNEL, Affine, Float8, Grouped, Lookup
 
 GROUPED: tuple[type[Grouped], ...] = (Affine, Float8, Lookup)
-SCHEMES: dict[str, type[Scheme]] = {cls.kind: cls for cls in (*GROUPED, Aqlm)}
+_ALL: tuple[type[Scheme], ...] = (*GROUPED, Aqlm)
+SCHEMES: dict[str, type[Scheme]] = {cls.kind: cls for cls in _ALL}
 
 # What a user gets who names only the number type: (group_size, symmetric). All types of 4 bits then store 4.5 bits per
 # weight, scales and zeros included. Why these: docs/accuracy.md.
@@ -31,8 +32,8 @@ def make_scheme(weights: str | QType, group_size: int | None = None, symmetric: 
 
     Args:
         weights: a name such as ``"int4"``, or ``"aqlm-2x8"`` for 2 codebooks with codes of 8 bits.
-        group_size: columns that share a scale, -1 for whole rows; of AQLM columns that share a code. None is the default
-            of the type.
+        group_size: columns that share a scale, -1 for whole rows; of AQLM columns that share a code. None is the
+            default of the type.
         symmetric: None is the default of the type.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The scheme of additive quantization: each block of a weight is a sum of codebook entries, times the scale of its rows."""
+"""Additive quantization: each block of a weight is a sum of codebook entries, times the scale of its rows."""
 
 import re
 from dataclasses import dataclass
