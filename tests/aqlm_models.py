@@ -57,8 +57,17 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-def write(folder: Path, layout: Layout, dtype: torch.dtype = torch.float16, name: str = "llama") -> nn.Module:
-    """Write a checkpoint: every linear layer but the head has codes, and the list of what has none names parameters.
+def write(
+    folder: Path, layout: Layout, dtype: torch.dtype = torch.float16, name: str = "llama", head: bool = False
+) -> nn.Module:
+    """Write a checkpoint: every linear layer has codes, and the list of what has none names parameters.
+
+    Args:
+        folder: is made.
+        layout: of the codes.
+        dtype: of all floats.
+        name: of the architecture.
+        head: whether the head has codes too.
 
     Returns:
         The model with the reconstructed weights in plain layers, float32.
@@ -68,7 +77,7 @@ def write(folder: Path, layout: Layout, dtype: torch.dtype = torch.float16, name
         # not model.to(dtype), which would round the frequencies of rotary embeddings
         parameter.data = parameter.data.to(dtype).float()
     state = {key: tensor.to(dtype) for key, tensor in model.state_dict().items()}
-    for i, (key, layer) in enumerate(linears(model)):
+    for i, (key, layer) in enumerate(linears(model, head)):
         made = layout.tensors(layer.out_features, layer.in_features, i)
         made = {part: tensor.to(dtype) if part != "codes" else tensor for part, tensor in made.items()}
         weight = aqlm_dequantize_op.reference(*made.values(), torch.float32)
@@ -82,7 +91,7 @@ def write(folder: Path, layout: Layout, dtype: torch.dtype = torch.float16, name
     config["quantization_config"] = {
         "quant_method": "aqlm",
         **layout.config(),
-        "linear_weights_not_to_quantize": sorted({*kept, "lm_head.weight"}),
+        "linear_weights_not_to_quantize": sorted(kept if head else {*kept, "lm_head.weight"}),
     }
     config.pop("dtype", None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,9 +102,9 @@ def write(folder: Path, layout: Layout, dtype: torch.dtype = torch.float16, name
     return model.eval()
 
 
-def linears(model: nn.Module) -> Iterable[tuple[str, nn.Linear]]:
+def linears(model: nn.Module, head: bool = False) -> Iterable[tuple[str, nn.Linear]]:
     """The linear layers that get codes."""
-    return [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and not n.endswith("lm_head")]
+    return [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and (head or not n.endswith("lm_head"))]
 
 
 def logits(model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
