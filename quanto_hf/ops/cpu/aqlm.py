@@ -20,8 +20,9 @@ from quanto_hf.ops.dequantize import block_rows
 from quanto_hf.ops.scratch import scratch
 from quanto_hf.ops.watched import watched
 
-# csrc/aqlm.h: up to this many rows of x go through tables of products, where codes have at most 8 bits.
-TABLE_ROWS = 4
+# csrc/aqlm.h: with two codebooks, one row of x goes through tables of products where codes have at most 8 bits, so many
+# rows through gathers, and more than GEMV_ROWS through panels.
+GATHER_ROWS = 5
 
 
 def aqlm_arguments(codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor) -> tuple[int, ...]:
@@ -94,7 +95,7 @@ def aqlm_errors(
     inputs = torch.randn((2 * GEMV_ROWS + 3, weight.shape[1]), generator=generator).to(dtype)
     bias = torch.ones(weight.shape[0], dtype=dtype)
     error = 0.0
-    for x in (inputs,) if many else (inputs[:1], inputs[: TABLE_ROWS + 1]):
+    for x in (inputs,) if many else (inputs[:1], inputs[:GATHER_ROWS]):
         got = native_aqlm_linear(x, codes, books, scales, bias).float()
         size, exact = x.float().abs() @ weight.abs().T + 1, x.float() @ weight.T + 1
         error = max(error, float(((got - exact).abs() / size).nan_to_num(nan=torch.inf).max()))
