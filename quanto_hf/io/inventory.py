@@ -45,8 +45,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Every weight of a saved model, and sentences about all of them. ``format_version`` is None for a model that is not
-    in the format of quanto_hf; ``method`` is then that of its config, empty for a float model."""
+    """Every weight of a saved model, and sentences about all of them. ``format_version`` is None for a model that is
+    not in the format of quanto_hf; ``method`` is then that of its config, empty for a float model."""
 
     rows: list[Item]
     format_version: int | None
