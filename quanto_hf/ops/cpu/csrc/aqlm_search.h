@@ -81,13 +81,26 @@ inline F distances(const float* turned, int64_t padded, int64_t width, const flo
     return low;
 }
 
+inline float smallest(F v) {
+    float lanes[W];
+    store(lanes, v);
+    for (int half = W / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] = lanes[i + half] < lanes[i] ? lanes[i + half] : lanes[i];
+    return lanes[0];
+}
+
 // An upper bound of the `wanted` smallest distances: as many lanes hold one that is not above it.
 inline float bound(F low, int wanted) {
     if (wanted > W) return std::numeric_limits<float>::infinity();
     float lanes[W];
     store(lanes, low);
-    std::nth_element(lanes, lanes + wanted - 1, lanes + W);
-    return lanes[wanted - 1];
+    float highest = -std::numeric_limits<float>::infinity();
+    for (int i = 0; i < W; i++) {
+        int below = 0;
+        for (int j = 0; j < W; j++) below += lanes[j] < lanes[i];
+        if (below < wanted && lanes[i] > highest) highest = lanes[i];
+    }
+    return highest;
 }
 
 // Puts those of `count` distances that are among the best where they belong.
@@ -95,11 +108,12 @@ inline void collect(const float* distance, int64_t count, F low, float offset, i
     const F shift = splat(offset);
     low = add(low, shift);
     if (!any_less(low, splat(best.worst()))) return;
-    // nothing above `limit` can stay; one step up, because lanes are compared by "less"
+    // nothing above `limit` can stay
     float limit = best.worst();
-    if (best.size < best.limit) limit = bound(low, best.limit - best.size);
-    if (best.limit == 1) limit = bound(low, 1);
-    F above = splat(std::nextafter(limit, std::numeric_limits<float>::infinity()));
+    if (best.limit == 1) limit = smallest(low);
+    else if (best.size < best.limit) limit = bound(low, best.limit - best.size);
+    // a little above it, because lanes are compared by "less"
+    const F above = splat(limit + std::fabs(limit) * 1e-6f + std::numeric_limits<float>::min());
     for (int64_t c = 0; c < count; c += W) {
         const F d = add(load(distance + c), shift);
         if (!any_less(d, above)) continue;
@@ -199,7 +213,10 @@ struct Searcher {
                 next_kept[to * count + k] = found.code;
             }
         }
-        std::swap(rest, next_rest), std::swap(kept, next_kept);
+        float* const r = rest;
+        rest = next_rest, next_rest = r;
+        int32_t* const c = kept;
+        kept = next_kept, next_kept = c;
     }
 };
 
