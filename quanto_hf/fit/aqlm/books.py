@@ -9,9 +9,9 @@ from quanto_hf.fit.aqlm.metric import Metric
 # k-means sees at most this many groups for each vector: more do not change what it finds.
 GROUPS_PER_VECTOR = 256
 # Rounds of k-means for each codebook. The least squares that follow move everything anyway.
-ROUNDS = 12
+ROUNDS = 8
 # Steps of conjugate gradients: without a Hessian until nothing is left to gain in float32, which takes 5 to 10.
-STEPS, STEPS_WITH_HESSIAN = 30, 12
+STEPS, STEPS_WITH_HESSIAN = 30, 6
 ENOUGH = 1e-12
 
 
