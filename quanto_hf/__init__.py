@@ -18,10 +18,10 @@ from typing import Any
 from quanto_hf import hf as _hf
 from quanto_hf.assets import heldout_text, tiny_lm
 from quanto_hf.fit import AbsmaxOptimizer, HqqOptimizer, MaxOptimizer
-from quanto_hf.flow import dequantize, freeze, quantization_map, quantize, report, requantize
-from quanto_hf.hf import QuantoConfig, install, load_and_quantize_model
+from quanto_hf.flow import Calibration, calibrate, dequantize, freeze, quantization_map, report, requantize
+from quanto_hf.hf import AqlmConfig, QuantoConfig, install, load_and_quantize_model, quantize
 from quanto_hf.io import CheckpointError
-from quanto_hf.nn import QLayerNorm, QLinear
+from quanto_hf.nn import QConv2d, QEmbedding, QLinear
 from quanto_hf.qtypes import QType, qfloat8, qfloat8_e4m3fn, qfloat8_e5m2, qfp4, qint2, qint4, qint8, qnf4, qtype
 
 try:
@@ -32,14 +32,18 @@ except PackageNotFoundError:
 
 __all__ = [
     "AbsmaxOptimizer",
+    "AqlmConfig",
+    "Calibration",
     "CheckpointError",
     "HqqOptimizer",
     "MaxOptimizer",
-    "QLayerNorm",
+    "QConv2d",
+    "QEmbedding",
     "QLinear",
     "QType",
     "QuantoConfig",
     "QuantoHfQuantizer",
+    "calibrate",
     "convert_checkpoint",
     "dequantize",
     "freeze",
@@ -58,6 +62,7 @@ __all__ = [
     "qtype",
     "quantization_map",
     "quantize",
+    "replace_with_aqlm_linear",
     "replace_with_quanto_layers",
     "report",
     "requantize",
@@ -68,6 +73,12 @@ _hf.register()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("QuantoHfQuantizer", "convert_checkpoint", "plan", "replace_with_quanto_layers"):
+    if name in (
+        "QuantoHfQuantizer",
+        "convert_checkpoint",
+        "plan",
+        "replace_with_aqlm_linear",
+        "replace_with_quanto_layers",
+    ):
         return getattr(_hf, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,13 +3,16 @@
 Imports: everything below ``nn`` included. Never: transformers.
 """
 
+from quanto_hf.flow.calibration import Calibration, calibrate, run_batch
+from quanto_hf.flow.codebooks import codebooks_of, warn_of_codebooks
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
 from quanto_hf.flow.patterns import first_match, matches
-from quanto_hf.flow.plan import Choice, Plan, apply_plan, make_plan, replace_modules
+from quanto_hf.flow.plan import Choice, Plan, apply_plan, make_plan, quantized, replace_modules
 from quanto_hf.flow.report import Report, Row, not_quantizable, report
 from quanto_hf.flow.verbs import (
     ACTIVATIONS,
     activation_type,
+    as_patterns,
     dequantize,
     freeze,
     quantization_map,
@@ -19,6 +22,7 @@ from quanto_hf.flow.verbs import (
 
 __all__ = [
     "ACTIVATIONS",
+    "Calibration",
     "Choice",
     "Evaluation",
     "Plan",
@@ -26,6 +30,9 @@ __all__ = [
     "Row",
     "activation_type",
     "apply_plan",
+    "as_patterns",
+    "calibrate",
+    "codebooks_of",
     "dequantize",
     "evaluate",
     "first_match",
@@ -35,8 +42,11 @@ __all__ = [
     "not_quantizable",
     "quantization_map",
     "quantize",
+    "quantized",
     "replace_modules",
     "report",
     "requantize",
+    "run_batch",
+    "warn_of_codebooks",
     "windows",
 ]

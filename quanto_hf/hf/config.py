@@ -10,7 +10,7 @@ from quanto_hf.fit import FITS
 from quanto_hf.flow import ACTIVATIONS, Choice, activation_type
 from quanto_hf.io import FORMAT_VERSION, check_version
 from quanto_hf.qtypes import weight_names
-from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL
+from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL, Grouped, is_aqlm_name
 
 METHOD = "quanto_hf"
 # of a config that asks for an empty model (hf/skeleton.py): known to transformers only so that from_pretrained finds
@@ -29,15 +29,22 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How ``from_pretrained`` quantizes a model.
 
     Args:
-        weights: number type of the weights: int8, int4, int2, float8 (= float8_e4m3fn), float8_e5m2, nf4, fp4.
-        activations: None (weight-only), "int8" or "float8": also round the inputs of linear layers and the outputs
-            of layer norms. The numbers are those of a quantized product. A scale belongs to a token; where int4 or
-            int2 weights meet int8, to 32 columns of it. docs/speed.md says where this is faster.
+        weights: number type of the weights: int8, int4, int2, float8 (= float8_e4m3fn), float8_e5m2, nf4, fp4; or an
+            AQLM layout: "aqlm-2x8" is 2 codebooks with codes of 8 bits.
+        activations: None (weight-only), "int8" or "float8": also round the inputs of linear layers. The numbers are
+            those of a quantized product. A scale belongs to a token; where int4 or int2 weights meet int8, to 32
+            columns of it. docs/speed.md says where this is faster.
+        static_activations: round inputs with one scale per layer, which :class:`quanto_hf.Calibration` finds; the model
+            refuses to run before. Calibrating a model without it sets it.
+        qat: load float weights into layers that give what the packed ones would give, for quantization-aware training;
+            :func:`quanto_hf.freeze` packs them.
+        learn_scales: with ``qat``, train the scales as well.
         modules_to_not_convert: patterns of modules that stay float, besides the defaults (output and task heads, tied
             weights, what the model keeps in float32). A pattern is a run of whole name segments or a glob: ``fc1``
             does not match ``fc10``, ``*.down_proj`` does what it says.
         group_size: columns that share a scale: 16, 32, 64, 128, 256, or -1 for whole rows. None is the default of
-            the type: whole rows for 8 bits, 64 for int4 and int2, 32 for nf4 and fp4.
+            the type: whole rows for 8 bits, 64 for int4 and int2, 32 for nf4 and fp4. Of AQLM: columns that share a
+            code, any number, 8 by default.
         symmetric: no zero point. None is the default of the type: False for int4 and int2, True for all others.
         fit: how scales are found: absmax, minmax, mse, mse_gain, hqq. None is the best data-free one of the type.
         overrides: pattern -> values of weights, group_size, symmetric and fit that differ for these modules, such as
@@ -67,6 +74,9 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     default_skips: bool = True
     dequantize: bool = False
+    static_activations: bool = False
+    qat: bool = False
+    learn_scales: bool = False
     format_version: int = FORMAT_VERSION
     schemes: list[dict[str, Any]] | None = None
     # keyword only: the base class has it first, but the first argument is the weights, as in transformers' QuantoConfig
@@ -81,7 +91,7 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def _problems(self) -> list[str]:
         """One sentence for each bad value."""
-        problems = _value_problems(vars(self))
+        problems = _value_problems(vars(self), self.weights)
         if self.quant_method not in (METHOD, "quanto"):
             problems.append(f"quant_method={self.quant_method!r}; it is {METHOD!r}")
         try:
@@ -91,7 +101,7 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         names = self.modules_to_not_convert
         if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
             problems.append(f"modules_to_not_convert={names!r}; give a list of names or patterns, or None")
-        for flag in ("default_skips", "dequantize"):
+        for flag in ("default_skips", "dequantize", "static_activations", "qat", "learn_scales"):
             if not isinstance(getattr(self, flag), bool):
                 problems.append(f"{flag}={getattr(self, flag)!r}; choose True or False")
         if not isinstance(self.overrides, Mapping):
@@ -104,7 +114,10 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
             problems += [
                 f"{where}{key!r} is not known; choose {', '.join(OVERRIDABLE)}" for key in set(values) - {*OVERRIDABLE}
             ]
-            problems += [where + problem for problem in _value_problems(values, may_be_float=True)]
+            problems += [
+                where + problem
+                for problem in _value_problems(values, values.get("weights", self.weights), may_be_float=True)
+            ]
         if not problems:
             problems = self._combination_problems()
         return problems
@@ -112,7 +125,17 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def _combination_problems(self) -> list[str]:
         """Values that are fine alone and do not go together."""
         problems = []
+        if self.static_activations and self.activations is None:
+            problems.append("static_activations=True without activations; add activations='int8' or 'float8'")
+        if self.qat and self.dequantize:
+            problems.append("qat=True and dequantize=True; choose one of them")
+        if self.learn_scales and not self.qat:
+            problems.append("learn_scales=True without qat=True; scales are learned in training only")
         for where, choice in [("", self.choice()), *self._override_choices()]:
+            if is_aqlm_name(choice.weights) and choice.fit is not None:
+                problems.append(f"{where}fit={choice.fit!r} is not for {choice.weights} weights; leave it out")
+            if is_aqlm_name(choice.weights) and self.qat:
+                problems.append(f"{where}qat=True does not work with {choice.weights} weights: fitting takes seconds")
             try:
                 choice.scheme()
             except ValueError as error:
@@ -166,12 +189,13 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def _resolved(self) -> dict[str, Any]:
         """The values that decide how weights are stored, the same for two ways to write the same."""
-        scheme = self.choice().scheme().to_dict()
+        scheme = self.choice().scheme()
+        grouped = isinstance(scheme, Grouped)
         return {
-            "weights": scheme["qtype"],
+            "weights": scheme.qtype if grouped else self.weights,
             "activations": activation_type(self.activations),
-            "group_size": scheme["group_size"],
-            "symmetric": scheme["symmetric"],
+            "group_size": scheme.group_size if grouped else scheme.to_dict()["in_group"],
+            "symmetric": scheme.symmetric if grouped else True,
             "fit": self.fit,
             "overrides": self.overrides,
             "modules_to_not_convert": sorted(self.modules_to_not_convert or []),
@@ -179,15 +203,21 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         }
 
 
-def _value_problems(values: Mapping[str, Any], may_be_float: bool = False) -> list[str]:
-    """Bad values among weights, group_size, symmetric and fit."""
+def _value_problems(values: Mapping[str, Any], weights: Any, may_be_float: bool = False) -> list[str]:
+    """Bad values among weights, group_size, symmetric and fit.
+
+    Args:
+        weights: what the values are for, named by them or not.
+    """
     problems = []
-    if "weights" in values and values["weights"] not in weight_names():
+    if "weights" in values and values["weights"] not in weight_names() and not is_aqlm_name(values["weights"]):
         if not (may_be_float and values["weights"] is None):
             none = ", or None for float" if may_be_float else ""
-            problems.append(f"weights={values['weights']!r}; choose one of {', '.join(weight_names())}{none}")
+            names = ", ".join([*weight_names(), "aqlm-1x8", "aqlm-2x8", "aqlm-1x16"])
+            problems.append(f"weights={values['weights']!r}; choose one of {names} (any aqlm-KxB){none}")
     group_size = values.get("group_size")
-    if group_size is not None and group_size not in (PER_CHANNEL, *GROUP_SIZES):
+    # what an AQLM layout does not take is said by its scheme
+    if group_size is not None and group_size not in (PER_CHANNEL, *GROUP_SIZES) and not is_aqlm_name(weights):
         problems.append(f"group_size={group_size!r}; choose one of {', '.join(map(str, (PER_CHANNEL, *GROUP_SIZES)))}")
     if values.get("symmetric") not in (None, True, False):
         problems.append(f"symmetric={values['symmetric']!r}; choose None, True or False")

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from quanto_hf.hf.loading import split_name, waits_for_weight
-from quanto_hf.nn import QLinear
-from quanto_hf.schemes import make_scheme
+from quanto_hf.nn import QuantizedWeight
+from quanto_hf.schemes import Grouped
 
 
 class LegacyHooks:
@@ -21,10 +21,10 @@ class LegacyHooks:
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """Without the stored tensors of quantized layers, which a float checkpoint does not have."""
         quantized = {
-            f"{name}.weight_{part}"
+            f"{name}.{stored}"
             for name, module in model.named_modules()
-            if isinstance(module, QLinear)
-            for part in module.tensors()
+            if isinstance(module, QuantizedWeight)
+            for stored in module.stored_names
         }
         return [key for key in missing_keys if not {key, f"{prefix}.{key}", key.removeprefix(f"{prefix}.")} & quantized]
 
@@ -48,14 +48,18 @@ class LegacyHooks:
             raise ValueError(f"{param_name} is not the float weight of a quantized layer")
         set_module_tensor_to_device(model, param_name, target_device, param_value)
         layer, _ = split_name(model, param_name)
-        assert isinstance(layer, QLinear)
+        assert isinstance(layer, QuantizedWeight)
         layer.freeze()
 
     def adjust_target_dtype(self, target_dtype: torch.dtype) -> Any:
         """The dtype with the size of a weight, as accelerate counts it for a device map."""
         from accelerate.utils import CustomDtype
 
-        kind = make_scheme(self.quantization_config.weights).type
+        scheme = self.quantization_config.choice().scheme()
+        if not isinstance(scheme, Grouped):
+            # 2 bits per weight are the largest of what accelerate counts that is not above most layouts
+            return CustomDtype.INT2
+        kind = scheme.type
         if kind.bits == 8:
             return torch.int8 if kind.kind == "int" else CustomDtype.FP8
         return CustomDtype.INT4 if kind.bits == 4 else CustomDtype.INT2

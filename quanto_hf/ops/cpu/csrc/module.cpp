@@ -55,23 +55,29 @@ bool offers(const void* kernel) {
     return kernel != nullptr;
 }
 
-Linear read_linear(Arguments& in) {
-    Linear a;
-    a.w = read_weight(in);
+// All of a call but the weight.
+void read_call(Arguments& in, Linear& a) {
     a.x = in.address<const void>();
     a.bias = in.address<const void>();
     a.out = in.address<void>();
     a.m = in.next();
     a.x_type = static_cast<int>(in.next());
     a.threads = static_cast<int>(in.next());
+}
+
+Linear read_linear(Arguments& in) {
+    Linear a;
+    a.w = read_weight(in);
+    read_call(in, a);
     return a;
 }
 constexpr Py_ssize_t LINEAR_ARGUMENTS = WEIGHT_ARGUMENTS + 6;
 
-PyObject* run_linear(void (*kernel)(const Linear&), PyObject* const* values) {
+PyObject* run_linear(void (*kernel)(const Linear&), PyObject* const* values, bool scaled = false) {
     if (!offers(reinterpret_cast<const void*>(kernel))) return nullptr;
     Arguments in{values};
-    const Linear a = read_linear(in);
+    Linear a = read_linear(in);
+    if (scaled) a.x_scale = in.address<const float>();
     if (PyErr_Occurred()) return nullptr;
     Py_BEGIN_ALLOW_THREADS
     kernel(a);
@@ -84,7 +90,7 @@ PyObject* linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
 }
 
 PyObject* linear_int8(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    return ready(count, LINEAR_ARGUMENTS) ? run_linear(active->linear_int8, values) : nullptr;
+    return ready(count, LINEAR_ARGUMENTS + 1) ? run_linear(active->linear_int8, values, true) : nullptr;
 }
 
 PyObject* expert_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -103,7 +109,7 @@ PyObject* expert_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
 }
 
 PyObject* linear_int8_groups(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    return ready(count, WEIGHT_ARGUMENTS + 6) ? run_linear(active->linear_int8_groups, values) : nullptr;
+    return ready(count, LINEAR_ARGUMENTS + 1) ? run_linear(active->linear_int8_groups, values, true) : nullptr;
 }
 
 PyObject* dequantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -117,6 +123,54 @@ PyObject* dequantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
     if (PyErr_Occurred()) return nullptr;
     Py_BEGIN_ALLOW_THREADS
     active->dequantize(w, out_type, out, rows, row_count, threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+// The description goes to `q`, to which the weight points.
+Weight read_aqlm(Arguments& in, Aqlm& q) {
+    Weight w{};
+    q.codes = in.address<const void>();
+    q.codebooks = in.address<const void>();
+    q.scales = in.address<const void>();
+    w.n = in.next();
+    w.k = in.next();
+    q.books = in.next();
+    q.out_group = in.next();
+    q.in_group = in.next();
+    q.bits = static_cast<int>(in.next());
+    q.code_bytes = static_cast<int>(in.next());
+    q.book_type = static_cast<int>(in.next());
+    q.scale_type = static_cast<int>(in.next());
+    w.aqlm = &q;
+    return w;
+}
+constexpr Py_ssize_t AQLM_ARGUMENTS = 12;
+
+PyObject* aqlm_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, AQLM_ARGUMENTS + 6) || !offers(reinterpret_cast<const void*>(active->aqlm_linear))) return nullptr;
+    Arguments in{values};
+    Aqlm q;
+    Linear a;
+    a.w = read_aqlm(in, q);
+    read_call(in, a);
+    if (PyErr_Occurred()) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    active->aqlm_linear(a);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject* aqlm_dequantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, AQLM_ARGUMENTS + 3) || !offers(reinterpret_cast<const void*>(active->aqlm_dequantize))) return nullptr;
+    Arguments in{values};
+    Aqlm q;
+    const Weight w = read_aqlm(in, q);
+    void* out = in.address<void>();
+    const int out_type = static_cast<int>(in.next()), threads = static_cast<int>(in.next());
+    if (PyErr_Occurred()) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    active->aqlm_dequantize(w, out_type, out, threads);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -254,6 +308,8 @@ PyObject* has_kernel(PyObject*, PyObject* name) {
     if (is("quantize")) return PyBool_FromLong(active->quantize != nullptr);
     if (is("linear_int8")) return PyBool_FromLong(active->linear_int8 != nullptr);
     if (is("linear_int8_groups")) return PyBool_FromLong(active->linear_int8_groups != nullptr);
+    if (is("aqlm_linear")) return PyBool_FromLong(active->aqlm_linear != nullptr);
+    if (is("aqlm_dequantize")) return PyBool_FromLong(active->aqlm_dequantize != nullptr);
     return PyBool_FromLong(is("linear") || is("dequantize"));
 }
 
@@ -284,6 +340,8 @@ PyMethodDef methods[] = {
     {"aqlm_sweep", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(aqlm_sweep)), METH_FASTCALL, "the same with error compensation"},
     {"product", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(product)), METH_FASTCALL, "a product of matrices that no number of threads changes"},
     {"code_sums", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(code_sums)), METH_FASTCALL, "sums of the groups of each code"},
+    {"aqlm_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(aqlm_linear)), METH_FASTCALL, "linear for sums of codebook entries"},
+    {"aqlm_dequantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(aqlm_dequantize)), METH_FASTCALL, "such a weight as floats"},
     {"levels", level_names, METH_NOARGS, "names of the levels that this processor can run, best first"},
     {"level", level, METH_NOARGS, "name of the level in use, or None"},
     {"has_kernel", has_kernel, METH_O, "whether the level in use has the kernel of that name"},
