@@ -4,6 +4,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "aqlm_fit.h"
 #include "dispatch.h"
 #include "experts.h"
 
@@ -202,6 +203,95 @@ PyObject* quantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
     return PyBool_FromLong(finite);
 }
 
+Codebooks read_codebooks(Arguments& in) {
+    Codebooks b;
+    b.values = in.address<const float>();
+    b.count = in.next();
+    b.size = in.next();
+    b.width = in.next();
+    return b;
+}
+
+PyObject* aqlm_search(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, 9)) return nullptr;
+    Arguments in{values};
+    AqlmSearch a;
+    a.books = read_codebooks(in);
+    a.targets = in.address<const float>();
+    a.codes = in.address<int32_t>();
+    a.n = in.next();
+    a.beam = static_cast<int>(in.next());
+    a.threads = static_cast<int>(in.next());
+    if (PyErr_Occurred()) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    aqlm_fit_of(*active).search(a);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject* aqlm_sweep(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, 15)) return nullptr;
+    Arguments in{values};
+    AqlmSweep a;
+    a.books = read_codebooks(in);
+    a.gradient = in.address<float>();
+    a.hessian = in.address<const float>();
+    a.lower = in.address<const float>();
+    a.inverse = in.address<const float>();
+    a.codes = in.address<int32_t>();
+    a.rows = in.next();
+    a.columns = in.next();
+    a.out_group = in.next();
+    a.in_group = in.next();
+    a.beam = static_cast<int>(in.next());
+    a.threads = static_cast<int>(in.next());
+    if (PyErr_Occurred()) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    aqlm_fit_of(*active).sweep(a);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject* product(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, 7)) return nullptr;
+    Arguments in{values};
+    Product p;
+    p.a = in.address<const float>();
+    p.b = in.address<const float>();
+    p.out = in.address<float>();
+    p.m = in.next();
+    p.n = in.next();
+    p.k = in.next();
+    p.threads = static_cast<int>(in.next());
+    if (PyErr_Occurred()) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    aqlm_fit_of(*active).product(p);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject* code_sums(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, 11)) return nullptr;
+    Arguments in{values};
+    CodeSums s;
+    s.values = in.address<const float>();
+    s.weights = in.address<const float>();
+    s.codes = in.address<const int32_t>();
+    s.sums = in.address<double>();
+    s.totals = in.address<double>();
+    s.n = in.next();
+    s.per_weight = in.next();
+    s.count = in.next();
+    s.size = in.next();
+    s.width = in.next();
+    s.threads = static_cast<int>(in.next());
+    if (PyErr_Occurred()) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    quanto::code_sums(s);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 PyObject* level_names(PyObject*, PyObject*) {
     PyObject* names = PyList_New(0);
     for (int i = 0; names && i < level_count; i++) {
@@ -246,6 +336,10 @@ PyMethodDef methods[] = {
     {"linear_int8_groups", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear_int8_groups)), METH_FASTCALL, "the same for int4 and int2, by 32 columns"},
     {"dequantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(dequantize)), METH_FASTCALL, "rows of a weight as floats"},
     {"quantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(quantize)), METH_FASTCALL, "codes, scale and zero of a float matrix"},
+    {"aqlm_search", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(aqlm_search)), METH_FASTCALL, "better codes for groups of additive codebooks"},
+    {"aqlm_sweep", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(aqlm_sweep)), METH_FASTCALL, "the same with error compensation"},
+    {"product", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(product)), METH_FASTCALL, "a product of matrices that no number of threads changes"},
+    {"code_sums", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(code_sums)), METH_FASTCALL, "sums of the groups of each code"},
     {"aqlm_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(aqlm_linear)), METH_FASTCALL, "linear for sums of codebook entries"},
     {"aqlm_dequantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(aqlm_dequantize)), METH_FASTCALL, "such a weight as floats"},
     {"levels", level_names, METH_NOARGS, "names of the levels that this processor can run, best first"},
