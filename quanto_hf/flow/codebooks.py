@@ -32,8 +32,8 @@ def costly_codebooks(layers: dict[str, tuple[Aqlm, tuple[int, int], torch.dtype]
     scheme, shape, dtype = layers[worst]
     return (
         f"the codebooks of {len(costly)} AQLM layer{'s' * (len(costly) > 1)} take more than {COSTLY} bits per weight, "
-        f"at most {costs[worst]:.1f} ({worst}: {scheme.bits(shape, dtype):.2f} bits in all); choose fewer bits per "
-        f"code, such as aqlm-2x8, or leave small layers float"
+        f"at most {costs[worst]:.1f} ({worst}: {scheme.bits(shape, dtype):.2f} bits in all); fewer bits per code make "
+        f"smaller codebooks, and small layers may stay float"
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from quanto_hf.fit import Fit
+from quanto_hf.fit.aqlm import quantize_aqlm
 from quanto_hf.ops import MAX_BITS, aqlm_dequantize, aqlm_linear, check_index, code_dtype
 from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
 
@@ -96,15 +97,11 @@ class Aqlm(Scheme):
         Raises:
             ValueError: the weight cannot be cut into blocks, has NaN or infinite values, or a fit is given.
         """
-        from quanto_hf.fit.aqlm import quantize_aqlm
-
         if fit is not None:
             raise ValueError(f"{self} weights are fitted by AQLM itself, not by {fit!r}; leave out the fit")
         if not weight.is_floating_point():
             raise ValueError(f"a weight has a float dtype, but this one has {weight.dtype}")
         specs = self.tensors(tuple(weight.shape), weight.dtype)
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError("the weight has NaN or infinite values")
         codes, codebooks, scales = quantize_aqlm(
             weight.detach(),
             num_codebooks=self.num_codebooks,

@@ -14,7 +14,7 @@ import torch
 import transformers as tf
 from aqlm_models import LAYOUTS, Layout, linears, logits, write
 from safetensors.torch import load_file, save_file
-from tiny_models import build, relative, tokens
+from tiny_models import build, relative, save, tokens
 from torch import nn
 from transformers.quantizers import auto
 
@@ -348,6 +348,59 @@ def test_values_that_an_aqlm_layout_cannot_have_are_refused(values, said):
     with pytest.raises(ValueError) as caught:
         QuantoConfig(**values)
     assert all(text in str(caught.value) for text in said), caught.value
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory):
+    """A float checkpoint."""
+    return save("llama", tmp_path_factory.mktemp("floats"), torch.bfloat16)
+
+
+def test_a_float_model_gets_the_published_format_and_reloads_to_the_same_logits(floats, tmp_path):
+    model = load(floats, "auto", quantization_config=AqlmConfig(num_codebooks=2, nbits_per_codebook=4))
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    state = load_file(tmp_path / "model.safetensors")
+    parts = ("codes", "codebooks", "scales")
+    assert sorted(saved["linear_weights_not_to_quantize"]) == [n for n in sorted(state) if not n.endswith(parts)]
+    assert {t.dtype for n, t in state.items() if n.endswith("codebooks")} == {torch.bfloat16}
+    again = load(tmp_path, "auto")
+    assert len(layers(again)) == 14 and torch.equal(logits(again), logits(model))
+
+
+def test_a_float_model_gets_our_format_where_layers_can_differ(floats, tmp_path):
+    config = QuantoConfig("aqlm-2x4", overrides={"*.down_proj": {"weights": "int4"}, "*.q_proj": {"group_size": 16}})
+    model = load(floats, "auto", quantization_config=config)
+    first = model.model.layers[0]
+    assert (str(first.mlp.down_proj.scheme), str(first.self_attn.q_proj.scheme)) == ("int4 g64 asym", "aqlm 2x4 g16")
+    assert list(first.mlp.up_proj.state_dict()) == ["weight_codes", "weight_codebooks", "weight_scales"]
+    assert 0.1 < first.mlp.up_proj.weight_error < 0.9
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, "auto")
+    assert torch.equal(logits(again), logits(model))
+    found = plan(tmp_path)
+    assert found.nbytes == sum(t.nbytes for t in again.state_dict().values()) + rotary(again)
+    assert plan(floats, config).nbytes == found.nbytes
+
+
+def rotary(model):
+    """Bytes of buffers that no checkpoint has."""
+    return sum(t.nbytes for name, t in model.named_buffers() if name not in model.state_dict())
+
+
+def test_a_layer_that_cannot_be_cut_stays_float_and_the_report_says_why(floats):
+    model = load(floats, "auto", quantization_config=QuantoConfig("aqlm-1x2", group_size=128))
+    reasons = {row.name: row.reason for row in report(model).rows}
+    assert "in_features=64 is not a multiple of the 128" in reasons["model.layers.0.self_attn.q_proj.weight"]
+    assert reasons["model.layers.0.mlp.down_proj.weight"] == ""
+
+
+def test_weights_that_go_to_disk_are_made_there(floats, tmp_path):
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu",
+              "model.layers.0": "cpu", "model.layers.1": "disk"}  # fmt: skip
+    for config in (QuantoConfig("aqlm-1x4"), AqlmConfig(nbits_per_codebook=4)):
+        model = load(floats, "auto", quantization_config=config, device_map=places, offload_folder=tmp_path)
+        assert torch.equal(logits(model), logits(load(floats, "auto", quantization_config=config)))
 
 
 # ------------------------------------------------------------------------------------------------ the aqlm package

@@ -145,7 +145,16 @@ def _sweep_error() -> float:
     errors = []
     for run, multiply in ((torch_sweep, torch.mm), (native_sweep, native_product)):
         codes = start.clone()
-        run(multiply(weight - layout.to_weight(decode(codes, codebooks)), hessian), hessian, lower, inverse, codebooks, codes, 2, 4)
+        run(
+            multiply(weight - layout.to_weight(decode(codes, codebooks)), hessian),
+            hessian,
+            lower,
+            inverse,
+            codebooks,
+            codes,
+            2,
+            4,
+        )
         error = weight - layout.to_weight(decode(codes, codebooks))
         errors.append(float((error @ hessian * error).sum()))
     return abs(errors[1] / errors[0] - 1)
