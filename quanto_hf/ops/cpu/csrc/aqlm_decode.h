@@ -37,9 +37,10 @@ template <int BOOK, class Code, int BOOKS>
 inline void aqlm_eights(const Aqlm& q, const Code* codes, F scale, int64_t groups, float* out) {
     constexpr int RUNS = W > 8 ? W / 8 : 1;  // groups in a vector
     const int64_t mask = (int64_t{1} << q.bits) - 1, books = BOOKS ? BOOKS : q.books;
-    const auto at = [&](int64_t group, int64_t book) {
-        const int64_t index = ((book << q.bits) + (codes[group * books + book] & mask)) * 8;
-        return static_cast<const uint8_t*>(q.codebooks) + index * size_of(BOOK);
+    const int64_t book_bytes = (mask + 1) * 8 * size_of(BOOK);
+    const uint8_t* entries = static_cast<const uint8_t*>(q.codebooks);
+    const auto at = [=](int64_t group, int64_t book) {
+        return entries + book * book_bytes + (codes[group * books + book] & mask) * (8 * size_of(BOOK));
     };
     for (int64_t group = 0; group < groups; group += RUNS) {
         const int64_t next = group + RUNS - 1 < groups ? group + RUNS - 1 : group;

@@ -9,7 +9,10 @@ struct AqlmBF16 : DotBF16<false> {
                 if (end < to) std::memset(out + r * CHUNK + (end - from), 0, (to - end) * 2);
                 for_each_chunk<decltype(book)::type, decltype(code)>(
                     w, row + r, from, end, [&](const float* values, int64_t column, int64_t count) {
-                        put_floats<BF16>(values, count, out, r * CHUNK + column - from);
+                        uint16_t* to_row = out + r * CHUNK + column - from;
+                        int64_t i = 0;
+                        for (; i + W <= count; i += W) store_factors(to_row + i, load(values + i));
+                        if (i < count) storen_bf16(to_row + i, load(values + i), count - i);
                     });
             }
         });
