@@ -6,6 +6,7 @@ Imports: ``qtypes`` and torch. Never: a scheme, a module, transformers.
 from quanto_hf.ops.activation import ACTIVATION_GROUP, TOKEN, activation_group, round_activations
 from quanto_hf.ops.cpu import aqlm, experts, kernels  # noqa: F401
 from quanto_hf.ops.cpu import embedding as _native_embedding  # noqa: F401  the native ones are asked first
+from quanto_hf.ops.cpu.aqlm_bound import bind_aqlm
 from quanto_hf.ops.cpu.bound import BoundLinear
 from quanto_hf.ops.cpu.bound import bind as bind_linear
 
@@ -40,6 +41,7 @@ __all__ = [
     "aqlm_linear",
     "aqlm_linear_grad_input",
     "aqlm_linear_op",
+    "bind_aqlm",
     "bind_linear",
     "check_index",
     "code_dtype",

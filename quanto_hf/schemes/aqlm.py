@@ -8,7 +8,7 @@ import torch
 
 from quanto_hf.fit import Fit
 from quanto_hf.fit.aqlm import quantize_aqlm
-from quanto_hf.ops import MAX_BITS, aqlm_dequantize, aqlm_linear, check_index, code_dtype
+from quanto_hf.ops import MAX_BITS, BoundLinear, aqlm_dequantize, aqlm_linear, bind_aqlm, check_index, code_dtype
 from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
 
 # "aqlm-2x8": 2 codebooks, codes of 8 bits.
@@ -131,6 +131,18 @@ class Aqlm(Scheme):
         made = made.view(-1, self.out_group, made.shape[-1])
         picked = made[torch.arange(len(wanted), device=made.device), wanted % self.out_group]
         return picked.view(*index.shape, in_features)
+
+    def bind(
+        self,
+        tensors: Tensors,
+        in_features: int,
+        activations: str | None = None,
+        x_scale: torch.Tensor | None = None,
+    ) -> BoundLinear | None:
+        """See :class:`Scheme`: for inputs as they are."""
+        if activations is not None:
+            return None
+        return bind_aqlm(tensors["codes"], tensors["codebooks"], tensors["scales"])
 
     def to_dict(self) -> dict[str, Any]:
         """See :class:`Scheme`."""

@@ -120,7 +120,12 @@ def why_aqlm_wrong(
 # --------------------------------------------------------------------------------------------------------- the kernels
 
 
-def _refuses_weight(codes: Any, codebooks: Any, scales: Any, dtype: Any, many: bool) -> str | None:
+def refuses_aqlm(codes: Any, codebooks: Any, scales: Any, dtype: Any, many: bool) -> str | None:
+    """Why no native kernel takes this weight, or None.
+
+    Args:
+        many: whether x has more than ``GEMV_ROWS`` rows.
+    """
     if NATIVE is None:
         return REASON
     if not NATIVE.has_kernel("aqlm_linear"):
@@ -138,7 +143,7 @@ def _refuses_weight(codes: Any, codebooks: Any, scales: Any, dtype: Any, many: b
 def _dequantize_refuses(codes: Any, codebooks: Any, scales: Any, dtype: Any) -> str | None:
     if not codes.numel():
         return "there is nothing to dequantize"
-    return _refuses_weight(codes, codebooks, scales, dtype, False)
+    return refuses_aqlm(codes, codebooks, scales, dtype, False)
 
 
 @aqlm_dequantize_op.kernel("native", _dequantize_refuses)
@@ -153,7 +158,7 @@ def _linear_refuses(x: Any, codes: Any, codebooks: Any, scales: Any, bias: Any) 
         return "there is nothing to multiply"
     if not on_cpu(x, bias):
         return "it runs on CPU only"
-    return _refuses_weight(codes, codebooks, scales, x.dtype, x.numel() > GEMV_ROWS * x.shape[-1])
+    return refuses_aqlm(codes, codebooks, scales, x.dtype, x.numel() > GEMV_ROWS * x.shape[-1])
 
 
 @aqlm_linear_op.kernel("native", _linear_refuses)
@@ -169,7 +174,7 @@ def _grad_refuses(grad: Any, codes: Any, codebooks: Any, scales: Any) -> str | N
         return "there is nothing to multiply"
     if not on_cpu(grad):
         return "it runs on CPU only"
-    return _refuses_weight(codes, codebooks, scales, grad.dtype, False)
+    return refuses_aqlm(codes, codebooks, scales, grad.dtype, False)
 
 
 @aqlm_linear_grad_input.kernel("native_blocks", _grad_refuses)
