@@ -29,7 +29,7 @@ from quanto_hf.flow import (
     requantize,
     smooth,
 )
-from quanto_hf.hf import QuantoConfig, install, load_and_quantize_model, quantize
+from quanto_hf.hf import AqlmConfig, QuantoConfig, install, load_and_quantize_model, quantize
 from quanto_hf.io import CheckpointError
 from quanto_hf.nn import QConv2d, QEmbedding, QLinear
 from quanto_hf.qtypes import QType, qfloat8, qfloat8_e4m3fn, qfloat8_e5m2, qfp4, qint2, qint4, qint8, qnf4, qtype
@@ -42,6 +42,7 @@ except PackageNotFoundError:
 
 __all__ = [
     "AbsmaxOptimizer",
+    "AqlmConfig",
     "Calibration",
     "CheckpointError",
     "HqqOptimizer",
@@ -72,6 +73,7 @@ __all__ = [
     "qtype",
     "quantization_map",
     "quantize",
+    "replace_with_aqlm_linear",
     "replace_with_quanto_layers",
     "report",
     "requantize",
@@ -82,7 +84,10 @@ __all__ = [
 _hf.register()
 
 
+_LAZY = ("QuantoHfQuantizer", "convert_checkpoint", "plan", "replace_with_aqlm_linear", "replace_with_quanto_layers")
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("QuantoHfQuantizer", "convert_checkpoint", "plan", "replace_with_quanto_layers"):
+    if name in _LAZY:
         return getattr(_hf, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

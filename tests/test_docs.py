@@ -22,7 +22,14 @@ def run(*arguments: str, cwd: Path) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/format.md", "docs/compare.md"])
+# every page with Python in it
+PAGES = [
+    "README.md",
+    *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md") if "```python" in page.read_text()),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_python_blocks_of_a_page_run_in_order(page: str, tmp_path: Path) -> None:
     code = python_blocks(ROOT / page)
     assert "quanto_hf" in code

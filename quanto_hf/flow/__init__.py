@@ -4,6 +4,7 @@ Imports: everything below ``nn`` included. Never: transformers.
 """
 
 from quanto_hf.flow.calibration import Calibration, calibrate
+from quanto_hf.flow.codebooks import codebooks_of, warn_of_codebooks
 from quanto_hf.flow.compare import compare
 from quanto_hf.flow.comparison import Comparison, LayerRow
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
@@ -38,6 +39,7 @@ __all__ = [
     "apply_plan",
     "as_patterns",
     "calibrate",
+    "codebooks_of",
     "compare",
     "dequantize",
     "evaluate",
@@ -53,5 +55,6 @@ __all__ = [
     "report",
     "requantize",
     "smooth",
+    "warn_of_codebooks",
     "windows",
 ]

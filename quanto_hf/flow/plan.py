@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from quanto_hf.fit import Fit
@@ -16,9 +17,10 @@ from quanto_hf.schemes import Scheme, make_scheme
 
 @dataclass(frozen=True)
 class Choice:
-    """How the weight of one module is quantized: arguments of :func:`quanto_hf.schemes.make_scheme`, and the fit."""
+    """How the weight of one module is quantized: arguments of :func:`quanto_hf.schemes.make_scheme`, or a scheme; and
+    the fit."""
 
-    weights: str | QType
+    weights: str | QType | Scheme
     group_size: int | None = None
     symmetric: bool | None = None
     fit: Fit | str | None = None
@@ -29,6 +31,8 @@ class Choice:
         Raises:
             ValueError: the values do not go together.
         """
+        if isinstance(self.weights, Scheme):
+            return self.weights
         return make_scheme(self.weights, self.group_size, self.symmetric)
 
     def override(self, values: Mapping[str, Any]) -> "Choice":
@@ -97,10 +101,19 @@ def make_plan(
         if reason is None and name in shared:
             reason = f"its weight is tied to {shared[name]}"
         if reason is None:
-            plan.chosen[name] = choice.override(values)
+            chosen = choice.override(values)
+            reason = _refusal(chosen, module)
+        if reason is None:
+            plan.chosen[name] = chosen
         else:
             plan.left[name] = reason
     return plan
+
+
+def _refusal(choice: Choice, module: nn.Module) -> str | None:
+    """Why the weight of a module cannot be stored as wanted, or None."""
+    rows, *rest = module.weight.shape  # type: ignore[misc]
+    return choice.scheme().refuses((rows, torch.Size(rest).numel()))
 
 
 def shared_weights(model: nn.Module) -> dict[str, str]:
@@ -151,9 +164,14 @@ def quantized(
     activations: QType | None = None,
     fit: Fit | str | None = None,
     static: bool = False,
+    cls: Any = None,
 ) -> QuantizedWeight:
-    """The quantized module of a float one, in state PREPARED, sharing its parameters."""
-    cls: Any = qmodule_for(module)
+    """The quantized module of a float one, in state PREPARED, sharing its parameters.
+
+    Args:
+        cls: its class; None is the registered one.
+    """
+    cls = cls or qmodule_for(module)
     made: QuantizedWeight = cls.from_module(module, scheme, activations, fit, static)
     return made
 

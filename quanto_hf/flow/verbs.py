@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from quanto_hf.fit import Fit
+from quanto_hf.flow.codebooks import warn_of_codebooks
 from quanto_hf.flow.plan import Choice, apply_plan, make_plan, quantized, replace_modules
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
 from quanto_hf.nn.learned import LearnedScales
@@ -114,6 +115,7 @@ def quantize(
             chosen.scheme()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+    warn_of_codebooks(model, plan)
     apply_plan(model, plan, kind, static_activations)
     if learn_scales:
         for name in plan.chosen:

@@ -114,6 +114,9 @@ def quantize_into(
     """
     pieces = weight if isinstance(weight, list) else [weight]
     found = _check_shape(layer, pieces, name)
+    if len(pieces) > 1 and not layer.scheme.by_rows:
+        pieces[:] = [torch.cat(pieces)]
+        found = [layer.weight_shape]
     stored, errors = list[dict[str, torch.Tensor]](), list[tuple[int, float]]()
     while pieces:
         piece = pieces.pop(0)

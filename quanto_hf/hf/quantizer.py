@@ -8,7 +8,7 @@ import torch
 from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
-from quanto_hf.flow import Choice, Plan, dequantize, make_plan, not_quantizable
+from quanto_hf.flow import Choice, Plan, dequantize, make_plan, not_quantizable, warn_of_codebooks
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.deferred import Deferred
 from quanto_hf.hf.legacy import LegacyHooks
@@ -24,7 +24,7 @@ from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_mo
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
 from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.ops.scratch import free
-from quanto_hf.schemes import Scheme, TensorSpec
+from quanto_hf.schemes import TensorSpec
 
 # Share of the weights from which on it is worth a warning that they cannot be quantized.
 LEFT_IN_FLOAT = 0.1
@@ -41,20 +41,16 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
     """
 
     requires_calibration = False
+    # of the quantized layers; None is the registered one of each type
+    layer_class: type[QuantizedWeight] | None = None
     required_packages = ("accelerate",)
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         # a copy: what is resolved for this model is written into it
-        config = copy.deepcopy(quantization_config)
-        if not isinstance(config, QuantoConfig):
-            config = QuantoConfig(config.weights, config.activations, config.modules_to_not_convert)
-        config.quant_method = METHOD
+        config = self.read_config(copy.deepcopy(quantization_config))
         super().__init__(config, **kwargs)
-        if self.pre_quantized and config.schemes is None:
-            raise ValueError(
-                "the checkpoint says that it is quantized with quanto_hf, but its config has no 'schemes': it was not "
-                "written by save_pretrained"
-            )
+        if self.pre_quantized:
+            self.check_saved(config)
         self._dtype = torch.get_default_dtype()
         self._headers: dict[str, TensorSpec] | None = None
         self._device_map: Any = None
@@ -65,6 +61,23 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self.kept: Kept = []
         self._stored: dict[str, torch.dtype] = {}
         self.transient = Transient()
+
+    @staticmethod
+    def read_config(config: Any) -> Any:
+        """A config that is given, in our own class."""
+        if not isinstance(config, QuantoConfig):
+            config = QuantoConfig(config.weights, config.activations, config.modules_to_not_convert)
+        config.quant_method = METHOD
+        return config
+
+    @staticmethod
+    def check_saved(config: Any) -> None:
+        """Raise ValueError unless the config of a quantized checkpoint says all that loading needs."""
+        if config.schemes is None:
+            raise ValueError(
+                "the checkpoint says that it is quantized with quanto_hf, but its config has no 'schemes': it was not "
+                "written by save_pretrained"
+            )
 
     # ------------------------------------------------------------------------------------------- before loading
 
@@ -85,20 +98,11 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         return dtype
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        config = self.quantization_config
-        if self.pre_quantized:
-            plan = self._saved_plan(model)
-        else:
-            plan = make_plan(
-                model,
-                config.choice(),
-                exclude=config.modules_to_not_convert or (),
-                skip=default_skips(model, self._dtype, config.default_skips),
-                overrides=config.overrides,
-            )
+        plan = self._saved_plan(model) if self.pre_quantized else self._new_plan(model)
         if not self.pre_quantized:
             _warn_of_floats(model, plan)
-        replace_by_plan(model, plan, config, self.pre_quantized)
+            warn_of_codebooks(model, plan)
+        replace_by_plan(model, plan, self.quantization_config, self.pre_quantized, self.layer_class)
         self.kept = kept_dtypes(model, self._dtype)
         self._stored = {
             f"{name}.{leaf}" if name else leaf: tensor.dtype
@@ -112,6 +116,17 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if files and all(file.endswith(".safetensors") for file in files):
             self._headers = read_headers(files)
         return model
+
+    def _new_plan(self, model: Any) -> Plan:
+        """How each module of a float model is quantized."""
+        config = self.quantization_config
+        return make_plan(
+            model,
+            config.choice(),
+            exclude=config.modules_to_not_convert or (),
+            skip=default_skips(model, self._dtype, config.default_skips),
+            overrides=config.overrides,
+        )
 
     def _saved_plan(self, model: Any) -> Plan:
         """The plan that was saved with the checkpoint, with names for this model class."""
@@ -127,7 +142,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             if name is None:
                 absent.append(saved)
             else:
-                chosen[name] = _choice(scheme)
+                chosen[name] = Choice(scheme)
         if absent and (not chosen or was_written_from(model)):
             raise ValueError(
                 f"{len(absent)} of the {len(schemes)} quantized modules of the checkpoint are not in "
@@ -340,11 +355,6 @@ def _warn_of_floats(model: Any, plan: Plan) -> None:
             f"no linear layer of {type(model).__name__} is quantized; call quanto_hf.report(model) for the reasons",
             stacklevel=2,
         )
-
-
-def _choice(scheme: Scheme) -> Choice:
-    fields = scheme.to_dict()
-    return Choice(fields["qtype"], fields["group_size"], fields["symmetric"])
 
 
 # for when this module, and not transformers, was the first one to ask for transformers' quantizers

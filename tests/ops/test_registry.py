@@ -37,6 +37,10 @@ every_qtype = pytest.mark.parametrize("qtype", QTYPES)
 @every_qtype
 def test_torch_library_finds_no_fault(op: Op, qtype: str):
     cases = [args for args in samples(op) if of_type(args, qtype)]
+    if not any(argument.name == "qtype" for argument in op.torch_op._schema.arguments):
+        cases = samples(op) if qtype == "int4" else []
+        if not cases:
+            pytest.skip("the op takes no number type, and is tested once")
     assert cases
     for args in cases:
         torch.library.opcheck(op.torch_op, args, test_utils=("test_schema", "test_faketensor"))

@@ -6,6 +6,9 @@
 // Codes of 8 bits with one scale per row: two vpermi2b give the high and the low bytes of 64 codes as bfloat16 (exact);
 // the scale multiplies the sum.
 
+// Numbers for products in bfloat16: subnormal ones become 0, as vdpbf16ps takes them anyway.
+inline void store_factors(uint16_t* p, F v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+
 // Whether these kernels take a weight.
 inline bool has_blocks(const Weight& w) {
     if (bits_of(w.codes) == 8) return w.groups == 1 && !w.zero;
