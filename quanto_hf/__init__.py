@@ -21,7 +21,7 @@ from quanto_hf.fit import AbsmaxOptimizer, HqqOptimizer, MaxOptimizer
 from quanto_hf.flow import dequantize, freeze, quantization_map, quantize, report, requantize
 from quanto_hf.hf import QuantoConfig, install, load_and_quantize_model
 from quanto_hf.io import CheckpointError
-from quanto_hf.nn import QLayerNorm, QLinear
+from quanto_hf.nn import QConv2d, QEmbedding, QLinear
 from quanto_hf.qtypes import QType, qfloat8, qfloat8_e4m3fn, qfloat8_e5m2, qfp4, qint2, qint4, qint8, qnf4, qtype
 
 try:
@@ -35,7 +35,8 @@ __all__ = [
     "CheckpointError",
     "HqqOptimizer",
     "MaxOptimizer",
-    "QLayerNorm",
+    "QConv2d",
+    "QEmbedding",
     "QLinear",
     "QType",
     "QuantoConfig",

@@ -5,7 +5,7 @@ Imports: everything below ``nn`` included. Never: transformers.
 
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
 from quanto_hf.flow.patterns import first_match, matches
-from quanto_hf.flow.plan import Choice, Plan, apply_plan, make_plan, replace_modules
+from quanto_hf.flow.plan import Choice, Plan, apply_plan, make_plan, quantized, replace_modules
 from quanto_hf.flow.report import Report, Row, not_quantizable, report
 from quanto_hf.flow.verbs import (
     ACTIVATIONS,
@@ -35,6 +35,7 @@ __all__ = [
     "not_quantizable",
     "quantization_map",
     "quantize",
+    "quantized",
     "replace_modules",
     "report",
     "requantize",

@@ -9,7 +9,7 @@ from torch import nn
 
 from quanto_hf.fit import Fit
 from quanto_hf.flow.patterns import first_match, unmatched
-from quanto_hf.nn import QLayerNorm, QLinear, qmodule_for
+from quanto_hf.nn import QuantizedWeight, qmodule_for
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme, make_scheme
 
@@ -44,12 +44,10 @@ class Plan:
 
     Args:
         chosen: module name -> how its weight is quantized.
-        norms: names of layer norms whose output is quantized.
         left: module name -> the reason why it stays float; modules with a quantized counterpart only.
     """
 
     chosen: dict[str, Choice] = field(default_factory=dict)
-    norms: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
 
 
@@ -57,7 +55,7 @@ def make_plan(
     model: nn.Module,
     choice: Choice,
     *,
-    activations: QType | None = None,
+    types: tuple[type[nn.Module], ...] = (nn.Linear,),
     include: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     skip: Mapping[str, str] | None = None,
@@ -68,7 +66,7 @@ def make_plan(
     Args:
         model: may be on meta.
         choice: what a module gets that no override names.
-        activations: number type of activations, or None.
+        types: of the modules to quantize; a subclass is another type.
         include: patterns; only modules that match one are quantized. None means all.
         exclude: patterns of modules that stay float.
         skip: exact module name -> reason, for modules that stay float by default.
@@ -90,14 +88,9 @@ def make_plan(
     shared = shared_weights(model)
     plan = Plan()
     for name, module in named.items():
-        target = qmodule_for(module)
-        if target is None:
+        if type(module) not in types:
             continue
         reason = _reason(name, include, exclude, skip)
-        if target is QLayerNorm:
-            if activations is not None and reason is None:
-                plan.norms.append(name)
-            continue
         values = overrides.get(first_match(name, overrides) or "", {})
         if reason is None and "weights" in values and values["weights"] is None:
             reason = f"an override leaves {first_match(name, overrides)!r} in float"
@@ -137,21 +130,32 @@ def _reason(name: str, include: list[str] | None, exclude: list[str], skip: Mapp
     return None
 
 
-def apply_plan(model: nn.Module, plan: Plan, activations: QType | None = None) -> None:
-    """Replace each chosen module by its quantized one in state FLOAT, sharing the parameters. In place.
+def apply_plan(model: nn.Module, plan: Plan, activations: QType | None = None, static: bool = False) -> None:
+    """Replace each chosen module by its quantized one in state PREPARED, sharing the parameters. In place.
 
     A module that is reachable by two names stays one module.
     """
     made: dict[nn.Module, nn.Module] = {}
     for name, choice in plan.chosen.items():
-        layer = QLinear.from_module(model.get_submodule(name), choice.scheme(), activations, choice.fit)  # type: ignore[arg-type]
-        made[model.get_submodule(name)] = layer
-    for name in plan.norms:
-        made[model.get_submodule(name)] = QLayerNorm.from_module(model.get_submodule(name), activations)  # type: ignore[arg-type]
+        module = model.get_submodule(name)
+        made[module] = quantized(module, choice.scheme(), activations, choice.fit, static)
     replace_modules(model, made)
     for name, reason in plan.left.items():
         # read by flow.report
         model.get_submodule(name).quanto_hf_left = reason  # type: ignore[assignment]
+
+
+def quantized(
+    module: nn.Module,
+    scheme: Scheme,
+    activations: QType | None = None,
+    fit: Fit | str | None = None,
+    static: bool = False,
+) -> QuantizedWeight:
+    """The quantized module of a float one, in state PREPARED, sharing its parameters."""
+    cls: Any = qmodule_for(module)
+    made: QuantizedWeight = cls.from_module(module, scheme, activations, fit, static)
+    return made
 
 
 def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from quanto_hf.nn import QLinear
+from quanto_hf.nn import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def report(model: nn.Module, reference: nn.Module | Mapping[str, torch.Tensor] |
     rows: list[Row] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, QLinear) and module.is_frozen:
+        if isinstance(module, QuantizedWeight) and module.is_frozen:
             rows.append(_quantized_row(name, module, exact))
             seen.update(id(tensor) for tensor in module.tensors().values())
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -96,19 +96,21 @@ def report(model: nn.Module, reference: nn.Module | Mapping[str, torch.Tensor] |
     return Report(rows)
 
 
-def _quantized_row(name: str, module: QLinear, exact: Mapping[str, torch.Tensor]) -> Row:
+def _quantized_row(name: str, module: QuantizedWeight, exact: Mapping[str, torch.Tensor]) -> Row:
     full = f"{name}.weight" if name else "weight"
     error = module.weight_error
     if full in exact:
         wanted = exact[full].float()
         error = float((module.weight.float() - wanted).norm() / wanted.norm().clamp(min=1e-30))
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.tensors().values())
-    return Row(full, str(module.scheme), (module.out_features, module.in_features), size, error)
+    return Row(full, str(module.scheme), module.weight_shape, size, error)
 
 
 def _reason(module: nn.Module, leaf: str) -> str:
-    if isinstance(module, QLinear):
-        return "not frozen" if leaf == "weight" else "biases stay float"
+    if isinstance(module, QuantizedWeight):
+        if leaf == "weight":
+            return "not frozen"
+        return "biases stay float" if leaf == "bias" else "scales are float"
     if leaf == "weight" and (reason := getattr(module, "quanto_hf_left", None)):
         return str(reason)
     return f"{type(module).__name__} is not a type that is quantized"

@@ -10,10 +10,14 @@ import torch
 from torch import nn
 
 from quanto_hf.fit import Fit
-from quanto_hf.flow.plan import Choice, apply_plan, make_plan, replace_modules
-from quanto_hf.nn import QLayerNorm, QLinear
+from quanto_hf.flow.plan import Choice, apply_plan, make_plan, quantized, replace_modules
+from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
+from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.qtypes import QType, qtype
 from quanto_hf.schemes import scheme_from_dict
+
+# what quantize() replaces, as optimum-quanto does
+TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 ACTIVATIONS = ("int8", "float8", "float8_e4m3fn", "float8_e5m2")
 
@@ -48,6 +52,8 @@ def quantize(
     weights: str | QType = "int8",
     activations: str | QType | None = None,
     *,
+    static_activations: bool = False,
+    learn_scales: bool = False,
     group_size: int | None = None,
     symmetric: bool | None = None,
     optimizer: Fit | str | None = None,
@@ -55,16 +61,19 @@ def quantize(
     exclude: str | Iterable[str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> nn.Module:
-    """Replace the linear layers of a model by quantized ones, in place.
+    """Replace the linear layers and convolutions of a model by quantized ones, in place.
 
-    The layers still hold float weights and quantize them at each forward pass, so that the model can be tried, and
-    trained, before :func:`freeze` packs them.
+    The layers are PREPARED: they hold float weights and give what the packed ones would give, so that the model can be
+    tried, and trained (QAT), before :func:`freeze` packs them.
 
     Args:
         model: any torch model. Weights that are tied to another parameter, and a ``lm_head``, stay float.
         weights: a number type: int8, int4, int2, float8, nf4, fp4 ...
-        activations: None, "int8" or "float8": also round inputs of linear layers and outputs of layer norms, per
-            token; inputs of int4 and int2 layers to int8 per 32 columns.
+        activations: None, "int8" or "float8": also round the inputs of these layers, per token; inputs of int4 and
+            int2 layers to int8 per 32 columns.
+        static_activations: round them with one scale per layer that :class:`quanto_hf.Calibration` finds. The model
+            refuses to run before.
+        learn_scales: train scales (and zeros) of weights, and static ones of inputs, together with the weights.
         group_size: columns that share a scale, -1 for whole rows; None is the default of the type.
         symmetric: None is the default of the type.
         optimizer: the fit: "absmax", "minmax", "mse", "hqq" or a :class:`quanto_hf.fit.Fit`; None is the default.
@@ -94,7 +103,7 @@ def quantize(
     plan = make_plan(
         model,
         choice,
-        activations=kind,
+        types=TYPES,
         include=as_patterns(include),
         exclude=as_patterns(exclude) or (),
         skip={} if include is not None else skip,
@@ -105,7 +114,12 @@ def quantize(
             chosen.scheme()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    apply_plan(model, plan, kind)
+    apply_plan(model, plan, kind, static_activations)
+    if learn_scales:
+        for name in plan.chosen:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, LearnedScales)
+            layer.learn_scales()
     return model
 
 
@@ -119,7 +133,7 @@ def freeze(model: nn.Module) -> nn.Module:
         ValueError: a weight has NaN or infinite values; the text names the layer.
     """
     for name, module in model.named_modules():
-        if isinstance(module, QLinear):
+        if isinstance(module, QuantizedWeight):
             try:
                 module.freeze()
             except ValueError as error:
@@ -128,28 +142,30 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """Replace all quantized linear layers by plain ones with the dequantized weights, in place.
+    """Replace all quantized layers by plain ones with the dequantized weights, in place.
 
     Returns:
-        The model itself, or a plain linear layer if the model is a bare quantized one.
+        The model itself, or a plain layer if the model is a bare quantized one.
     """
-    if isinstance(model, QLinear):
-        return model.to_linear()
-    replace_modules(model, {m: m.to_linear() for m in model.modules() if isinstance(m, QLinear)})
+    if isinstance(model, QuantizedWeight):
+        return model.to_float()
+    replace_modules(model, {m: m.to_float() for m in model.modules() if isinstance(m, QuantizedWeight)})
     return model
 
 
 def quantization_map(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Module name -> ``{"scheme": ..., "activations": ...}`` in JSON types, for :func:`requantize`. The scheme of a
-    layer norm, which has no quantized weight, is None."""
-    return {
-        name: {
-            "scheme": module.scheme.to_dict() if isinstance(module, QLinear) else None,
-            "activations": None if module.activations is None else module.activations.name,
-        }
-        for name, module in model.named_modules()
-        if isinstance(module, QLinear | QLayerNorm)
-    }
+    """Module name -> ``{"scheme": ..., "activations": ..., "static": ...}`` in JSON types, for :func:`requantize`."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedWeight):
+            kind = module.activations if isinstance(module, QuantizedInput) else None
+            static = isinstance(module, QuantizedInput) and module.is_static
+            found[name] = {
+                "scheme": module.scheme.to_dict(),
+                "activations": None if kind is None else kind.name,
+                "static": static,
+            }
+    return found
 
 
 def requantize(
@@ -170,31 +186,17 @@ def requantize(
         RuntimeError: the state dict has missing, unexpected or mismatched tensors; the text names each of them.
     """
     modules = dict(model.named_modules())
-    unfit = [
-        name
-        for name, entry in quantization_map.items()
-        if type(modules.get(name)) is not (nn.Linear if entry["scheme"] else nn.LayerNorm)
-    ]
+    unfit = [name for name in quantization_map if name not in modules or qmodule_for(modules[name]) is None]
     if unfit:
         raise ValueError(
-            f"the quantization map names what is not a linear layer or layer norm of this model: {', '.join(unfit)}"
+            f"the quantization map names what this model has not, or what is not quantized: {', '.join(unfit)}"
         )
     made: dict[nn.Module, nn.Module] = {}
     for name, entry in quantization_map.items():
-        module, activations = modules[name], activation_type(entry.get("activations"))
-        if isinstance(module, nn.LayerNorm):
-            made[module] = QLayerNorm.from_module(module, activations)
-            continue
-        assert isinstance(module, nn.Linear)
-        made[module] = QLinear(
-            module.in_features,
-            module.out_features,
-            module.bias is not None,
-            scheme=scheme_from_dict(dict(entry["scheme"])),
-            activations=activations,
-            dtype=module.weight.dtype,
-            device="meta",
-        ).train(module.training)
+        scheme, kind = scheme_from_dict(dict(entry["scheme"])), activation_type(entry.get("activations"))
+        layer = quantized(modules[name], scheme, kind, static=bool(entry.get("static", False)))
+        layer.make_empty()
+        made[modules[name]] = layer
     replace_modules(model, made)
     # a tensor that is assigned takes over requires_grad from the parameter in its place
     model.load_state_dict(state_dict, strict=True, assign=True)

@@ -30,9 +30,14 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         weights: number type of the weights: int8, int4, int2, float8 (= float8_e4m3fn), float8_e5m2, nf4, fp4.
-        activations: None (weight-only), "int8" or "float8": also round the inputs of linear layers and the outputs
-            of layer norms. The numbers are those of a quantized product. A scale belongs to a token; where int4 or
-            int2 weights meet int8, to 32 columns of it. docs/speed.md says where this is faster.
+        activations: None (weight-only), "int8" or "float8": also round the inputs of linear layers. The numbers are
+            those of a quantized product. A scale belongs to a token; where int4 or int2 weights meet int8, to 32 columns
+            of it. docs/speed.md says where this is faster.
+        static_activations: round inputs with one scale per layer, which :class:`quanto_hf.Calibration` finds; the model
+            refuses to run before. Calibrating a model without it sets it.
+        qat: load float weights into layers that give what the packed ones would give, for quantization-aware training;
+            :func:`quanto_hf.freeze` packs them.
+        learn_scales: with ``qat``, train the scales as well.
         modules_to_not_convert: patterns of modules that stay float, besides the defaults (output and task heads, tied
             weights, what the model keeps in float32). A pattern is a run of whole name segments or a glob: ``fc1``
             does not match ``fc10``, ``*.down_proj`` does what it says.
@@ -67,6 +72,9 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     default_skips: bool = True
     dequantize: bool = False
+    static_activations: bool = False
+    qat: bool = False
+    learn_scales: bool = False
     format_version: int = FORMAT_VERSION
     schemes: list[dict[str, Any]] | None = None
     # keyword only: the base class has it first, but the first argument is the weights, as in transformers' QuantoConfig
@@ -91,7 +99,7 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         names = self.modules_to_not_convert
         if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
             problems.append(f"modules_to_not_convert={names!r}; give a list of names or patterns, or None")
-        for flag in ("default_skips", "dequantize"):
+        for flag in ("default_skips", "dequantize", "static_activations", "qat", "learn_scales"):
             if not isinstance(getattr(self, flag), bool):
                 problems.append(f"{flag}={getattr(self, flag)!r}; choose True or False")
         if not isinstance(self.overrides, Mapping):
@@ -112,6 +120,12 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def _combination_problems(self) -> list[str]:
         """Values that are fine alone and do not go together."""
         problems = []
+        if self.static_activations and self.activations is None:
+            problems.append("static_activations=True without activations; add activations='int8' or 'float8'")
+        if self.qat and self.dequantize:
+            problems.append("qat=True and dequantize=True; choose one of them")
+        if self.learn_scales and not self.qat:
+            problems.append("learn_scales=True without qat=True; scales are learned in training only")
         for where, choice in [("", self.choice()), *self._override_choices()]:
             try:
                 choice.scheme()

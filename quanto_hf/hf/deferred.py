@@ -12,8 +12,7 @@ from transformers.integrations.accelerate import get_device
 from quanto_hf.hf.loading import quantize_into, split_name
 from quanto_hf.hf.outfolder import fingerprint
 from quanto_hf.io import MappedFiles, OffloadFolder, read_headers
-from quanto_hf.nn import QLinear
-from quanto_hf.nn.qlinear import PREFIX
+from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import TensorSpec
 
 
@@ -79,8 +78,8 @@ class Deferred:
         layers = {name: _layer(model, name) for name in self.layers}
         specs: dict[str, TensorSpec] = {}
         for name, layer in layers.items():
-            parts = layer.scheme.tensors((layer.out_features, layer.in_features), self.layers[name].dtype)
-            specs.update({_stored(name, part): spec for part, spec in parts.items()})
+            parts = layer.scheme.tensors(layer.matrix_shape, self.layers[name].dtype)
+            specs.update({_stored(layer, name, part): spec for part, spec in parts.items()})
         settings = {
             "checkpoint": fingerprint([Path(file) for file in self.files]),
             "layers": {
@@ -100,21 +99,21 @@ class Deferred:
                 source = self.layers[name]
                 stored = quantize_into(layer, mapped.tensor(source.file, source.key).to(source.dtype), name)
                 for part, tensor in stored.items():
-                    yield _stored(name, part), tensor
+                    yield _stored(layer, name, part), tensor
 
         written = OffloadFolder(folder, settings, specs).fill(make)
         self.layers = {}
         return {name: (written[name], spec) for name, spec in specs.items()}
 
 
-def _layer(model: torch.nn.Module, name: str) -> QLinear:
+def _layer(model: torch.nn.Module, name: str) -> QuantizedWeight:
     layer, _ = split_name(model, name)
-    assert isinstance(layer, QLinear)
+    assert isinstance(layer, QuantizedWeight)
     return layer
 
 
-def _stored(weight: str, part: str) -> str:
-    return f"{weight.removesuffix('weight')}{PREFIX}{part}"
+def _stored(layer: QuantizedWeight, weight: str, part: str) -> str:
+    return f"{weight.removesuffix('weight')}{layer.prefix}{part}"
 
 
 def _describe(fit: Any) -> Any:

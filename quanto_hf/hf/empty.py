@@ -18,7 +18,7 @@ from quanto_hf.hf.replace import replace_by_plan
 from quanto_hf.hf.skeleton import Skeleton, build_skeleton, saved_config, skeleton_of_config
 from quanto_hf.hf.sources import has_weights, headers_only
 from quanto_hf.io import CheckpointError
-from quanto_hf.nn import QLinear
+from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import TensorSpec
 
 
@@ -117,7 +117,7 @@ def _made(skeleton: Skeleton, saved: Any, notes: tuple[str, ...] = ()) -> Empty:
 
 
 def _of_model(model: nn.Module, config: QuantoConfig | None) -> Empty:
-    layers = [module for module in model.modules() if isinstance(module, QLinear)]
+    layers = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
     if not all(layer.is_frozen for layer in layers):
         raise ValueError("the model has quantized layers that are not frozen: call quanto_hf.freeze(model) first")
     return _of_quantized(model, config) if layers else _of_float(model, config or QuantoConfig())
@@ -143,9 +143,9 @@ def _of_float(model: nn.Module, config: QuantoConfig) -> Empty:
         quantizer.preprocess_model(copied, dtype=dtype, device_map=None, checkpoint_files=None)
         quantizer.update_weight_conversions([], copied)
     else:
-        kind, exclude = activation_type(config.activations), config.modules_to_not_convert or ()
-        plan = make_plan(copied, config.choice(), activations=kind, exclude=exclude, overrides=config.overrides)
-        replace_by_plan(_plain(copied), plan, kind, placeholder=True)
+        exclude = config.modules_to_not_convert or ()
+        plan = make_plan(copied, config.choice(), exclude=exclude, overrides=config.overrides)
+        replace_by_plan(_plain(copied), plan, config, pre_quantized=False)
         quantizer.measure(copied)
     return Empty(Skeleton(copied, quantizer, [], [], dtype), False, quantizer.quantization_config, model)
 

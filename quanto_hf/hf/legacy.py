@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from quanto_hf.hf.loading import split_name, waits_for_weight
-from quanto_hf.nn import QLinear
+from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import make_scheme
 
 
@@ -21,10 +21,10 @@ class LegacyHooks:
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
         """Without the stored tensors of quantized layers, which a float checkpoint does not have."""
         quantized = {
-            f"{name}.weight_{part}"
+            f"{name}.{stored}"
             for name, module in model.named_modules()
-            if isinstance(module, QLinear)
-            for part in module.tensors()
+            if isinstance(module, QuantizedWeight)
+            for stored in module.stored_names
         }
         return [key for key in missing_keys if not {key, f"{prefix}.{key}", key.removeprefix(f"{prefix}.")} & quantized]
 
@@ -48,7 +48,7 @@ class LegacyHooks:
             raise ValueError(f"{param_name} is not the float weight of a quantized layer")
         set_module_tensor_to_device(model, param_name, target_device, param_value)
         layer, _ = split_name(model, param_name)
-        assert isinstance(layer, QLinear)
+        assert isinstance(layer, QuantizedWeight)
         layer.freeze()
 
     def adjust_target_dtype(self, target_dtype: torch.dtype) -> Any:

@@ -16,7 +16,7 @@ from transformers.core_model_loading import (
 )
 
 from quanto_hf.io import check_tensors
-from quanto_hf.nn import QLinear
+from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import TensorSpec
 
 
@@ -27,12 +27,13 @@ def split_name(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def waits_for_weight(model: nn.Module, name: str) -> bool:
-    """Whether a name is the float weight of a quantized layer that is not frozen."""
+    """Whether a name is the float weight of a quantized layer that is to be packed on arrival."""
     try:
         module, leaf = split_name(model, name)
     except AttributeError:
         return False
-    return leaf == "weight" and isinstance(module, QLinear) and not module.is_frozen
+    # beside the placeholder such a layer holds the empty tensors for what is made of it; one for training does not
+    return leaf == "weight" and isinstance(module, QuantizedWeight) and not module.is_frozen and bool(module.tensors())
 
 
 class Later(Protocol):
@@ -73,22 +74,22 @@ class QuantizeWeights(ConversionOps):  # type: ignore[misc]
                 result[name] = value
                 continue
             layer, _ = split_name(model, name)
-            assert isinstance(layer, QLinear)
+            assert isinstance(layer, QuantizedWeight)
             pieces = value if isinstance(value, list) else [value]
             _check_shape(layer, pieces, name)
             names, prefix = [name], name.removesuffix("weight")
             if self.later is not None and self.later.takes(name, pieces, source_patterns or (), target_patterns or ()):
                 layer._parameters.pop("weight")
-                names += [f"{prefix}{stored}" for stored in layer._parameters if stored.startswith("weight_")]
+                names += [f"{prefix}{stored}" for stored in layer.stored_names]
             else:
                 stored = quantize_into(layer, pieces, name)
-                result.update({f"{prefix}weight_{part}": tensor for part, tensor in stored.items()})
+                result.update({f"{prefix}{layer.prefix}{part}": tensor for part, tensor in stored.items()})
             if missing_keys is not None:
                 missing_keys.difference_update(names)
         return result
 
 
-def quantize_into(layer: QLinear, weight: torch.Tensor | list[torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+def quantize_into(layer: QuantizedWeight, weight: torch.Tensor | list[torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     """The stored tensors of a weight; the layer gives up its placeholder.
 
     Args:
@@ -100,11 +101,12 @@ def quantize_into(layer: QLinear, weight: torch.Tensor | list[torch.Tensor], nam
         ValueError: the weight has the wrong shape, or NaN or infinite values.
     """
     pieces = weight if isinstance(weight, list) else [weight]
-    _check_shape(layer, pieces, name)
+    found = _check_shape(layer, pieces, name)
     stored, errors = list[dict[str, torch.Tensor]](), list[tuple[int, float]]()
     while pieces:
         piece = pieces.pop(0)
         try:
+            piece = layer.to_matrix(piece) if len(found) == 1 else piece.flatten(1)
             stored.append(layer.scheme.quantize(piece, layer.fit))
         except ValueError as reason:
             raise ValueError(f"{name}: {reason}") from None
@@ -118,17 +120,17 @@ def quantize_into(layer: QLinear, weight: torch.Tensor | list[torch.Tensor], nam
     return stored[0] if len(stored) == 1 else {part: torch.cat([s[part] for s in stored]) for part in stored[0]}
 
 
-def _check_shape(layer: QLinear, pieces: list[torch.Tensor], name: str) -> None:
-    wanted = (layer.out_features, layer.in_features)
+def _check_shape(layer: QuantizedWeight, pieces: list[torch.Tensor], name: str) -> list[tuple[int, ...]]:
+    wanted = layer.weight_shape
     found = [tuple(piece.shape) for piece in pieces]
     if len(found) == 1 and found[0] == wanted:
-        return
+        return found
     if (
         len(found) > 1
-        and all(len(s) == 2 and s[1] == wanted[1] for s in found)
+        and all(s[1:] == wanted[1:] for s in found)
         and sum(s[0] for s in found) == wanted[0]
     ):
-        return
+        return found
     shapes = found[0] if len(found) == 1 else f"those of pieces, {', '.join(map(str, found))}"
     raise ValueError(f"{name} has shape {shapes} in the checkpoint, but the model needs {wanted}")
 
@@ -158,7 +160,7 @@ def check_before_loading(
     tied = set(model.all_tied_weights_keys)
     wanted: dict[str, TensorSpec] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, QLinear):
+        if not isinstance(module, QuantizedWeight):
             continue
         names = _checkpoint_names(module, name, pre_quantized)
         if not complete and not any(n in targets for n in names):
@@ -187,10 +189,9 @@ def check_before_loading(
     check_tensors(wanted, found, unexpected)
 
 
-def _checkpoint_names(module: QLinear, name: str, pre_quantized: bool) -> list[str]:
-    leaves = [n for n in module._parameters if n.startswith("weight_")] if pre_quantized else ["weight"]
-    if module.bias is not None:
-        leaves.append("bias")
+def _checkpoint_names(module: QuantizedWeight, name: str, pre_quantized: bool) -> list[str]:
+    made = () if pre_quantized else module.kept_names
+    leaves = [leaf for leaf, held in module._parameters.items() if held is not None and leaf not in made]
     return [f"{name}.{leaf}" if name else leaf for leaf in leaves]
 
 
@@ -254,12 +255,12 @@ def _spec(tensor: torch.Tensor) -> TensorSpec:
 def _belongs_to(model: nn.Module, name: str) -> bool:
     """Whether an unexpected name is that of a quantized layer of the model."""
     try:
-        return isinstance(split_name(model, name)[0], QLinear)
+        return isinstance(split_name(model, name)[0], QuantizedWeight)
     except AttributeError:
         return False
 
 
-def _leave_in_float(model: nn.Module, name: str, module: QLinear) -> None:
+def _leave_in_float(model: nn.Module, name: str, module: QuantizedWeight) -> None:
     """Put a plain layer on meta in the place of a quantized one that the checkpoint does not have."""
     warnings.warn(
         f"{name} is not in the checkpoint: it is newly initialised and stays float. Add it to modules_to_not_convert "
@@ -267,7 +268,6 @@ def _leave_in_float(model: nn.Module, name: str, module: QLinear) -> None:
         stacklevel=2,
     )
     parent, leaf = split_name(model, name)
-    with torch.device("meta"):
-        linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, dtype=module.weight_dtype)
-    linear.quanto_hf_left = "it is not in the checkpoint"  # type: ignore[assignment]
-    parent._modules[leaf] = linear
+    plain = module.plain(torch.empty(module.weight_shape, dtype=module.weight_dtype, device="meta"))
+    plain.quanto_hf_left = "it is not in the checkpoint"  # type: ignore[assignment]
+    parent._modules[leaf] = plain

@@ -8,7 +8,7 @@ import torch
 from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
-from quanto_hf.flow import Choice, Plan, activation_type, dequantize, first_match, make_plan, not_quantizable
+from quanto_hf.flow import Choice, Plan, dequantize, make_plan, not_quantizable
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.deferred import Deferred
 from quanto_hf.hf.legacy import LegacyHooks
@@ -16,12 +16,12 @@ from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, waits_fo
 from quanto_hf.hf.merging import merge_late
 from quanto_hf.hf.offload import add_to_index, folder_of, offload_hooks, use_in_place
 from quanto_hf.hf.register import register
-from quanto_hf.hf.replace import replace_by_plan
+from quanto_hf.hf.replace import finish_prepared, replace_by_plan
 from quanto_hf.hf.sizes import Kept, Transient, kept_dtypes, largest_transient, loaded_element_size, lower_by_transient
 from quanto_hf.hf.skips import default_skips
 from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_modules
-from quanto_hf.nn import QLinear
-from quanto_hf.nn.qlinear import PREFIX
+from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
+from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import Scheme, TensorSpec
 
@@ -84,27 +84,26 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
-        activations = activation_type(config.activations)
         if self.pre_quantized:
             plan = self._saved_plan(model)
         else:
             plan = make_plan(
                 model,
                 config.choice(),
-                activations=activations,
                 exclude=config.modules_to_not_convert or (),
                 skip=default_skips(model, self._dtype, config.default_skips),
                 overrides=config.overrides,
             )
         if not self.pre_quantized:
             _warn_of_floats(model, plan)
-        replace_by_plan(model, plan, activations, placeholder=not self.pre_quantized)
+        replace_by_plan(model, plan, config, self.pre_quantized)
         self.kept = kept_dtypes(model, self._dtype)
         self._stored = {
-            f"{name}.{PREFIX}{part}" if name else f"{PREFIX}{part}": tensor.dtype
+            f"{name}.{leaf}" if name else leaf: tensor.dtype
             for name, module in model.named_modules()
-            if isinstance(module, QLinear)
-            for part, tensor in module.tensors().items()
+            if isinstance(module, QuantizedWeight)
+            for leaf in module.kept_names
+            if (tensor := module._parameters.get(leaf)) is not None
         }
         self._device_map = kwargs.get("device_map")
         self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
@@ -115,14 +114,14 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def _saved_plan(self, model: Any) -> Plan:
         """The plan that was saved with the checkpoint, with names for this model class."""
         schemes = read_modules(self.quantization_config.schemes)
-        linears = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+        known = {name for name, module in model.named_modules() if qmodule_for(module) is not None}
         prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
         chosen: dict[str, Choice] = {}
         absent: list[str] = []
         for saved, scheme in schemes.items():
             # a head was added or removed: AutoModel loads what AutoModelForCausalLM saved, and the other way round
             names = (saved, saved.removeprefix(prefix), prefix + saved)
-            name = next((name for name in names if name in linears), None)
+            name = next((name for name in names if name in known), None)
             if name is None:
                 absent.append(saved)
             else:
@@ -132,18 +131,11 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
                 f"{len(absent)} of the {len(schemes)} quantized modules of the checkpoint are not in "
                 f"{type(model).__name__}; the first one is {absent[0]!r}"
             )
-        config = self.quantization_config
-        # Layer norms have no entry in 'schemes': what chose them when the model was quantized chooses them again. A
-        # pattern that matches nothing has been warned about then.
-        skip = default_skips(model, self._dtype, config.default_skips)
-        for name, _ in model.named_modules():
-            if (pattern := first_match(name, config.modules_to_not_convert or ())) is not None:
-                skip[name] = f"it matches {pattern!r} of the modules not to convert"
-        skip.update((name, "it was saved in float") for name in linears if name not in chosen)
-        default = make_plan(model, config.choice(), activations=activation_type(config.activations), skip=skip)
-        # an entry of 'schemes' counts more than a default
-        default.left = {name: reason for name, reason in default.left.items() if name not in chosen}
-        return Plan(chosen, default.norms, default.left)
+        # for the reasons only: an entry of 'schemes' counts more than a default
+        skip = default_skips(model, self._dtype, self.quantization_config.default_skips)
+        skip.update((name, "it was saved in float") for name in known if name not in chosen and name not in skip)
+        left = make_plan(model, self.quantization_config.choice(), skip=skip).left
+        return Plan(chosen, {name: reason for name, reason in left.items() if name not in chosen})
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The conversions of the model, with pieces of quantized weights merged late. The last hook before the weights
@@ -207,11 +199,19 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         free()
         self._finish_layers(model)
         config = self.quantization_config
-        config.schemes = describe_modules(model)
-        config.format_version = FORMAT_VERSION
+        self.describe(model)
         if config.dequantize:
             self.dequantize(model)
         return model
+
+    def describe(self, model: Any) -> None:
+        """Bring the config up to date with the layers of a model, which calibration and freezing change."""
+        config = self.quantization_config
+        config.schemes, config.format_version = describe_modules(model), FORMAT_VERSION
+        layers = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+        config.qat = any(not layer.is_frozen for layer in layers)
+        config.learn_scales = any(isinstance(layer, LearnedScales) and layer.learns for layer in layers)
+        config.static_activations = any(isinstance(layer, QuantizedInput) and layer.is_static for layer in layers)
 
     def _finish_offload(self, model: Any) -> None:
         """Write what goes to disk, and use it, and the checkpoint's own files, in place."""
@@ -229,19 +229,25 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             use_in_place(model, hooks)
 
     def _finish_layers(self, model: Any) -> None:
-        absent = []
+        absent, config = [], self.quantization_config
         for name, module in model.named_modules():
-            if not isinstance(module, QLinear):
+            if not isinstance(module, QuantizedWeight):
                 continue
             weight = module._parameters.get("weight")
             if weight is not None and weight.device.type == "meta":
                 absent.append(f"{name}.weight")
                 continue
+            if config.qat:
+                finish_prepared(module, config)
+                continue
             # a converter whose first tensor stays float hands the others over as they are
             module.freeze()
-            for tensor in module.tensors().values():
+            if config.static_activations and isinstance(module, QuantizedInput) and not module.is_static:
+                module.make_static(device=next(iter(module.tensors().values())).device)
+            for name in module.kept_names:
                 # the loader marks every float parameter as trainable
-                tensor.requires_grad_(False)
+                if (tensor := module._parameters.get(name)) is not None:
+                    tensor.requires_grad_(False)
         if absent:
             raise ValueError(
                 "the checkpoint does not fit the model:\n  " + "\n  ".join(f"missing: {name}" for name in absent)
@@ -276,6 +282,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         Of an offloaded model transformers splits it into files in the order in which it comes, of others in its own
         order: so that both give the same files, it comes in that order.
         """
+        # config.json is written after this
+        self.describe(model)
         metadata = {"quanto_hf_format": str(FORMAT_VERSION)}
         if not hasattr(model, "hf_device_map"):
             return None, metadata
@@ -288,8 +296,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_qat_trainable(self) -> bool:
-        """False: a loaded model holds packed weights only. quanto_hf.quantize keeps float ones that can be trained."""
-        return False
+        """Whether the weights are float ones that can be trained: with ``QuantoConfig(qat=True)``."""
+        return bool(self.quantization_config.qat)
 
     @property
     def is_compileable(self) -> bool:
@@ -305,7 +313,7 @@ def was_written_from(model: Any) -> bool:
 def _own_floats(model: Any) -> None:
     """Copy what stays float out of the mapped files of a float checkpoint, which would stay mapped as a whole for the
     sake of some norms. (Weights that go to disk are on meta, and are mapped later.)"""
-    stored = {id(t) for m in model.modules() if isinstance(m, QLinear) for t in m.tensors().values()}
+    stored = {id(t) for m in model.modules() if isinstance(m, QuantizedWeight) for t in m.tensors().values()}
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and id(tensor) not in stored:
             tensor.data = tensor.data.clone()

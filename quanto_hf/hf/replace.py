@@ -7,56 +7,62 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from quanto_hf.fit import Fit
-from quanto_hf.flow import Plan, activation_type, first_match, make_plan, replace_modules
+from quanto_hf.flow import Choice, Plan, activation_type, first_match, make_plan, quantized, replace_modules
 from quanto_hf.hf.config import QuantoConfig
-from quanto_hf.nn import QLayerNorm, QLinear
-from quanto_hf.qtypes import QType
-from quanto_hf.schemes import Scheme
+from quanto_hf.nn import QuantizedInput, QuantizedWeight
+from quanto_hf.nn.learned import LearnedScales
 
 
-def empty_qlinear(
-    linear: nn.Linear, scheme: Scheme, activations: QType | None, fit: Fit | str | None, placeholder: bool
-) -> QLinear:
-    """A quantized layer on meta with the shapes of ``linear``.
+def empty_module(module: nn.Module, choice: Choice, config: QuantoConfig, pre_quantized: bool) -> QuantizedWeight:
+    """The quantized module of a float one, on meta, with the parameters that a checkpoint fills.
 
     Args:
-        linear: the layer that it stands for.
-        scheme: how the weight is stored.
-        activations: number type of the inputs, or None.
-        fit: what finds scale and zero.
-        placeholder: whether a float ``weight`` on meta waits for the tensor of a float checkpoint.
+        module: on meta; it is not changed.
+        choice: how the weight is stored.
+        config: what happens to inputs, and whether the weight stays float for training.
+        pre_quantized: whether the checkpoint is quantized. Of a float one a float ``weight`` on meta waits for the
+            tensor, and what training or calibration add comes after loading (:func:`finish_prepared`).
     """
+    static = config.static_activations and pre_quantized
     with init_empty_weights():
-        layer = QLinear(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            scheme=scheme,
-            activations=activations,
-            dtype=linear.weight.dtype,
-            device="meta",
-        )
-    layer.fit = fit
-    if placeholder:
-        empty = torch.empty((linear.out_features, linear.in_features), dtype=linear.weight.dtype, device="meta")
-        layer._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
+        layer = quantized(module, choice.scheme(), activation_type(config.activations), choice.fit, static)
+        weight = torch.empty(layer.weight_shape, dtype=layer.weight_dtype, device="meta")
+        layer.make_empty()
+        for name, parameter in layer._parameters.items():
+            if parameter is not None and parameter.device.type != "meta":
+                layer._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    if config.qat:
+        for name in layer.stored_names:
+            del layer._parameters[name]
+        # first, as in the float module
+        layer._parameters = {"weight": nn.Parameter(weight), **layer._parameters}
+        if config.learn_scales and pre_quantized:
+            assert isinstance(layer, LearnedScales)
+            layer.expect_learned()
+    elif not pre_quantized:
+        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     # transformers would read, and so dequantize, every weight to initialise it
     layer._is_hf_initialized = True  # type: ignore[assignment]
-    return layer.train(linear.training)
+    return layer
 
 
-def replace_by_plan(model: nn.Module, plan: Plan, activations: QType | None, placeholder: bool) -> None:
+def finish_prepared(layer: QuantizedWeight, config: QuantoConfig) -> None:
+    """Give a layer whose float weight has been loaded what training needs besides."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    weight.requires_grad_(True)
+    if config.static_activations and isinstance(layer, QuantizedInput) and not layer.is_static:
+        layer.make_static(device=weight.device)
+    if config.learn_scales and isinstance(layer, LearnedScales) and not layer.learns:
+        layer.learn_scales()
+
+
+def replace_by_plan(model: nn.Module, plan: Plan, config: QuantoConfig, pre_quantized: bool) -> None:
     """Put empty quantized modules where a plan wants them. In place."""
     made: dict[nn.Module, nn.Module] = {}
     for name, choice in plan.chosen.items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        made[linear] = empty_qlinear(linear, choice.scheme(), activations, choice.fit, placeholder)
-    for name in plan.norms:
-        norm = model.get_submodule(name)
-        assert isinstance(norm, nn.LayerNorm)
-        made[norm] = QLayerNorm.from_module(norm, activations)
+        module = model.get_submodule(name)
+        made[module] = empty_module(module, choice, config, pre_quantized)
     replace_modules(model, made)
     for name, reason in plan.left.items():
         # read by flow.report
@@ -70,8 +76,8 @@ def replace_with_quanto_layers(
     current_key_name: list[str] | None = None,
     has_been_replaced: bool = False,
 ) -> tuple[nn.Module, bool]:
-    """Replace the linear layers of a model by empty quantized ones, in place; layer norms too where activations are
-    quantized. The name, arguments and result are those of transformers' function for optimum-quanto.
+    """Replace the linear layers of a model by empty quantized ones, in place. The name, arguments and result are those of
+    transformers' function for optimum-quanto.
 
     Args:
         model: a model, usually on meta. Nothing is skipped by default here.
@@ -91,7 +97,6 @@ def replace_with_quanto_layers(
     config = quantization_config if quantization_config is not None else QuantoConfig()
     if not isinstance(config, QuantoConfig):
         config = QuantoConfig(config.weights, config.activations, config.modules_to_not_convert)
-    kind = activation_type(config.activations)
     exclude = [*(modules_to_not_convert or []), *(config.modules_to_not_convert or [])]
     prefix = "".join(f"{segment}." for segment in current_key_name or [])
     skip = {}
@@ -101,9 +106,9 @@ def replace_with_quanto_layers(
             if (pattern := first_match(prefix + name, exclude)) is not None:
                 skip[name] = f"it matches {pattern!r} of the modules not to convert"
         exclude = []
-    plan = make_plan(model, config.choice(), activations=kind, exclude=exclude, skip=skip, overrides=config.overrides)
-    replace_by_plan(model, plan, kind, placeholder=True)
-    if not plan.chosen and not plan.norms:
+    plan = make_plan(model, config.choice(), exclude=exclude, skip=skip, overrides=config.overrides)
+    replace_by_plan(model, plan, config, pre_quantized=False)
+    if not plan.chosen:
         warnings.warn("no linear layer of this model has been replaced by a quantized one", stacklevel=2)
         return model, has_been_replaced
     return model, True

@@ -14,8 +14,7 @@ from torch import nn
 from quanto_hf.fit import Fit, fit_by_name
 from quanto_hf.flow import replace_modules
 from quanto_hf.hf.loading import split_name, waits_for_weight
-from quanto_hf.nn import QLinear
-from quanto_hf.nn.qlinear import PREFIX
+from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import Grouped, Scheme
 from quanto_hf.schemes.quantizing import BLOCK_VALUES
 
@@ -50,7 +49,7 @@ def loaded_dtype(
         pre_quantized: whether the checkpoint is quantized: then only floats are converted.
     """
     owner, leaf = split_name(model, name)
-    if isinstance(owner, QLinear) and leaf.startswith(PREFIX):
+    if isinstance(owner, QuantizedWeight) and leaf in owner.kept_names:
         return dtype
     # what is in no checkpoint is made anew, as it is
     if leaf in owner._non_persistent_buffers_set or (pre_quantized and not dtype.is_floating_point):
@@ -68,13 +67,13 @@ def loaded_element_size(
         dequantize: whether the model gets float weights in plain layers.
     """
     owner, leaf = split_name(model, name)
-    stored = isinstance(owner, QLinear) and leaf.startswith(PREFIX)
+    stored = isinstance(owner, QuantizedWeight) and leaf in owner.kept_names
     if dequantize and stored:
-        assert isinstance(owner, QLinear)
-        # the placeholder of a float checkpoint counts, and the codes of a quantized one count for the float weight
-        if "weight" in owner._parameters or leaf != f"{PREFIX}packed" or not tensor.numel():
+        assert isinstance(owner, QuantizedWeight)
+        # the placeholder of a float checkpoint counts, and the first tensor of a quantized one counts for the float weight
+        if "weight" in owner._parameters or leaf != owner.stored_names[0] or not tensor.numel():
             return 0.0
-        return owner.out_features * owner.in_features * owner.weight_dtype.itemsize / tensor.numel()
+        return torch.Size(owner.weight_shape).numel() * owner.weight_dtype.itemsize / tensor.numel()
     if waits_for_weight(model, name) and not dequantize:
         return 0.0
     return float(loaded_dtype(model, name, tensor.dtype, kept, pre_quantized).itemsize)
@@ -98,11 +97,11 @@ def largest_transient(model: nn.Module, dtype: torch.dtype, kept: Kept) -> Trans
     """
     found = Transient()
     for name, module in model.named_modules():
-        if not isinstance(module, QLinear) or "weight" not in module._parameters:
+        if not isinstance(module, QuantizedWeight) or "weight" not in module._parameters:
             continue
         weight = f"{name}.weight" if name else "weight"
         arrives = loaded_dtype(model, weight, dtype, kept)
-        shape = (module.out_features, module.in_features)
+        shape = module.matrix_shape
         nbytes = shape[0] * shape[1] * arrives.itemsize + workspace_bytes(module.scheme, module.fit, shape)
         if nbytes > found.nbytes:
             found = Transient(nbytes, name)
@@ -148,7 +147,7 @@ def as_loaded(model: Any, kept: Kept, pre_quantized: bool, dequantize: bool) -> 
     if dequantize:
         _as_dequantized(model)
     for name, module in model.named_modules():
-        if isinstance(module, QLinear):
+        if isinstance(module, QuantizedWeight):
             module._parameters.pop("weight", None)
         for tensors in (module._parameters, module._buffers):
             for leaf, tensor in tensors.items():
@@ -165,9 +164,8 @@ def as_loaded(model: Any, kept: Kept, pre_quantized: bool, dequantize: bool) -> 
 def _as_dequantized(model: nn.Module) -> None:
     made: dict[nn.Module, nn.Module] = {}
     for layer in model.modules():
-        if isinstance(layer, QLinear):
-            bias = layer.bias is not None
-            plain = nn.Linear(layer.in_features, layer.out_features, bias, device="meta", dtype=layer.weight_dtype)
+        if isinstance(layer, QuantizedWeight):
+            plain = layer.plain(torch.empty(layer.weight_shape, dtype=layer.weight_dtype, device="meta"))
             plain.quanto_hf_left = "it is dequantized"  # type: ignore[assignment]
             made[layer] = plain
     replace_modules(model, made)

@@ -14,8 +14,7 @@ from quanto_hf.hf.loading import loader_names, quantize_into, split_name
 from quanto_hf.hf.sizes import kept_dtypes, loaded_dtype
 from quanto_hf.hf.skeleton import Skeleton
 from quanto_hf.io import check_tensors, read_headers
-from quanto_hf.nn import QLinear
-from quanto_hf.nn.qlinear import PREFIX
+from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import TensorSpec
 
 
@@ -75,7 +74,7 @@ def _tie(model: Any, found: dict[str, Source], state: Mapping[str, torch.Tensor]
     by_id = {id(model.get_parameter_or_buffer(name)): source for name, source in found.items()}
     for name in sorted(state):
         owner, leaf = split_name(model, name)
-        if name in found or (isinstance(owner, QLinear) and leaf.startswith(PREFIX)):
+        if name in found or (isinstance(owner, QuantizedWeight) and leaf in owner.kept_names):
             continue
         if id(getattr(owner, leaf)) not in by_id:
             raise NotStreamable(f"it lacks {name}, which is newly initialised")
@@ -86,7 +85,7 @@ def freeze_empty(skeleton: Skeleton) -> None:
     """Make the skeleton what the loaded model is, still on meta: stored tensors only, and its config."""
     model = skeleton.model
     for module in model.modules():
-        if isinstance(module, QLinear):
+        if isinstance(module, QuantizedWeight):
             module._parameters.pop("weight", None)
     model._weight_conversions = [entry for entry in skeleton.conversions if entry.was_used()]
     model.hf_quantizer = skeleton.quantizer
@@ -142,15 +141,16 @@ class Reader:
             ValueError: a weight has NaN or infinite values.
         """
         owner, leaf = split_name(self.skeleton.model, name)
-        if not (isinstance(owner, QLinear) and leaf.startswith(PREFIX)):
+        if not (isinstance(owner, QuantizedWeight) and leaf in owner.kept_names):
             return self._read(name).to(dtype)
         layer = name.rpartition(".")[0]
         if layer != self._layer or not self._stored:
             weight = f"{layer}.weight" if layer else "weight"
             # codes, scales and zeros follow each other, so a layer is quantized once
-            self._stored = quantize_into(owner, self._read(weight).to(self.skeleton.dtype), weight)
+            parts = quantize_into(owner, self._read(weight).to(self.skeleton.dtype), weight)
+            self._stored = {owner.prefix + part: tensor for part, tensor in parts.items()}
             self._layer = layer
-        return self._stored[leaf.removeprefix(PREFIX)]
+        return self._stored[leaf]
 
     def _read(self, name: str) -> torch.Tensor:
         source = self.sources[name]

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from quanto_hf.nn import QLinear
+from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import Scheme, scheme_from_dict
 
 # Version 0 has the same bytes: it was provisional until the layout was measured (docs/format.md, "Why this layout").
@@ -25,7 +25,7 @@ def describe_modules(model: nn.Module) -> list[dict[str, Any]]:
     """The resolved scheme of each quantized module, one entry per scheme: ``{"scheme": {...}, "modules": [...]}``."""
     entries: dict[Scheme, list[str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, QLinear):
+        if isinstance(module, QuantizedWeight):
             entries.setdefault(module.scheme, []).append(name)
     return [{"scheme": scheme.to_dict(), "modules": names} for scheme, names in entries.items()]
 

@@ -3,8 +3,27 @@
 Imports: ``qtypes``, ``fit``, ``schemes``. Never: transformers, or a whole model.
 """
 
-from quanto_hf.nn.qlayernorm import QLayerNorm
+from quanto_hf.nn.activation import QuantizedInput
+from quanto_hf.nn.qconv import QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d, QConvTranspose3d
+from quanto_hf.nn.qembedding import QEmbedding, QEmbeddingBag
 from quanto_hf.nn.qlinear import QLinear
+from quanto_hf.nn.qweight import QuantizedWeight, State
 from quanto_hf.nn.registry import QMODULES, qmodule_for, register_qmodule
 
-__all__ = ["QMODULES", "QLayerNorm", "QLinear", "qmodule_for", "register_qmodule"]
+__all__ = [
+    "QMODULES",
+    "QConv1d",
+    "QConv2d",
+    "QConv3d",
+    "QConvTranspose1d",
+    "QConvTranspose2d",
+    "QConvTranspose3d",
+    "QEmbedding",
+    "QEmbeddingBag",
+    "QLinear",
+    "QuantizedInput",
+    "QuantizedWeight",
+    "State",
+    "qmodule_for",
+    "register_qmodule",
+]

@@ -1,26 +1,130 @@
-"""Dynamic quantization of activations in plain torch: scales are found when a token passes. No data is needed."""
+"""Quantization of activations: rounding with scales that are found when a token passes, or that were calibrated."""
+
+from typing import Any
 
 import torch
+from torch import nn
 
-from quanto_hf.ops import TOKEN, round_activations
+from quanto_hf.ops import TOKEN, round_activations, scale_gradient
 from quanto_hf.qtypes import QType
 
+INPUT_SCALE = "input_scale"
+INPUT_OBSERVER = "input_observer"
 
-def fake_quantize(x: torch.Tensor, qtype: QType, group: int = TOKEN) -> torch.Tensor:
-    """Round activations to the numbers that ``qtype`` can hold, with one absmax scale per token or per ``group``
-    columns of it.
+
+def fake_quantize(
+    x: torch.Tensor, qtype: QType, group: int = TOKEN, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Round activations to the numbers that ``qtype`` can hold.
 
     The numbers are exactly those of a quantized product; memory and speed are those of the float one. The gradient
-    passes straight through.
+    passes straight through. With a scale, none reaches what lies outside of its range, and the scale itself gets the
+    gradient of learned step sizes (Esser et al., "Learned Step Size Quantization", 2020,
+    https://arxiv.org/abs/1902.08153) if it wants one.
 
     Args:
         x: float, shape (..., features).
         qtype: int8 or an 8-bit float.
-        group: columns that share a scale, -1 for all. What a weight asks for is in
-            :func:`quanto_hf.ops.activation_group`.
+        group: columns that share a scale found here, absmax over the largest number; -1 for a token. What a weight asks
+            for is in :func:`quanto_hf.ops.activation_group`.
+        scale: None, or the one scale of the whole tensor, as calibration finds it; 1 element.
 
     Returns:
         The shape and dtype of ``x``.
     """
-    quantized = round_activations(x.detach(), qtype, group).to(x.dtype)
-    return x + (quantized - x).detach() if x.requires_grad else quantized
+    with torch.no_grad():
+        rounded = round_activations(x, qtype, group, scale)
+        quantized = rounded.to(x.dtype)
+    if not torch.is_grad_enabled() or not (x.requires_grad or (scale is not None and scale.requires_grad)):
+        return quantized
+    if scale is None:
+        return x + (quantized - x).detach()
+    # inside of the range d/dx is 1 and d/dscale is the rounding error in steps; outside d/dscale is the last number
+    step = scale_gradient(scale, 1 / (max(x.numel(), 1) * qtype.qmax) ** 0.5)
+    inside = (x.float() / step).clamp(qtype.qmin, qtype.qmax)
+    surrogate = (inside + (rounded / scale - inside).detach()) * step
+    return quantized + (surrogate - surrogate.detach()).to(x.dtype)
+
+
+class QuantizedInput(nn.Module):
+    """Mixin of modules that round their input.
+
+    ``activations`` is the number type, or None. Dynamic, a module holds nothing for it. Static, it holds the Parameter
+    ``input_scale``, float32 of shape (1,), which is NaN until it is calibrated.
+    """
+
+    activations: QType | None
+    # a prepared call, which must not outlive a change of how inputs are rounded
+    _bound: Any
+
+    @property
+    def is_static(self) -> bool:
+        """Whether inputs are rounded with a scale that is held."""
+        return self._parameters.get(INPUT_SCALE) is not None
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether there is nothing to calibrate, or it has been done."""
+        scale = self._parameters.get(INPUT_SCALE)
+        return scale is None or scale.device.type == "meta" or bool(torch.isfinite(scale).all())
+
+    def make_static(self, scale: torch.Tensor | float | None = None, device: torch.device | str | None = None) -> None:
+        """Round inputs with this scale from now on; None is one that calibration is to find.
+
+        Raises:
+            ValueError: the scale is not one positive number.
+        """
+        value = torch.full((1,), torch.nan, device=device)
+        if scale is not None:
+            value = torch.as_tensor(scale, dtype=torch.float32).detach().reshape(-1).clone()
+            if value.numel() != 1 or (value.device.type != "meta" and not bool(torch.isfinite(value) & (value > 0))):
+                raise ValueError(f"the scale of an input is one positive number, not {scale}")
+            value = value if device is None else value.to(device)
+        held = self._parameters.get(INPUT_SCALE)
+        self._parameters[INPUT_SCALE] = nn.Parameter(value, requires_grad=held is not None and held.requires_grad)
+        self._bound = None
+
+    def make_dynamic(self) -> None:
+        """Let go of the scale: from now on one is found for each token."""
+        self._parameters.pop(INPUT_SCALE, None)
+        self._bound = None
+
+    def _check_calibrated(self) -> None:
+        # a graph cannot look at the value; there an uncalibrated model gives NaN
+        if not torch.compiler.is_compiling() and not self.is_calibrated:
+            raise RuntimeError(
+                "this layer rounds its input with a static scale, and was never calibrated. Run some real data through "
+                "the model first: with quanto_hf.Calibration(model): model(**batch)"
+            )
+
+    def start_observing(self, observer: nn.Module) -> None:
+        """Note the range of inputs from now on, and let them through as they are."""
+        self._modules[INPUT_OBSERVER] = observer
+        self._bound = None
+
+    def stop_observing(self) -> nn.Module | None:
+        """Let go of the observer, and return it."""
+        self._bound = None
+        return self._modules.pop(INPUT_OBSERVER, None)
+
+    def _observe(self, x: torch.Tensor) -> bool:
+        observer = self._modules.get(INPUT_OBSERVER)
+        if observer is not None:
+            observer(x.detach())
+        return observer is not None
+
+    def _describe_input(self) -> str:
+        """The part of ``extra_repr`` that is about the input."""
+        if self.activations is None:
+            return ""
+        static = " static" if self.is_static else ""
+        return f", activations={self.activations}{static}{'' if self.is_calibrated else ', not calibrated'}"
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *args: Any
+    ) -> None:
+        """As of nn.Module. A scale in the state dict of a dynamic module is one that was calibrated."""
+        given = state_dict.get(prefix + INPUT_SCALE)
+        if self.activations is not None and not self.is_static and isinstance(given, torch.Tensor):
+            self.make_static()
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *args)

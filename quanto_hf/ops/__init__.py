@@ -16,6 +16,7 @@ from quanto_hf.ops.expert_linear import expert_linear, expert_linear_grad_input,
 from quanto_hf.ops.linear import linear, linear_grad_input, linear_op
 from quanto_hf.ops.packing import pack, packed_width, unpack
 from quanto_hf.ops.registry import OPS
+from quanto_hf.ops.straight_through import scale_gradient
 
 __all__ = [
     "ACTIVATION_GROUP",
@@ -37,5 +38,6 @@ __all__ = [
     "pack",
     "packed_width",
     "round_activations",
+    "scale_gradient",
     "unpack",
 ]

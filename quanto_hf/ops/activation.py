@@ -1,7 +1,7 @@
 """What int8 and float8 activations are: the rounding of x, and how many of its columns share a scale.
 
 This is the definition that the native kernels are compared with (``cpu/int8.py``). No data is needed: a scale is found
-when its numbers pass.
+when its numbers pass, unless one is given that was found before (static activations).
 """
 
 import torch
@@ -30,22 +30,57 @@ def activation_group(weights: QType, activations: QType) -> int:
     return ACTIVATION_GROUP if grouped else TOKEN
 
 
-def round_activations(x: torch.Tensor, kind: QType, group: int = TOKEN) -> torch.Tensor:
-    """x rounded to the numbers of ``kind`` times a scale, which is absmax over the largest number.
+def check_scale(scale: torch.Tensor) -> None:
+    """That ``scale`` can be the scale of all of x.
+
+    Raises:
+        ValueError: it is not one float32 number.
+    """
+    if scale.numel() != 1 or scale.dtype is not torch.float32:
+        raise ValueError(
+            f"a scale of activations is one float32 number, not shape {tuple(scale.shape)} and {scale.dtype}; "
+            "reduce it to one, as absmax / 127 of what passed, and convert it"
+        )
+
+
+def round_activations(
+    x: torch.Tensor, kind: QType, group: int = TOKEN, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x rounded to the numbers of ``kind`` times a scale: the given one, or absmax over the largest number.
+
+    Halves go to even numbers, and what is beyond the largest number becomes that number: 127 for int8, whose smallest
+    is -127. A scale of 0 counts as 1.
 
     Args:
         x: float, shape (..., features).
         kind: int8 or an 8-bit float.
         group: columns that share a scale, -1 for all; the last group may be shorter.
+        scale: the scale of all of x, one float32 number; ``group`` does not matter then.
 
     Returns:
-        float32, the shape of ``x``. What shares a scale with NaN or infinity is NaN.
+        float32, the shape of ``x``. NaN stays NaN. Infinity becomes the largest number of a given scale; without one,
+        what shares a scale with NaN or infinity is NaN.
+
+    Raises:
+        ValueError: ``scale`` is not one float32 number.
+
+    Example:
+        >>> from quanto_hf.qtypes import qint8
+        >>> x = torch.tensor([0.3, -1.25, 70.0])
+        >>> round_activations(x, qint8, scale=torch.tensor(0.5))
+        tensor([ 0.5000, -1.0000, 63.5000])
     """
     values = x.float()
     features = values.shape[-1]
-    if 0 < group < features:
+    grouped = scale is None and 0 < group < features
+    if grouped:
         values = F.pad(values, (0, -features % group)).unflatten(-1, (-1, group))
-    scale = values.abs().amax(-1, keepdim=True) / kind.qmax
+    if scale is None:
+        scale = values.abs().amax(-1, keepdim=True) / kind.qmax
+    else:
+        check_scale(scale)
+        # it broadcasts whatever its own dimensions are
+        scale = scale.reshape(())
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     numbers = values / scale
     if kind.float_dtype is None:
@@ -53,4 +88,4 @@ def round_activations(x: torch.Tensor, kind: QType, group: int = TOKEN) -> torch
     else:
         numbers = numbers.clamp_(kind.qmin, kind.qmax).to(kind.float_dtype).float()
     rounded = numbers * scale
-    return rounded.flatten(-2)[..., :features] if 0 < group < features else rounded
+    return rounded.flatten(-2)[..., :features] if grouped else rounded

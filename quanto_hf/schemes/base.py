@@ -37,6 +37,11 @@ class Scheme(ABC):
 
     kind: ClassVar[str]
 
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Names of the stored tensors, as :meth:`tensors` gives them."""
+
     @abstractmethod
     def tensors(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorSpec]:
         """Names, shapes and dtypes of the stored tensors: the one truth for empty modules, saved keys, device maps
@@ -59,6 +64,36 @@ class Scheme(ABC):
             ValueError: the weight has NaN or infinite values, or no columns.
         """
 
+    def encode(
+        self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The stored tensors of a float weight with scales that are given, and not found by a fit.
+
+        Args:
+            weight: float, shape (..., out_features, in_features).
+            scale: positive, in the shape of the stored one; it is rounded to its stored dtype first.
+            zero: as ``scale``, of asymmetric schemes.
+
+        Raises:
+            ValueError: scales do not fit, or the scheme has none.
+        """
+        raise ValueError(f"{self} weights have no scales that can be given; choose int8, int4, int2, float8, nf4 or fp4")
+
+    def fake_quantize(
+        self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The numbers that :meth:`encode` stores, as float32, with gradients to weight, scale and zero.
+
+        Args:
+            weight: float, shape (out_features, in_features).
+            scale: as of :meth:`encode`.
+            zero: as of :meth:`encode`.
+
+        Raises:
+            ValueError: as of :meth:`encode`.
+        """
+        raise ValueError(f"{self} weights have no scales that can be learned")
+
     @abstractmethod
     def dequantize(self, tensors: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """The float weight, shape (..., out_features, in_features)."""
@@ -68,12 +103,17 @@ class Scheme(ABC):
         """``x @ weight.T + bias`` for a weight of 2 dimensions; shape (..., out_features), dtype of ``x``."""
 
     def bind(
-        self, tensors: Tensors, in_features: int, activations: str | None = None
+        self,
+        tensors: Tensors,
+        in_features: int,
+        activations: str | None = None,
+        x_scale: torch.Tensor | None = None,
     ) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor | None] | None:
         """``call(x, bias)``, the same as :meth:`linear` with everything about these tensors looked up in advance.
 
         Args:
             activations: None, or the number type to which x is rounded first, as :meth:`activation_group` says.
+            x_scale: the static scale of x, 1 element, or None: scales are found when x comes.
 
         Returns:
             None if there is nothing to prepare. The call itself answers None where it does not serve (another device,

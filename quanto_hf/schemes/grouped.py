@@ -18,6 +18,7 @@ from quanto_hf.ops import (
 )
 from quanto_hf.qtypes import QTYPES, QType
 from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
+from quanto_hf.schemes.given import encode, fake_quantize
 from quanto_hf.schemes.quantizing import quantize_in_blocks, quantize_natively
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -70,6 +71,11 @@ class Grouped(Scheme):
         """float32 for the few scales of whole rows; bfloat16, which has the range of float32, for groups."""
         return torch.float32 if self.group_size == PER_CHANNEL else torch.bfloat16
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See :class:`Scheme`."""
+        return ("packed", "scale") if self.symmetric else ("packed", "scale", "zero")
+
     def tensors(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorSpec]:
         """See :class:`Scheme`: ``packed``, ``scale`` and, if asymmetric, ``zero``."""
         *rows, columns = shape
@@ -109,6 +115,18 @@ class Grouped(Scheme):
             quantize_in_blocks(self, flat, found, parts)
         return result
 
+    def encode(
+        self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """See :class:`Scheme`."""
+        return encode(self, weight, scale, zero)
+
+    def fake_quantize(
+        self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See :class:`Scheme`."""
+        return fake_quantize(self, weight, scale, zero)
+
     def dequantize(self, tensors: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`Scheme`."""
         packed = tensors["packed"]
@@ -127,10 +145,16 @@ class Grouped(Scheme):
         packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
         return embedding(index, packed, scale, zero, self.qtype, self.group_size, in_features, dtype)
 
-    def bind(self, tensors: Tensors, in_features: int, activations: str | None = None) -> BoundLinear | None:
+    def bind(
+        self,
+        tensors: Tensors,
+        in_features: int,
+        activations: str | None = None,
+        x_scale: torch.Tensor | None = None,
+    ) -> BoundLinear | None:
         """See :class:`Scheme`."""
         packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
-        return bind_linear(packed, scale, zero, self.qtype, self.group_size, in_features, activations)
+        return bind_linear(packed, scale, zero, self.qtype, self.group_size, in_features, activations, x_scale)
 
     def activation_group(self, activations: QType) -> int:
         """See :class:`Scheme`."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from quanto_hf.flow import Choice, apply_plan, make_plan, replace_modules
-from quanto_hf.nn import QLayerNorm, QLinear
+from quanto_hf.nn import QLinear
 from quanto_hf.qtypes import qint8
 
 
@@ -32,7 +32,7 @@ INT8 = Choice("int8")
 def test_every_linear_layer_is_chosen_when_nothing_is_excluded():
     plan = make_plan(model(), INT8)
     assert list(plan.chosen) == ["a.fc1", "a.fc10", "b.fc1", "b.fc10"]
-    assert plan.norms == [] and plan.left == {}
+    assert plan.left == {}
 
 
 def test_an_excluded_module_is_left_with_the_pattern_in_its_reason():
@@ -82,8 +82,10 @@ def test_an_override_may_leave_modules_in_float():
     assert plan.left == {name: "an override leaves 'fc1' in float" for name in ("a.fc1", "b.fc1")}
 
 
-def test_norms_are_taken_only_when_activations_are_quantized():
-    assert make_plan(model(), INT8, activations=qint8, exclude=["b"]).norms == ["a.norm"]
+def test_only_modules_of_the_types_that_are_asked_for_are_taken_and_no_subclass_of_them():
+    net = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "fc": nn.Linear(8, 8), "embed": nn.Embedding(4, 8)})
+    assert list(make_plan(net, INT8).chosen) == ["fc"]
+    assert list(make_plan(net, INT8, types=(nn.Linear, nn.Conv2d)).chosen) == ["conv", "fc"]
 
 
 def test_a_weight_that_is_tied_to_an_embedding_stays_float():
@@ -121,8 +123,8 @@ def test_a_plan_shares_the_parameters_and_the_hooks_of_what_it_replaces():
     old, bias = net["a"].fc1, net["a"].fc1.bias
     old.register_forward_hook(lambda *_: calls.append("after"))
     old.register_forward_pre_hook(lambda *_, **__: calls.append("before"), with_kwargs=True)
-    apply_plan(net, make_plan(net, INT8, activations=qint8), qint8)
-    assert isinstance(net["a"].fc1, QLinear) and isinstance(net["a"].norm, QLayerNorm)
+    apply_plan(net, make_plan(net, INT8), qint8)
+    assert isinstance(net["a"].fc1, QLinear) and net["a"].fc1.activations is qint8
     assert net["a"].fc1.weight is old.weight and net["a"].fc1.bias is bias
     net["a"](torch.randn(2, 32))
     assert calls == ["before", "after"]

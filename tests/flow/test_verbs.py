@@ -10,7 +10,7 @@ from torch import nn
 
 import quanto_hf
 from quanto_hf import dequantize, freeze, quantization_map, quantize, requantize
-from quanto_hf.nn import QLayerNorm, QLinear
+from quanto_hf.nn import QLinear
 from quanto_hf.qtypes import QTYPES
 
 TYPES = sorted(QTYPES)
@@ -125,9 +125,9 @@ def test_an_output_head_stays_float_unless_it_is_included():
     assert list(quantization_map(quantize(copy.deepcopy(net), include="*"))) == ["fc", "lm_head"]
 
 
-def test_activations_also_replace_layer_norms():
-    assert isinstance(frozen("int8", activations="float8")[1], QLayerNorm)
-    assert type(frozen("int8")[1]) is nn.LayerNorm
+def test_norms_stay_float_since_the_layer_that_reads_them_rounds_its_input():
+    model = frozen("int8", activations="float8")
+    assert type(model[1]) is nn.LayerNorm and model[3].activations.name == "float8_e4m3fn"
 
 
 def test_the_optimizers_of_optimum_quanto_are_taken(x):

@@ -33,3 +33,29 @@ def test_groups_that_are_wider_than_the_row_are_the_row():
 def test_the_result_is_float32_of_the_same_shape():
     made = round_activations(torch.randn(2, 3, 70).bfloat16(), qint8, 32)
     assert made.shape == (2, 3, 70) and made.dtype is torch.float32
+
+
+@pytest.mark.parametrize("group", [32, -1])
+def test_a_given_scale_serves_all_of_x(group: int):
+    x = torch.tensor([[0.5, 1.5, -2.5, 0.0], [126.6, 127.6, -1e30, 4e-38]]) * 2
+    wanted = torch.tensor([[0.0, 2.0, -2.0, 0.0], [127.0, 127.0, -127.0, 0.0]]) * 2
+    assert torch.equal(round_activations(x, qint8, group, torch.tensor([[2.0]])), wanted)
+
+
+def test_a_given_scale_keeps_nan_and_cuts_infinity():
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.0])
+    made = round_activations(x, qint8, scale=torch.tensor(1.0))
+    assert made[0].isnan() and made[1:].tolist() == [127, -127, 3]
+    made = round_activations(x, qfloat8, scale=torch.tensor(1.0))
+    assert made[0].isnan() and made[1:].tolist() == [448, -448, 3]
+
+
+def test_the_scale_that_x_has_itself_changes_nothing():
+    x = torch.randn(70)
+    assert torch.equal(round_activations(x, qint8, scale=x.abs().max() / 127), round_activations(x, qint8))
+
+
+@pytest.mark.parametrize("scale", [torch.ones(2), torch.ones(0), torch.tensor(1.0).double(), torch.tensor(1)])
+def test_a_scale_that_is_not_one_float32_number_is_an_error(scale: torch.Tensor):
+    with pytest.raises(ValueError, match="one float32 number"):
+        round_activations(torch.randn(4), qint8, scale=scale)

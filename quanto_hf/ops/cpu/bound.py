@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from quanto_hf.ops.cpu.call import FLOAT_TYPES, linear_name, weight_arguments
+from quanto_hf.ops.activation import check_scale
+from quanto_hf.ops.cpu.call import FLOAT_TYPES, linear_name, scale_argument, weight_arguments
 from quanto_hf.ops.cpu.int8 import refuses_int8, why_int8_wrong
 from quanto_hf.ops.cpu.library import NATIVE
 from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS, why_wrong
@@ -27,6 +28,7 @@ def bind(
     group_size: int,
     in_features: int,
     activations: str | None = None,
+    x_scale: torch.Tensor | None = None,
 ) -> BoundLinear | None:
     """``call(x, bias)`` for one weight, or None where there is no native kernel for it.
 
@@ -42,12 +44,18 @@ def bind(
         in_features: columns.
         activations: None, or the number type to which x is rounded first (``ops/activation.py``);
             :func:`refuses_int8` says what there are kernels for.
+        x_scale: the scale of all of x, one float32 number, which is read at each call; None: scales are found from x.
 
     Raises:
-        ValueError: the tensors are not those of such a weight.
+        ValueError: the tensors are not those of such a weight, or ``x_scale`` is not one float32 number, or is given
+            without activations.
     """
     check_weight(packed, scale, zero, qtype, group_size, in_features)
-    stored = [tensor for tensor in (packed, scale, zero) if tensor is not None]
+    if x_scale is not None:
+        check_scale(x_scale)
+        if activations is None:
+            raise ValueError("x_scale is the scale of rounded activations, and activations=None rounds none; name both")
+    stored = [tensor for tensor in (packed, scale, zero, x_scale) if tensor is not None]
     if NATIVE is None or reference_only() or not packed.numel():
         return None
     if watched() or not all(map(_is_plain, stored)):
@@ -59,6 +67,7 @@ def bind(
     rows, bias_shape = packed.shape[0], packed.shape[:1]
     packed_at, scale_at, zero_at = weight[:3]
     packed_size, scale_size = packed.numel(), scale.numel()
+    x_scale_arguments = scale_argument(activations, x_scale)
     trusted: set[tuple[torch.dtype, bool]] = set()
     run, why = getattr(NATIVE, linear_name(qtype, activations)), why_wrong if activations is None else why_int8_wrong
     threads, types = torch.get_num_threads, FLOAT_TYPES
@@ -76,6 +85,7 @@ def bind(
             or packed.numel() != packed_size
             or scale.numel() != scale_size
             or (zero is not None and (zero.data_ptr() != zero_at or zero.numel() != scale_size))
+            or (x_scale is not None and ((x_scale.data_ptr(),) != x_scale_arguments or not x_scale.numel()))
         ):
             return None
         shape, dtype = x.shape, x.dtype
@@ -94,7 +104,8 @@ def bind(
             trusted.add(key)
         # not torch.empty, which looks at the default device
         out = x.new_empty((*shape[:-1], rows))
-        run(*weight, x.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), count, kind, threads())
+        bias_at = 0 if bias is None else bias.data_ptr()
+        run(*weight, x.data_ptr(), bias_at, out.data_ptr(), count, kind, threads(), *x_scale_arguments)
         return out
 
     return call

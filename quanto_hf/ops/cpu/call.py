@@ -85,11 +85,13 @@ def native_linear(
     qtype: str,
     group_size: int,
     activations: str | None = None,
+    x_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T + bias``; every tensor is contiguous and on the CPU.
 
     Args:
         activations: "int8" rounds x first (``ops/activation.py``); for weights that ``refuses_int8`` takes.
+        x_scale: with activations, the scale of all of x, one float32 number; None: scales are found from x.
     """
     assert NATIVE is not None
     columns = x.shape[-1]
@@ -103,8 +105,16 @@ def native_linear(
         x.numel() // columns,
         FLOAT_TYPES[x.dtype],
         torch.get_num_threads(),
+        *scale_argument(activations, x_scale),
     )
     return out
+
+
+def scale_argument(activations: str | None, x_scale: torch.Tensor | None) -> tuple[int, ...]:
+    """What the functions of :func:`linear_name` take behind the arguments of ``linear``."""
+    if activations is None:
+        return ()
+    return (0 if x_scale is None else x_scale.data_ptr(),)
 
 
 def native_expert_linear(

@@ -60,8 +60,8 @@ def why_not_int8(
 def int8_error(
     qtype: str, group_size: int, asymmetric: bool, scale_dtype: torch.dtype, dtype: torch.dtype, many: bool
 ) -> float:
-    """How far the native product with int8 activations is off the one of the definition, over |x| @ |weight|.
-    Infinite where a kernel makes NaN.
+    """How far the native product with int8 activations is off the one of the definition, over |x| @ |weight|, with
+    scales found from x and with a given one. Infinite where a kernel makes NaN.
 
     Args:
         many: whether x has more than ``GEMV_ROWS`` rows.
@@ -72,12 +72,14 @@ def int8_error(
     scale, zero = scale.to(scale_dtype), rest[0].to(scale_dtype) if rest else None
     inputs = torch.randn(2 * GEMV_ROWS + 3, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight = dequantize.reference(packed, scale, zero, qtype, group_size, columns, torch.float32)
-    rounded = round_activations(inputs, QTYPES["int8"], activation_group(QTYPES[qtype], QTYPES["int8"]))
-    exact, size = rounded @ weight.T, inputs.float().abs() @ weight.abs().T
-    error = 0.0
-    for rows in (2 * GEMV_ROWS + 3,) if many else (1, 3):
-        got = native_linear(inputs[:rows], packed, scale, zero, None, qtype, group_size, activations="int8").float()
-        error = max(error, float(((got - exact[:rows]).abs() / size[:rows]).nan_to_num(nan=torch.inf).max()))
+    size, group = inputs.float().abs() @ weight.abs().T, activation_group(QTYPES[qtype], QTYPES["int8"])
+    error, stored = 0.0, (packed, scale, zero, None, qtype, group_size)
+    # 2 / 127 cuts one number in twenty
+    for x_scale in (None, torch.tensor(2 / 127)):
+        exact = round_activations(inputs, QTYPES["int8"], group, x_scale) @ weight.T
+        for rows in (2 * GEMV_ROWS + 3,) if many else (1, 3):
+            got = native_linear(inputs[:rows], *stored, activations="int8", x_scale=x_scale).float()
+            error = max(error, float(((got - exact[:rows]).abs() / size[:rows]).nan_to_num(nan=torch.inf).max()))
     return error
 
 

@@ -7,8 +7,8 @@ import torch
 from native_weights import Kind, Weight, every_float, make_weight, needs_native
 
 from quanto_hf.nn import QLinear
-from quanto_hf.ops import ACTIVATION_GROUP
-from quanto_hf.ops.cpu import bound, int8
+from quanto_hf.ops import ACTIVATION_GROUP, round_activations
+from quanto_hf.ops.cpu import bound, int8, selfcheck
 from quanto_hf.ops.cpu.call import linear_name, native_linear
 from quanto_hf.ops.cpu.library import NATIVE
 from quanto_hf.qtypes import qint8
@@ -39,11 +39,13 @@ some_kinds = pytest.mark.parametrize(
 BATCHES = [1, 2, 3, 8, 9, 17, 127]
 
 
-def run(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def run(
+    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, x_scale: torch.Tensor | None = None
+) -> torch.Tensor:
     kind = weight.kind
     skip_without(kind)
     stored = (weight.packed, weight.scale, weight.zero)
-    return native_linear(x, *stored, bias, kind.qtype, kind.group_size, activations="int8")
+    return native_linear(x, *stored, bias, kind.qtype, kind.group_size, activations="int8", x_scale=x_scale)
 
 
 def skip_without(kind: Kind) -> None:
@@ -51,21 +53,28 @@ def skip_without(kind: Kind) -> None:
         pytest.skip(f"level {NATIVE.level()} has no product of {kind.qtype} and int8")
 
 
-def rounded(x: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """x as it is multiplied, written plainly: steps of absmax / 127 of a row, or of each 32 columns of it."""
+def rounded(x: torch.Tensor, kind: Kind, x_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """x as it is multiplied, written plainly: steps of absmax / 127 of a row, or of each 32 columns of it, or given."""
     width = x.shape[1] if kind == INT8 else ACTIVATION_GROUP
     parts = []
     for part in x.float().split(width, 1):
-        step = part.abs().amax(1, keepdim=True) / 127
+        step = part.abs().amax(1, keepdim=True) / 127 if x_scale is None else x_scale.clone()
         step[step == 0] = 1
         parts.append((part / step).round().clamp(-127, 127).double() * step.double())
     return torch.cat(parts, 1)
 
 
-def check(made: torch.Tensor, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> None:
+def check(
+    made: torch.Tensor,
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
+) -> None:
     """The sums of integers are exact; those of their multiples are float32, a group or more at a time; the result is
     rounded to the dtype of x."""
-    value, wide = rounded(x, weight.kind) @ weight.dense().T, x.double().abs() @ weight.wide().T
+    multiplied = rounded(x, weight.kind, x_scale)
+    value, wide = multiplied @ weight.dense().T, multiplied.abs() @ weight.wide().T
     if bias is not None:
         value, wide = value + bias.double(), wide + bias.double().abs()
     slack = (8 + x.shape[1] ** 0.5) * 2**-24 * wide + 1e-38
@@ -145,7 +154,8 @@ def test_a_scale_or_zero_that_is_no_number_spoils_its_row_of_the_weight_only(
 
 
 @some_kinds
-def test_threads_do_not_change_a_bit(level: str, kind: Kind):
+@pytest.mark.parametrize("x_scale", [None, 0.01], ids=["own scales", "a given scale"])
+def test_threads_do_not_change_a_bit(level: str, kind: Kind, x_scale: float | None):
     weight = make_weight(kind, 333, 500)
     before = torch.get_num_threads()
     try:
@@ -154,10 +164,106 @@ def test_threads_do_not_change_a_bit(level: str, kind: Kind):
             results = []
             for threads in (1, 2, 3, 8):
                 torch.set_num_threads(threads)
-                results.append(run(x, weight))
+                results.append(run(x, weight, x_scale=None if x_scale is None else torch.tensor(x_scale)))
             assert all(torch.equal(results[0], other) for other in results[1:])
     finally:
         torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------------- a given scale
+
+
+@every_kind
+@every_float
+@pytest.mark.parametrize("columns", [33, 600])
+def test_a_given_scale_serves_every_row(level: str, columns: int, dtype: torch.dtype, kind: Kind):
+    # rows of three sizes: all are 0, some are cut to 127 steps, most are
+    weight, bias, x_scale = make_weight(kind, 45, columns), torch.randn(45).to(dtype), torch.tensor([0.02])
+    for batch in BATCHES:
+        x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch))
+        x = (x * torch.tensor([2.0, 1e-3, 100.0]).repeat(batch)[:batch, None]).to(dtype)
+        check(run(x, weight, bias, x_scale), x, weight, bias, x_scale)
+
+
+@some_kinds
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_halves_of_a_given_step_go_to_even_numbers(level: str, batch: int, kind: Kind):
+    weight, x_scale = make_weight(kind, 33, 80), torch.tensor(0.25)
+    x = ((torch.arange(80) - 40) / 8).expand(batch, 80).contiguous()
+    check(run(x, weight, None, x_scale), x, weight, None, x_scale)
+
+
+@some_kinds
+@pytest.mark.parametrize("x_scale", [3e-39, 1e-30, 1e30, 2e36])
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_given_scales_at_the_ends_of_float32(level: str, batch: int, x_scale: float, kind: Kind):
+    weight, scale = make_weight(kind, 33, 300, size=1e-4), torch.tensor(x_scale)
+    x = torch.randn(batch, 300) * 100 * x_scale
+    x[0, :3] = torch.tensor([3e38, -3e38, 0])
+    check(run(x, weight, None, scale), x, weight, None, scale)
+
+
+@some_kinds
+@pytest.mark.parametrize("batch", [1, 2, 3, 20])
+def test_with_a_given_scale_infinity_is_cut_and_nan_spoils_its_row_only(level: str, batch: int, kind: Kind):
+    weight, x, x_scale = make_weight(kind, 40, 100), torch.randn(batch, 100), torch.tensor(0.01)
+    x[0, 3], x[0, 40] = torch.inf, -torch.inf
+    largest = x.clamp(-1e6, 1e6)
+    assert torch.equal(run(x, weight, None, x_scale), run(largest, weight, None, x_scale))
+    x[-1, 77] = torch.nan
+    got = run(x, weight, None, x_scale)
+    assert got[-1].isnan().all() and got[:-1].isfinite().all()
+
+
+@some_kinds
+@pytest.mark.parametrize("batch", [1, 20])
+def test_a_given_scale_of_zero_counts_as_one_and_one_that_is_no_number_gives_nan(level: str, batch: int, kind: Kind):
+    weight, x = make_weight(kind, 40, 100), torch.randn(batch, 100) * 100
+    one = run(x, weight, None, torch.tensor(1.0))
+    assert torch.equal(run(x, weight, None, torch.tensor(0.0)), one)
+    for bad in (torch.nan, torch.inf):
+        assert run(x, weight, None, torch.tensor(bad)).isnan().all()
+
+
+@some_kinds
+@every_float
+def test_a_prepared_call_with_a_given_scale_gives_the_product_of_the_definition(
+    level: str, dtype: torch.dtype, kind: Kind
+):
+    skip_without(kind)
+    weight, x_scale = make_weight(kind, 33, 200), torch.tensor(0.02)
+    call = bound.bind(*weight.rest(), activations="int8", x_scale=x_scale)
+    for batch in (1, 3, 20):
+        x = torch.randn(batch, 200).to(dtype)
+        exact = round_activations(x, qint8, scale=x_scale) @ weight.dense().float().T
+        error = (call(x, None).float() - exact).abs() / (x.float().abs() @ weight.dense().float().abs().T)
+        assert error.max() <= selfcheck.TOLERANCE[dtype]
+    x_scale.mul_(2)
+    check(call(x, None), x, weight, None, x_scale)
+
+
+@some_kinds
+def test_a_prepared_call_steps_aside_when_its_scale_has_moved(level: str, kind: Kind):
+    skip_without(kind)
+    weight, x, x_scale = make_weight(kind, 33, 200), torch.randn(3, 200), torch.tensor([0.02])
+    call = bound.bind(*weight.rest(), activations="int8", x_scale=x_scale)
+    assert call(x, None) is not None
+    x_scale.data = torch.tensor([0.02])
+    assert call(x, None) is None
+
+
+@pytest.mark.parametrize(
+    ("x_scale", "activations", "said"),
+    [
+        (torch.ones(2), "int8", r"one float32 number, not shape \(2,\)"),
+        (torch.ones((), dtype=torch.bfloat16), "int8", "one float32 number, not shape .* torch.bfloat16"),
+        (torch.ones(()), None, "activations=None rounds none"),
+    ],
+    ids=["two", "bfloat16", "no activations"],
+)
+def test_what_cannot_be_the_scale_of_x_is_an_error(x_scale, activations, said):
+    with pytest.raises(ValueError, match=said):
+        bound.bind(*make_weight(INT8, 5, 64).rest(), activations=activations, x_scale=x_scale)
 
 
 # ---------------------------------------------------------------------------------------------------- who is served

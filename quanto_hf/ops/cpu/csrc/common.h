@@ -48,7 +48,11 @@ struct Linear {
     int64_t m;
     int x_type;  // of x, bias and out
     int threads;
+    const float* x_scale = nullptr;  // x in int8: the scale of all of it; null: each row or group has its own
 };
+
+// The step of rounded numbers. 0, that of a row or of a calibration that saw only zeros, counts as 1.
+inline float usable_scale(float scale) { return scale == 0.0f ? 1.0f : scale; }
 
 // How scale and zero are found. RANGE: absmax and minmax.
 enum Fit { RANGE = 0, MSE = 1, HQQ = 2 };

@@ -1,30 +1,27 @@
-// int8 weights times int8 activations, on request: each row of x is rounded to 255 levels of its own (dynamic, symmetric)
-// and the product is exact in int32. Included inside the namespace of a level that has AVX-512 VNNI.
+// int8 weights times int8 activations, on request: each row of x is rounded to 255 levels of its own (dynamic, symmetric),
+// or all rows to those of a given scale, and the product is exact in int32. Included inside the namespace of a level that has AVX-512 VNNI.
 //
 // vpdpbusd multiplies unsigned with signed bytes, so x is stored as q + 128 and 128 * (sum of the row of the weight) is
 // taken off again. Sums stay below 2^31 up to MAX_INT8_COLUMNS columns.
 
 constexpr int64_t MAX_INT8_COLUMNS = 65536;
 
-// Rounds a row of x: q + 128 to out (zeros, that is 128, up to `padded`), the scale is returned. A row with NaN or
-// infinity has the scale NaN.
+// Rounds a row of x: q + 128 to out (zeros, that is 128, up to `padded`), the scale is returned: the `given` one, or that
+// of the row. It is NaN for a row with NaN, or with infinity where no scale is given; else infinity is cut to 127.
 template <int TYPE>
-inline float quantize_row(const void* x, int64_t from, int64_t k, int64_t padded, uint8_t* out) {
+inline float quantize_row(const void* x, int64_t from, int64_t k, int64_t padded, const float* given, uint8_t* out) {
     F most = splat(0.0f), poison = splat(0.0f);
+    for (int64_t i = 0; i < k && !given; i += W) most = _mm512_max_ps(most, _mm512_abs_ps(loadn_as<TYPE>(x, from + i, k - i)));
+    const float scale = usable_scale(given ? *given : _mm512_reduce_max_ps(most) / 127.0f);
     for (int64_t i = 0; i < k; i += W) {
-        const F v = loadn_as<TYPE>(x, from + i, k - i);
-        most = _mm512_max_ps(most, _mm512_abs_ps(v));
-        poison = fma(v, splat(0.0f), poison);  // NaN if v is not finite
-    }
-    const float largest = _mm512_reduce_max_ps(most), check = sum(poison);
-    const float scale = check != 0.0f ? check : largest == 0.0f ? 1.0f : largest / 127.0f;
-    for (int64_t i = 0; i < k; i += W) {
-        const F v = _mm512_div_ps(loadn_as<TYPE>(x, from + i, k - i), splat(scale));
-        const I q = _mm512_max_epi32(_mm512_min_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(127)), _mm512_set1_epi32(-127));
-        _mm_storeu_si128((__m128i*)(out + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(q, _mm512_set1_epi32(128))));
+        // min and max give their second operand if one is NaN
+        const F v = max(splat(-127.0f), min(splat(127.0f), _mm512_div_ps(loadn_as<TYPE>(x, from + i, k - i), splat(scale))));
+        poison = fma(v, splat(0.0f), poison);  // NaN for x that is NaN, and for infinity over infinity
+        _mm_storeu_si128((__m128i*)(out + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(128))));
     }
     std::memset(out + k, 128, padded - k);
-    return scale;
+    const float check = sum(poison);
+    return check != 0.0f ? check : scale;
 }
 
 // GCC keeps a vector of int in place only under its own name; as __m512i it copies all sums at each step, and spills.

@@ -11,30 +11,26 @@ inline I dot_bytes(I acc, int8x16_t a, int8x16_t b) {  // lane i += the 4 bytes 
 
 // 16 numbers divided by `step`, to the nearest integer of -127 to 127. Columns from n on count as zeros.
 template <int TYPE>
-inline int8x16_t round_bytes(const void* x, int64_t at, int64_t n, F step) {
+inline int8x16_t round_bytes(const void* x, int64_t at, int64_t n, F step, F& poison) {
     int16x4_t q[4];
     for (int i = 0; i < 4; i++) {
         const int64_t left = n - i * W;
-        q[i] = vqmovn_s32(to_int(div(loadn_as<TYPE>(x, at + i * W, left > 0 ? left : 0), step)));
+        const F v = max(splat(-127.0f), min(splat(127.0f), div(loadn_as<TYPE>(x, at + i * W, left > 0 ? left : 0), step)));
+        poison = fma(v, splat(0.0f), poison);  // NaN for x that is NaN, and for infinity over infinity
+        q[i] = vqmovn_s32(to_int(v));
     }
-    const int8x16_t v = vcombine_s8(vqmovn_s16(vcombine_s16(q[0], q[1])), vqmovn_s16(vcombine_s16(q[2], q[3])));
-    return vmaxq_s8(v, vdupq_n_s8(-127));
+    return vcombine_s8(vqmovn_s16(vcombine_s16(q[0], q[1])), vqmovn_s16(vcombine_s16(q[2], q[3])));
 }
 
-// Rounds a row of x to out, in whole vectors of 16; the scale is returned. A row with NaN or infinity has the scale
-// NaN.
+// Rounds a row of x to out, in whole vectors of 16; the scale is returned, as in int8.h.
 template <int TYPE>
-inline float round_row(const void* x, int64_t from, int64_t k, int8_t* out) {
+inline float round_row(const void* x, int64_t from, int64_t k, const float* given, int8_t* out) {
     F most = splat(0.0f), poison = splat(0.0f);
-    for (int64_t i = 0; i < k; i += W) {
-        const F v = loadn_as<TYPE>(x, from + i, k - i);
-        most = max(most, masked(v, 0x7FFFFFFF));
-        poison = fma(v, splat(0.0f), poison);  // NaN if v is not finite
-    }
-    const float largest = vmaxvq_f32(most), check = sum(poison);
-    const float scale = check != 0.0f ? check : largest == 0.0f ? 1.0f : largest / 127.0f;
-    for (int64_t i = 0; i < k; i += 16) vst1q_s8(out + i, round_bytes<TYPE>(x, from + i, k - i, splat(scale)));
-    return scale;
+    for (int64_t i = 0; i < k && !given; i += W) most = max(most, masked(loadn_as<TYPE>(x, from + i, k - i), 0x7FFFFFFF));
+    const float scale = usable_scale(given ? *given : vmaxvq_f32(most) / 127.0f);
+    for (int64_t i = 0; i < k; i += 16) vst1q_s8(out + i, round_bytes<TYPE>(x, from + i, k - i, splat(scale), poison));
+    const float check = sum(poison);
+    return check != 0.0f ? check : scale;
 }
 
 // The products of R rows of the weight with M rows of x.

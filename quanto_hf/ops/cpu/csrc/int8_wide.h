@@ -7,22 +7,22 @@
 
 // Rounds a row of x as int8.h does; zeros up to `ld`.
 template <int TYPE>
-inline float round_token(const void* x, int64_t from, int64_t k, int64_t ld, int16_t* out) {
+inline float round_token(const void* x, int64_t from, int64_t k, int64_t ld, const float* given, int16_t* out) {
     F most = splat(0.0f), poison = splat(0.0f);
-    for (int64_t i = 0; i < k; i += W) {
-        const F v = loadn_as<TYPE>(x, from + i, k - i < W ? k - i : W);
-        most = max(most, masked(v, 0x7FFFFFFF));
-        poison = fma(v, splat(0.0f), poison);  // NaN if v is not finite
-    }
-    const float check = sum(poison), step = largest(most) / 127.0f, scale = check != 0.0f ? check : step == 0.0f ? 1.0f : step;
+    for (int64_t i = 0; i < k && !given; i += W) most = max(most, masked(loadn_as<TYPE>(x, from + i, k - i < W ? k - i : W), 0x7FFFFFFF));
+    const float scale = usable_scale(given ? *given : largest(most) / 127.0f);
     for (int64_t i = 0; i < ld; i += W) {
         const int64_t left = k - i;
         const F v = loadn_as<TYPE>(x, left > 0 ? from + i : from, left < 0 ? 0 : left < W ? left : W);
+        // min and max give their second operand if one is NaN
+        const F number = max(splat(-127.0f), min(splat(127.0f), div(v, splat(scale))));
+        poison = fma(number, splat(0.0f), poison);
         int32_t lanes[W];
-        store_words(reinterpret_cast<uint8_t*>(lanes), to_int(max(min(div(v, splat(scale)), splat(127.0f)), splat(-127.0f))));
+        store_words(reinterpret_cast<uint8_t*>(lanes), to_int(number));
         for (int j = 0; j < W; j++) out[i + j] = static_cast<int16_t>(lanes[j]);
     }
-    return scale;
+    const float check = sum(poison);
+    return check != 0.0f ? check : scale;
 }
 
 template <int M, int R>

@@ -71,7 +71,7 @@ inline void linear_int8(const Linear& a) {
         const Range part = share(a.m, 1, thread, of);
         for (int64_t m = part.begin; m < part.end; m++)
             with_type(a.x_type, [&](auto type) {
-                x_scales[m] = round_token<decltype(type)::type>(a.x, m * a.w.k, a.w.k, ld, x + m * ld);
+                x_scales[m] = round_token<decltype(type)::type>(a.x, m * a.w.k, a.w.k, ld, a.x_scale, x + m * ld);
             });
     });
     if (a.m > GEMV_ROWS) return gemm_wide(a, x, ld, x_scales);

@@ -1,4 +1,4 @@
-// x in int8 for int8_groups.h: each X_GROUP columns of a row share a scale, absmax / 127. Included inside the namespace
+// x in int8 for int8_groups.h: each X_GROUP columns of a row share a scale, absmax / 127, unless one is given for all. Included inside the namespace
 // of a level for x86.
 
 constexpr int64_t X_GROUP = 32;
@@ -11,7 +11,7 @@ struct RoundedX {
     float* scales;      // [m][units], divided by `powers`
     int32_t* starts;    // [m][units]: -middle * (sum of q)
     float* shifts;      // [m][groups of the weight]: -(sum of x as it is rounded) / powers; null if there are no zeros
-    float* powers;      // [m]: 2^e of the largest value, or NaN for a row with NaN or infinity
+    float* powers;      // [m]: 2^e of the largest value, or NaN for a row with NaN, or with infinity and its own scales
 };
 
 // The power of two below `largest`, in the range where its inverse is one too. With x divided by it, no sum of a group
@@ -38,13 +38,15 @@ inline void round_row(const Linear& a, int64_t m, int64_t unit, int32_t middle, 
             const int64_t left = k - i - p * W;
             v[p] = loadn_as<TYPE>(a.x, m * k + i + p * W, left < 0 ? 0 : left < W ? left : W);
             most = max(most, masked(v[p], 0x7FFFFFFF));
-            poison = fma(v[p], splat(0.0f), poison);  // NaN if v is not finite
         }
-        const float absmax = largest(most), step = absmax / 127.0f, scale = step == 0.0f ? 1.0f : step;
-        if (absmax > row_most) row_most = absmax;
+        const float absmax = largest(most), scale = usable_scale(a.x_scale ? *a.x_scale : absmax / 127.0f);
+        row_most = std::max(row_most, a.x_scale ? 127.0f * std::fabs(scale) : absmax);
         F sums[2] = {splat(0.0f), splat(0.0f)};  // of the two halves of the group
         for (int p = 0; p < PARTS; p++) {
-            const F number = round_even(max(min(div(v[p], splat(scale)), splat(127.0f)), splat(-127.0f)));
+            // min and max give their second operand if one is NaN
+            const F cut = max(splat(-127.0f), min(splat(127.0f), div(v[p], splat(scale))));
+            poison = fma(cut, splat(0.0f), poison);
+            const F number = round_even(max(cut, splat(-127.0f)));  // no NaN in the sums
             storen_bytes(q + i + p * W, to_int(number), W);
             sums[p * 2 / PARTS] = add(sums[p * 2 / PARTS], number);
         }

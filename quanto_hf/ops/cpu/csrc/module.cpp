@@ -67,10 +67,11 @@ Linear read_linear(Arguments& in) {
 }
 constexpr Py_ssize_t LINEAR_ARGUMENTS = WEIGHT_ARGUMENTS + 6;
 
-PyObject* run_linear(void (*kernel)(const Linear&), PyObject* const* values) {
+PyObject* run_linear(void (*kernel)(const Linear&), PyObject* const* values, bool scaled = false) {
     if (!offers(reinterpret_cast<const void*>(kernel))) return nullptr;
     Arguments in{values};
-    const Linear a = read_linear(in);
+    Linear a = read_linear(in);
+    if (scaled) a.x_scale = in.address<const float>();
     if (PyErr_Occurred()) return nullptr;
     Py_BEGIN_ALLOW_THREADS
     kernel(a);
@@ -83,7 +84,7 @@ PyObject* linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
 }
 
 PyObject* linear_int8(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    return ready(count, LINEAR_ARGUMENTS) ? run_linear(active->linear_int8, values) : nullptr;
+    return ready(count, LINEAR_ARGUMENTS + 1) ? run_linear(active->linear_int8, values, true) : nullptr;
 }
 
 PyObject* expert_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
@@ -102,7 +103,7 @@ PyObject* expert_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
 }
 
 PyObject* linear_int8_groups(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    return ready(count, WEIGHT_ARGUMENTS + 6) ? run_linear(active->linear_int8_groups, values) : nullptr;
+    return ready(count, LINEAR_ARGUMENTS + 1) ? run_linear(active->linear_int8_groups, values, true) : nullptr;
 }
 
 PyObject* dequantize(PyObject*, PyObject* const* values, Py_ssize_t count) {

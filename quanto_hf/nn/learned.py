@@ -1,0 +1,94 @@
+"""Scales of a weight that are trained together with it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from quanto_hf.nn.activation import INPUT_SCALE
+from quanto_hf.nn.qweight import QuantizedWeight
+
+SCALE, ZERO = "learned_scale", "learned_zero"
+# A step of the optimizer may take a scale below 0, which no stored one is.
+SMALLEST = torch.finfo(torch.bfloat16).tiny
+
+
+class LearnedScales(QuantizedWeight):
+    """Mixin: what of a PREPARED module has gradients, and how its weight is rounded with them.
+
+    With :meth:`learn_scales` a module holds ``learned_scale``, and ``learned_zero`` if the scheme is asymmetric: float32
+    Parameters of the shapes in which they will be stored. :meth:`freeze` uses them instead of a fit. The gradients are
+    those of :meth:`quanto_hf.schemes.Scheme.fake_quantize`.
+    """
+
+    def learn_scales(self) -> None:
+        """Make scales (and zeros) trainable, from those that the fit finds now. Also a static scale of the input.
+
+        Raises:
+            ValueError: the module is FROZEN, or its scheme has no scales to learn.
+        """
+        if self.is_frozen:
+            raise ValueError(f"{self} is frozen: its scales cannot be learned. Prepare the float model")
+        matrix = self.to_matrix(self.weight.detach())
+        found = self.scheme.quantize(matrix, self.fit)
+        # refuses a scheme without scales
+        self.scheme.encode(matrix, found["scale"], found.get("zero"))
+        for name, part in ((SCALE, "scale"), (ZERO, "zero")):
+            if part in found:
+                self._parameters[name] = nn.Parameter(found[part].float())
+        if (scale := self._parameters.get(INPUT_SCALE)) is not None:
+            scale.requires_grad_(True)
+
+    @property
+    def learns(self) -> bool:
+        """Whether scales of the weight are trained."""
+        return self._parameters.get(SCALE) is not None
+
+    @property
+    def kept_names(self) -> tuple[str, ...]:
+        """See :class:`QuantizedWeight`."""
+        return (*super().kept_names, SCALE, ZERO)
+
+    def expect_learned(self) -> None:
+        """Hold empty scales (and zeros) on meta, for a state dict to fill."""
+        for name, spec in self.scheme.tensors(self.matrix_shape, self.weight_dtype).items():
+            if name in ("scale", "zero"):
+                self._parameters[f"learned_{name}"] = nn.Parameter(torch.empty(spec.shape, device="meta"))
+
+    def sources(self) -> dict[str, torch.Tensor]:
+        """The tensors from which the rounded numbers are computed, by name: those that may have a gradient."""
+        names = (INPUT_SCALE,) if self.is_frozen else ("weight", SCALE, ZERO, INPUT_SCALE)
+        return {name: tensor for name in names if (tensor := self._parameters.get(name)) is not None}
+
+    def quantized(self) -> dict[str, torch.Tensor]:
+        """The stored tensors, or what :meth:`freeze` would store."""
+        if self.is_frozen:
+            return self.tensors()
+        if (scale := self._parameters.get(SCALE)) is None:
+            return super().quantized()
+        return self.scheme.encode(self.to_matrix(self.weight), scale.clamp(min=SMALLEST), self._parameters.get(ZERO))
+
+    def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Hold these stored tensors; learned scales have become part of them."""
+        self._parameters.pop(SCALE, None)
+        self._parameters.pop(ZERO, None)
+        if (scale := self._parameters.get(INPUT_SCALE)) is not None:
+            scale.requires_grad_(False)
+        super().set_tensors(tensors)
+
+    def round_weight(self, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The float weight with the numbers of the packed one; gradients pass straight through the rounding.
+
+        Args:
+            sources: of :meth:`sources`, or copies of them.
+        """
+        if self.is_frozen:
+            return self.dequantized()
+        weight, scale, zero = sources["weight"], sources.get(SCALE), sources.get(ZERO)
+        if scale is not None:
+            scale = scale.clamp(min=SMALLEST)
+            return self.from_matrix(self.scheme.fake_quantize(self.to_matrix(weight), scale, zero)).to(weight.dtype)
+        with torch.no_grad():
+            stored = self.scheme.quantize(self.to_matrix(weight), self.fit)
+            rounded = self.from_matrix(self.scheme.dequantize(stored, self.matrix_shape[1], weight.dtype))
+        return weight + (rounded - weight).detach() if weight.requires_grad else rounded

@@ -1,0 +1,59 @@
+"""Products of rounded numbers with gradients: what a PREPARED layer computes, and a FROZEN one that rounds its input."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from quanto_hf.nn.qlinear import QLinear
+
+Maybe = torch.Tensor | None
+
+
+def straight_through(layer: "QLinear", x: torch.Tensor, bias: Maybe) -> torch.Tensor:
+    """``layer.multiply(x, ...)``, bit for bit the product of the FROZEN layer, with gradients to x, weight, bias and
+    learned scales.
+
+    The gradient is that of the float product of the rounded input and the rounded weight, where each rounding passes it
+    straight through (Bengio et al., 2013, https://arxiv.org/abs/1308.3432), or treats it as learned scales want. x is
+    kept for the backward pass as it came, and rounded again there, like the weight: no second float copy of either is
+    held in between.
+
+    Args:
+        layer: in state PREPARED or FROZEN.
+        x: float, shape (..., in_features).
+        bias: None, or in the dtype of x.
+    """
+    apply: Any = _StraightThrough.apply
+    result: torch.Tensor = apply(layer, x, bias, *layer.sources().values())
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, layer: "QLinear", x: torch.Tensor, bias: Maybe, *sources: torch.Tensor) -> torch.Tensor:
+        ctx.layer, ctx.names = layer, list(layer.sources())
+        ctx.save_for_backward(x, *sources)
+        return layer.multiply(x, layer.quantized(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Maybe, ...]:
+        saved, layer = ctx.saved_tensors, ctx.layer
+        needs_bias, needs = ctx.needs_input_grad[2], [ctx.needs_input_grad[1], *ctx.needs_input_grad[3:]]
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        # leaves of a graph of their own: the one that is being walked is not touched
+        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(saved, needs, strict=True)]
+        with torch.enable_grad():
+            x, named = leaves[0], dict(zip(ctx.names, leaves[1:], strict=True))
+            rounded = layer.round_input(x, named.get("input_scale"))
+            weight = layer.round_weight(named)
+        ends = []
+        if rounded.requires_grad:
+            ends.append((rounded, (grad @ weight.detach().to(grad.dtype)).view_as(rounded)))
+        if weight.requires_grad:
+            ends.append((weight, (grad.T @ rounded.detach().reshape(len(grad), -1)).to(weight.dtype)))
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        if ends:
+            torch.autograd.backward([end for end, _ in ends], [into for _, into in ends], inputs=wanted)
+        grad_x, *others = [leaf.grad for leaf in leaves]
+        return None, grad_x, grad.sum(0) if needs_bias else None, *others

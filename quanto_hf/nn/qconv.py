@@ -1,0 +1,127 @@
+"""Convolutions whose weight is quantized."""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from quanto_hf.nn.activation import INPUT_SCALE, fake_quantize
+from quanto_hf.nn.registry import register_qmodule
+from quanto_hf.nn.rounded import RoundedModule
+
+# what a float convolution has from its arguments, or derives from them
+CONSTANTS = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed", "output_padding",
+    "groups", "padding_mode", "_reversed_padding_repeated_twice",
+)  # fmt: skip
+
+
+class QuantizedConv(RoundedModule):
+    """Mixin of convolutions with a quantized weight; the other base is the float one.
+
+    A row of the stored weight is an output channel: its values over input channels and kernel. The weight is
+    dequantized in each forward pass, so that a convolution takes less memory and no less time. With ``activations`` an
+    input is rounded with one scale for each item of the batch, or with a static one.
+    """
+
+    constants: ClassVar[tuple[str, ...]] = CONSTANTS
+    out_channels: int
+    in_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(out_channels, in_channels / groups, *kernel_size)"""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """As of the float convolution, with the rounded weight and input."""
+        weight, bias = self._operands(input)
+        out: torch.Tensor = self._conv_forward(self._round_image(input), weight, bias)  # type: ignore[operator]
+        return out
+
+    def _round_image(self, x: torch.Tensor) -> torch.Tensor:
+        """x rounded as the layer says: channels and places of one item share a scale."""
+        if self.activations is None or not self.rounds or self._observe(x):
+            return x
+        self._check_calibrated()
+        # without a batch, x is one item
+        flat = x.reshape(x.shape[0] if x.dim() == len(self.kernel_size) + 2 else 1, -1)
+        return fake_quantize(flat, self.activations, scale=self._parameters.get(INPUT_SCALE)).view_as(x)
+
+
+class QuantizedConvTranspose(QuantizedConv):
+    """The same for transposed convolutions. Their weight has the output channels second: a row of the stored weight is
+    one of these, for all groups."""
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(in_channels, out_channels / groups, *kernel_size)"""
+        return (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out_channels / groups, in_channels * kernel)"""
+        first, second, *kernel = self.weight_shape
+        return second, first * torch.Size(kernel).numel()
+
+    def to_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """See :class:`QuantizedWeight`."""
+        return weight.transpose(0, 1).reshape(self.matrix_shape)
+
+    def from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
+        """See :class:`QuantizedWeight`."""
+        first, second, *kernel = self.weight_shape
+        return matrix.view(second, first, *kernel).transpose(0, 1).contiguous()
+
+    def forward(self, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:  # type: ignore[override]
+        """As of the float convolution, with the rounded weight and input."""
+        n = len(self.kernel_size)
+        weight, bias = self._operands(input)
+        padding: Any = self._output_padding(  # type: ignore[operator]
+            input, output_size, self.stride, self.padding, self.kernel_size, n, self.dilation
+        )
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
+        x = self._round_image(input)
+        stride: Any = self.stride
+        return function(x, weight, bias, stride, self.padding, padding, self.groups, self.dilation)
+
+
+@register_qmodule(nn.Conv1d)
+class QConv1d(QuantizedConv, nn.Conv1d):
+    """See :class:`QuantizedConv`.
+
+    Example:
+        >>> from quanto_hf.schemes import make_scheme
+        >>> layer = QConv1d.from_module(nn.Conv1d(4, 8, 3), make_scheme("int8"))
+        >>> layer.freeze()
+        >>> layer(torch.zeros(1, 4, 10)).shape, layer.weight_packed.shape
+        (torch.Size([1, 8, 8]), torch.Size([8, 12]))
+    """
+
+
+@register_qmodule(nn.Conv2d)
+class QConv2d(QuantizedConv, nn.Conv2d):
+    """See :class:`QuantizedConv`."""
+
+
+@register_qmodule(nn.Conv3d)
+class QConv3d(QuantizedConv, nn.Conv3d):
+    """See :class:`QuantizedConv`."""
+
+
+@register_qmodule(nn.ConvTranspose1d)
+class QConvTranspose1d(QuantizedConvTranspose, nn.ConvTranspose1d):
+    """See :class:`QuantizedConvTranspose`."""
+
+
+@register_qmodule(nn.ConvTranspose2d)
+class QConvTranspose2d(QuantizedConvTranspose, nn.ConvTranspose2d):
+    """See :class:`QuantizedConvTranspose`."""
+
+
+@register_qmodule(nn.ConvTranspose3d)
+class QConvTranspose3d(QuantizedConvTranspose, nn.ConvTranspose3d):
+    """See :class:`QuantizedConvTranspose`."""

@@ -1,0 +1,99 @@
+"""Embeddings whose weight is quantized: only the rows that are read are dequantized."""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from quanto_hf.nn.registry import register_qmodule
+from quanto_hf.nn.rounded import RoundedModule
+
+CONSTANTS = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+
+
+class QuantizedTable(RoundedModule):
+    """Mixin of embeddings with a quantized weight, whose rows are the rows that are stored."""
+
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    activations = None
+
+    @classmethod
+    def from_module(cls, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """See :class:`RoundedModule`.
+
+        Raises:
+            ValueError: the embedding renormalises its weight when it is read, which cannot be written once packed.
+        """
+        if module.max_norm is not None:
+            raise ValueError(
+                f"{module} renormalises the rows that it reads (max_norm), and quantized rows are not written; "
+                f"set max_norm=None, or leave it float"
+            )
+        return super().from_module(module, *args, **kwargs)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(num_embeddings, embedding_dim)"""
+        return (self.num_embeddings, self.embedding_dim)
+
+    def _read(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of the FROZEN weight, shape (*index.shape, embedding_dim)."""
+        return self.scheme.rows(self.tensors(), index, self.embedding_dim, self.weight_dtype)
+
+
+@register_qmodule(nn.Embedding)
+class QEmbedding(QuantizedTable, nn.Embedding):  # type: ignore[misc]
+    """``nn.Embedding`` with a quantized weight.
+
+    Example:
+        >>> from quanto_hf.schemes import make_scheme
+        >>> layer = QEmbedding.from_module(nn.Embedding(100, 64), make_scheme("int4"))
+        >>> layer.freeze()
+        >>> layer(torch.tensor([3, 99])).shape
+        torch.Size([2, 64])
+    """
+
+    constants: ClassVar[tuple[str, ...]] = CONSTANTS
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The rows with these numbers, shape (*input.shape, embedding_dim)."""
+        if self.is_frozen:
+            return self._read(input)
+        weight = self.round_weight(self.sources()) if self.rounding else self.weight
+        return F.embedding(input, weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
+
+
+@register_qmodule(nn.EmbeddingBag)
+class QEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
+    """``nn.EmbeddingBag`` with a quantized weight."""
+
+    constants: ClassVar[tuple[str, ...]] = (*CONSTANTS, "mode", "include_last_offset")
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The sum, mean or maximum of the rows of each bag, shape (bags, embedding_dim)."""
+        index, padding = input, self.padding_idx
+        if self.is_frozen:
+            # a table of the rows that are read, in the order in which they are; padding is no row of it
+            flat = input.reshape(-1)
+            table = self._read(flat)
+            index = torch.arange(flat.numel(), device=flat.device, dtype=flat.dtype)
+            if padding is not None:
+                table = torch.cat([table, table.new_zeros(1, self.embedding_dim)])
+                index = torch.where(flat == padding, flat.numel(), index)
+                padding = flat.numel()
+            index = index.view_as(input)
+        else:
+            table = self.round_weight(self.sources()) if self.rounding else self.weight
+        return F.embedding_bag(
+            index, table, offsets, mode=self.mode, sparse=self.sparse and not self.is_frozen,
+            scale_grad_by_freq=self.scale_grad_by_freq and not self.is_frozen, per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset, padding_idx=padding,
+        )  # fmt: skip

@@ -1,0 +1,257 @@
+"""What every module with a quantized weight has in common: its states, its stored tensors, its ``weight``."""
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from quanto_hf.fit import Fit
+from quanto_hf.nn.activation import INPUT_SCALE
+from quanto_hf.nn.weight_view import WeightView, refuse_write
+from quanto_hf.schemes import Scheme
+
+Q = TypeVar("Q", bound="QuantizedWeight")
+
+PREFIX = "weight_"
+
+
+class State(Enum):
+    """What a quantized module does with its weight."""
+
+    FLOAT = "float"
+    """It holds a float weight and uses it as it is."""
+    PREPARED = "prepared"
+    """It holds a float weight and rounds it in each forward pass; gradients pass straight through the rounding."""
+    FROZEN = "frozen"
+    """It holds the weight packed."""
+
+
+class QuantizedWeight(nn.Module):
+    """Mixin of modules with a quantized weight. The other base is the float module type that it stands for.
+
+    FROZEN, the weight is held as plain Parameters with the names of the scheme behind :attr:`prefix`
+    (``weight_packed``, ``weight_scale`` ...), which never have a gradient and never change their dtype. A weight of
+    more than 2 dimensions is stored as the matrix of :meth:`to_matrix`.
+    """
+
+    # in front of the names of the scheme
+    prefix: ClassVar[str] = PREFIX
+    # attributes that the float module has from its arguments
+    constants: ClassVar[tuple[str, ...]] = ()
+
+    scheme: Scheme
+    fit: Fit | str | None
+    # float dtype of ``weight`` when it is read
+    weight_dtype: torch.dtype
+    # relative error of the weight, on some rows, from when it was frozen
+    weight_error: float | None
+    # whether a float weight is rounded in the forward pass
+    rounding: bool
+
+    def _setup(self, scheme: Scheme, dtype: torch.dtype | None, fit: Fit | str | None = None) -> None:
+        """What a constructor sets after nn.Module's, before there are parameters."""
+        self.scheme, self.fit = scheme, fit
+        self.weight_dtype = dtype or torch.get_default_dtype()
+        self.weight_error = None
+        self.rounding = True
+
+    def _adopt(self, module: nn.Module, scheme: Scheme, fit: Fit | str | None) -> None:
+        """Become a PREPARED module that shares its parameters with a float one."""
+        nn.Module.__init__(self)
+        for name in self.constants:
+            setattr(self, name, getattr(module, name))
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        self._setup(scheme, weight.dtype, fit)
+        # the weight first, as in the float module: optimizers know parameters by their order
+        for name, parameter in module._parameters.items():
+            self._parameters[name] = parameter
+        if "weight" not in self._parameters:
+            # a parametrized weight is computed from other parameters: from here on it is one
+            self._parameters = {"weight": nn.Parameter(weight.detach().clone()), **self._parameters}
+        self.train(module.training)
+
+    # ------------------------------------------------------------------------------------------------ the weight
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the float weight."""
+        raise NotImplementedError
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(rows, columns) of the weight as it is stored."""
+        rows, *rest = self.weight_shape
+        return rows, torch.Size(rest).numel()
+
+    def to_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as the matrix that is quantized, each row an output."""
+        return weight.reshape(self.matrix_shape)
+
+    def from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`to_matrix`."""
+        return matrix.view(self.weight_shape)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the weight is held quantized."""
+        return self._parameters.get("weight") is None
+
+    @property
+    def state(self) -> State:
+        """The state of the module."""
+        if self.is_frozen:
+            return State.FROZEN
+        return State.PREPARED if self.rounding else State.FLOAT
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as a float tensor in the shape of the float module's. Of a FROZEN module it is a
+        :class:`WeightView`, which is dequantized when its values are used, and cannot be written."""
+        weight = self._parameters.get("weight")
+        if weight is not None:
+            return weight
+        if torch.compiler.is_compiling():
+            return self.dequantized()
+        stored = next(iter(self.tensors().values()))
+        view = WeightView(self.weight_shape, self.weight_dtype, stored.device, self.dequantized)
+        # transformers initialises tensors that do not have this mark
+        view._is_hf_initialized = True  # type: ignore[attr-defined]
+        return view
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        refuse_write()
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight of a FROZEN module as a new plain tensor in ``weight_dtype``."""
+        return self.from_matrix(self.scheme.dequantize(self.tensors(), self.matrix_shape[1], self.weight_dtype))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of nn.Module; refuses a ``weight`` for a FROZEN module, which nothing would read."""
+        if name == "weight" and self.is_frozen:
+            refuse_write()
+        super().register_parameter(name, param)
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """Names of the parameters that hold the packed weight."""
+        return tuple(self.prefix + name for name in self.scheme.names)
+
+    @property
+    def kept_names(self) -> tuple[str, ...]:
+        """Names of the parameters that keep their dtype whatever the model is converted to."""
+        return (*self.stored_names, INPUT_SCALE)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The stored tensors by the names of the scheme; empty unless FROZEN."""
+        return {
+            name: tensor
+            for name in self.scheme.names
+            if (tensor := self._parameters.get(self.prefix + name)) is not None
+        }
+
+    def quantized(self) -> dict[str, torch.Tensor]:
+        """What :meth:`freeze` would store for the float weight."""
+        return self.scheme.quantize(self.to_matrix(self.weight.detach()), self.fit)
+
+    def freeze(self) -> None:
+        """Quantize the float weight and let go of it. A FROZEN module stays as it is.
+
+        Raises:
+            ValueError: the weight has NaN or infinite values.
+        """
+        if self.is_frozen:
+            return
+        weight = self.weight
+        self.weight_dtype = weight.dtype
+        tensors = self.quantized()
+        self.weight_error = self.measure_error(self.to_matrix(weight.detach()), tensors)
+        del self._parameters["weight"]
+        self.set_tensors(tensors)
+
+    def make_empty(self, device: torch.device | str = "meta") -> None:
+        """Let go of the float weight for empty stored tensors, for a state dict to fill."""
+        self._parameters.pop("weight", None)
+        specs = self.scheme.tensors(self.matrix_shape, self.weight_dtype)
+        self.set_tensors({name: torch.empty(s.shape, dtype=s.dtype, device=device) for name, s in specs.items()})
+
+    def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Hold these stored tensors."""
+        for name, tensor in tensors.items():
+            self._parameters[self.prefix + name] = nn.Parameter(tensor, requires_grad=False)
+        # the others last, as in a module that was made frozen
+        for name in [name for name in self._parameters if name not in self.stored_names]:
+            self._parameters[name] = self._parameters.pop(name)
+
+    def plain(self, weight: torch.Tensor) -> nn.Module:
+        """A float module of the type that this one stands for, with this weight and the same other parameters."""
+        kind: Any = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.nn.") and cls is not nn.Module)
+        module: nn.Module = kind.__new__(kind)
+        nn.Module.__init__(module)
+        for name in self.constants:
+            setattr(module, name, getattr(self, name))
+        module._parameters["weight"] = nn.Parameter(weight)
+        if "bias" in self._parameters:
+            module._parameters["bias"] = self._parameters["bias"]
+        return module.train(self.training)
+
+    def to_float(self) -> nn.Module:
+        """A float module with the (dequantized) weight and the same other parameters."""
+        return self.plain(self.dequantized() if self.is_frozen else self.weight.detach())
+
+    def measure_error(self, matrix: torch.Tensor, tensors: dict[str, torch.Tensor], most: int = 64) -> float | None:
+        """||Q - W|| / ||W|| over at most 64 evenly spaced rows, which costs next to nothing."""
+        if matrix.numel() == 0 or matrix.device.type == "meta":
+            return None
+        rows = torch.linspace(0, matrix.shape[0] - 1, min(most, matrix.shape[0]), device=matrix.device).long()
+        exact = matrix.detach()[rows].float()
+        made = self.scheme.rows(tensors, rows, matrix.shape[1], torch.float32)
+        return float((made - exact).norm() / exact.norm().clamp(min=1e-30))
+
+    # ------------------------------------------------------------------------------------------------ nn.Module
+
+    def _apply(self: Q, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Q:
+        """Moves everything; converts the dtype of the bias and of ``weight``, never that of the stored tensors."""
+        kept = {id(self._parameters.get(name)) for name in self.kept_names}
+
+        def guarded(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            if id(tensor) not in kept or result.dtype == tensor.dtype:
+                return result
+            return tensor.to(result.device)
+
+        super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
+        probe = fn(torch.empty(0, dtype=self.weight_dtype))
+        if probe.is_floating_point():
+            self.weight_dtype = probe.dtype
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *args: Any
+    ) -> None:
+        """As of nn.Module; a stored tensor of another dtype is an error, not a conversion."""
+        errors = args[-1]
+        for name in self.kept_names:
+            tensor, key = self._parameters.get(name), prefix + name
+            if tensor is None:
+                continue
+            given = state_dict.get(key)
+            if isinstance(given, torch.Tensor) and given.dtype != tensor.dtype:
+                errors.append(f"dtype mismatch for {key}: the state dict has {given.dtype}, {self} has {tensor.dtype}")
+                # go on with what is held already, so that the other bad keys are named as well
+                state_dict = {**state_dict, key: tensor}
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *args)
+
+    def reset_parameters(self) -> None:
+        """Refused: a quantized module has no random initial weight."""
+        refuse_write()
+
+    def _describe_state(self) -> str:
+        """The last part of ``extra_repr``."""
+        return "" if self.is_frozen else ", not frozen" if self.rounding else ", not rounded"
+
+    def set_rounding(self, rounding: bool) -> None:
+        """Let a module that is not FROZEN compute with rounded numbers (PREPARED) or as the float one (FLOAT)."""
+        self.rounding = rounding
