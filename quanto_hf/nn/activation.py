@@ -12,9 +12,7 @@ INPUT_SCALE = "input_scale"
 INPUT_OBSERVER = "input_observer"
 
 
-def fake_quantize(
-    x: torch.Tensor, qtype: QType, group: int = TOKEN, scale: torch.Tensor | None = None
-) -> torch.Tensor:
+def fake_quantize(x: torch.Tensor, qtype: QType, group: int = TOKEN, scale: torch.Tensor | None = None) -> torch.Tensor:
     """Round activations to the numbers that ``qtype`` can hold.
 
     The numbers are exactly those of a quantized product; memory and speed are those of the float one. The gradient

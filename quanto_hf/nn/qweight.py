@@ -187,7 +187,9 @@ class QuantizedWeight(nn.Module):
 
     def plain(self, weight: torch.Tensor) -> nn.Module:
         """A float module of the type that this one stands for, with this weight and the same other parameters."""
-        kind: Any = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.nn.") and cls is not nn.Module)
+        kind: Any = next(
+            cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.nn.") and cls is not nn.Module
+        )
         module: nn.Module = kind.__new__(kind)
         nn.Module.__init__(module)
         for name in self.constants:

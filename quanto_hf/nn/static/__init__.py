@@ -1,7 +1,8 @@
 """Modules with a scale that was found beforehand: for their output, their weights, or both.
 
-Activations travel as float tensors whose values lie on a grid of integers. ``from_float`` makes a module from an observed
-one: one with a ``qconfig``, and for a static output an ``activation_post_process``. Nothing is held in a quantized dtype.
+Activations travel as float tensors whose values lie on a grid of integers. ``from_float`` makes a module from an
+observed one: one with a ``qconfig``, and for a static output an ``activation_post_process``. Nothing is held in a
+quantized dtype.
 
 Imports: ``schemes``, ``nn``. Never: a whole model.
 """
@@ -18,8 +19,17 @@ from quanto_hf.nn.static.activation import (
     Softmax,
     Tanh,
 )
-from quanto_hf.nn.static.conv import Conv1d, Conv2d, Conv3d, ConvReLU1d, ConvReLU2d, ConvReLU3d
-from quanto_hf.nn.static.conv_transpose import ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from quanto_hf.nn.static.conv import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvReLU1d,
+    ConvReLU2d,
+    ConvReLU3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+)
 from quanto_hf.nn.static.embedding import Embedding, EmbeddingBag
 from quanto_hf.nn.static.errors import QConfigError
 from quanto_hf.nn.static.functional import FloatFunctional, QFunctional

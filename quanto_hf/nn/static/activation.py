@@ -48,8 +48,8 @@ class Dropout(nn.Dropout):
 
 
 class Observed(Activation):
-    """A function whose range is known. Without an observer it stays float: it may stand behind the last quantized layer,
-    where rounding would only lose."""
+    """A function whose range is known. Without an observer it stays float: it may stand behind the last quantized
+    layer, where rounding would only lose."""
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> nn.Module:  # type: ignore[override]

@@ -1,71 +1,54 @@
-"""Convolutions with stored weights, whose output is on the grid of an observer."""
+"""Convolutions of the eager mode."""
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from quanto_hf.nn.static.kept import bare
-from quanto_hf.nn.static.linear import folded, split
-from quanto_hf.nn.static.on_grid import OnGrid
-from quanto_hf.nn.static.stored_weights import StoredWeights, weight_observer
+from quanto_hf.nn.qconv import (
+    QConv1d,
+    QConv2d,
+    QConv3d,
+    QConvTranspose1d,
+    QConvTranspose2d,
+    QConvTranspose3d,
+)
+from quanto_hf.nn.static.weighted import Stored, Weighted
 
 
-class StoredConv(OnGrid, StoredWeights):
-    """What convolutions of all dimensions share."""
+class StoredConv(Stored):
+    """Mixin of convolutions with stored weights."""
 
-    # a ReLU that is fused, before the output is rounded
-    relu = False
-
-    @classmethod
-    def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> "StoredConv":
-        """The quantized convolution of an observed, or fake-quantized, one.
-
-        Args:
-            mod: a convolution, or a fused one whose first child is one.
-            use_precomputed_fake_quant: take the scale that the fake quantization of the weight holds.
-
-        Raises:
-            RuntimeError: the observer of the output has seen nothing.
-            QConfigError: weights are not stored as the qconfig wants.
-        """
-        outer, inner = split(mod)
-        observer = weight_observer(inner, use_precomputed_fake_quant)
-        if not hasattr(inner, "weight_fake_quant"):
-            observer(inner.weight)
-        weight, bias = folded(inner)
-        new: Any = bare(cls, inner)
-        new.hold("weight", weight, observer)
-        new.register_parameter("bias", bias)
-        new.take_grid(outer)
-        return new
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """The convolution, the fused ReLU, and the rounding of the output."""
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        out = self._conv_forward(input, self.weight_of("weight", input.dtype), bias)  # type: ignore[operator]
-        return self.on_grid(out.relu() if self.relu else out)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight as a float tensor."""
-        return self.weight_of("weight")
-
-    def extra_repr(self) -> str:
-        """As of the float module, the weights, and the grid."""
-        return f"{super().extra_repr()}, {self.weights_repr()}"
+    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See :class:`Stored`."""
+        out: torch.Tensor = self._conv_forward(x, weight, bias)  # type: ignore[operator]
+        return out
 
 
-class Conv1d(StoredConv, nn.Conv1d):
-    """``nn.Conv1d`` with stored weights."""
+class StoredConvTranspose(Stored):
+    """Mixin of transposed convolutions with stored weights."""
+
+    def product(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_size: list[int] | None = None
+    ) -> torch.Tensor:
+        """See :class:`Stored`."""
+        mod: Any = self
+        dims = len(mod.kernel_size)
+        padding = mod._output_padding(x, output_size, mod.stride, mod.padding, mod.kernel_size, dims, mod.dilation)
+        function: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        out: torch.Tensor = function(x, weight, bias, mod.stride, mod.padding, padding, mod.groups, mod.dilation)
+        return out
 
 
-class Conv2d(StoredConv, nn.Conv2d):
-    """``nn.Conv2d`` with stored weights."""
+class StoredConv1d(StoredConv, nn.Conv1d):
+    """``nn.Conv1d`` whose weight is float16, or has a zero point, or that is a reference."""
 
 
-class Conv3d(StoredConv, nn.Conv3d):
-    """``nn.Conv3d`` with stored weights."""
+class Conv1d(Weighted, QConv1d):
+    """``nn.Conv1d`` with an int8 weight, whose output is on the grid of an observer."""
+
+    stored = StoredConv1d
 
 
 class ConvReLU1d(Conv1d):
@@ -74,13 +57,66 @@ class ConvReLU1d(Conv1d):
     relu = True
 
 
+class StoredConvTranspose1d(StoredConvTranspose, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` whose weight is float16, or has a zero point, or that is a reference."""
+
+
+class ConvTranspose1d(Weighted, QConvTranspose1d):
+    """``nn.ConvTranspose1d`` with an int8 weight, whose output is on the grid of an observer."""
+
+    stored = StoredConvTranspose1d
+    row_axis = 1
+
+
+class StoredConv2d(StoredConv, nn.Conv2d):
+    """``nn.Conv2d`` whose weight is float16, or has a zero point, or that is a reference."""
+
+
+class Conv2d(Weighted, QConv2d):
+    """``nn.Conv2d`` with an int8 weight, whose output is on the grid of an observer."""
+
+    stored = StoredConv2d
+
+
 class ConvReLU2d(Conv2d):
     """A convolution and a ReLU, of which only the output of the second is rounded."""
 
     relu = True
 
 
+class StoredConvTranspose2d(StoredConvTranspose, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` whose weight is float16, or has a zero point, or that is a reference."""
+
+
+class ConvTranspose2d(Weighted, QConvTranspose2d):
+    """``nn.ConvTranspose2d`` with an int8 weight, whose output is on the grid of an observer."""
+
+    stored = StoredConvTranspose2d
+    row_axis = 1
+
+
+class StoredConv3d(StoredConv, nn.Conv3d):
+    """``nn.Conv3d`` whose weight is float16, or has a zero point, or that is a reference."""
+
+
+class Conv3d(Weighted, QConv3d):
+    """``nn.Conv3d`` with an int8 weight, whose output is on the grid of an observer."""
+
+    stored = StoredConv3d
+
+
 class ConvReLU3d(Conv3d):
     """A convolution and a ReLU, of which only the output of the second is rounded."""
 
     relu = True
+
+
+class StoredConvTranspose3d(StoredConvTranspose, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` whose weight is float16, or has a zero point, or that is a reference."""
+
+
+class ConvTranspose3d(Weighted, QConvTranspose3d):
+    """``nn.ConvTranspose3d`` with an int8 weight, whose output is on the grid of an observer."""
+
+    stored = StoredConvTranspose3d
+    row_axis = 1

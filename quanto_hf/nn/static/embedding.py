@@ -33,18 +33,18 @@ class StoredEmbedding(StoredWeights):
             raise QConfigError(f"{type(mod).__name__} is quantized to quint8 or quint4x2, not to {observer.dtype}")
         if mod.max_norm is not None:
             raise QConfigError(f"{type(mod).__name__} has max_norm, which changes its weight; a stored one is fixed")
-        if fake:
-            observer = weight_observer(mod, use_precomputed_fake_quant)
-        else:
-            observer(mod.weight)
         new: Any = bare(cls, mod)
-        new.hold("weight", mod.weight, observer)
+        new.hold("weight", mod.weight, weight_observer(mod, use_precomputed_fake_quant))
         return new
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight as a float tensor."""
         return self.weight_of("weight")
+
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        self.refuse(value)
 
     def extra_repr(self) -> str:
         """As of the float module, and the weights."""
@@ -69,15 +69,16 @@ class EmbeddingBag(StoredEmbedding, nn.EmbeddingBag):
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sums, means or maxima of bags of rows; see ``nn.EmbeddingBag``."""
-        if self.padding_idx is None:
-            # rows in the order in which they are asked for, so that row i is the i-th index
-            weight = self.rows_of("weight", input.flatten())
-            index = torch.arange(input.numel(), device=input.device).view(input.shape)
-        else:
-            weight, index = self.weight, input
+        # a table of the rows that are read, in the order in which they are, and of one for padding
+        flat, padding = input.flatten(), self.padding_idx
+        table = self.rows_of("weight", flat)
+        index = torch.arange(flat.numel(), device=flat.device, dtype=flat.dtype)
+        if padding is not None:
+            table = torch.cat([table, table.new_zeros(1, self.embedding_dim)])
+            index, padding = torch.where(flat == padding, flat.numel(), index), flat.numel()
         if per_sample_weights is not None:
-            per_sample_weights = per_sample_weights.to(weight.dtype)
+            per_sample_weights = per_sample_weights.to(table.dtype)
         return F.embedding_bag(
-            index, weight, offsets, None, 2.0, False, self.mode, False, per_sample_weights, self.include_last_offset,
-            self.padding_idx,
+            index.view_as(input), table, offsets, mode=self.mode, per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset, padding_idx=padding,
         )  # fmt: skip

@@ -37,7 +37,7 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in vars(module).items() if key not in own}
 
 
-def bare(cls: type[Any], module: nn.Module) -> Any:
+def bare(cls: Any, module: nn.Module) -> Any:
     """An object of ``cls`` with the settings of ``module``, and no tensors yet."""
     new = cls.__new__(cls)
     nn.Module.__init__(new)

@@ -50,22 +50,30 @@ class OnGrid(KeepsNamed):
             QConfigError: there is no observer.
         """
         observer: Any = getattr(mod, "activation_post_process", None)
-        if observer is None:
+        wanted: Any = getattr(getattr(mod, "qconfig", None), "activation", None)
+        if wanted is None:
+            return
+        if observer is None or (isinstance(observer, nn.Identity) and wanted is not nn.Identity):
             raise QConfigError(
                 f"{type(mod).__name__} has a qconfig but no observer; call prepare and run the model before convert"
             )
         self.set_grid(observer)
 
     def set_grid(self, observer: Any) -> None:
-        """Take over what an observer has found. An observer without a range gives no grid."""
-        if getattr(observer, "quant_min", None) is None or not hasattr(observer, "calculate_qparams"):
-            self.output_dtype = "float16" if getattr(observer, "dtype", None) == "float16" else None
-            return
+        """Take over what an observer has found.
+
+        Raises:
+            RuntimeError: it has seen nothing.
+        """
+        dtype = getattr(observer, "dtype", "float32")
         if getattr(observer, "is_dynamic", False) or is_memoryless(observer):
-            # the input is what such an observer is for
+            # scales are found for the input of the module
+            return
+        if dtype in ("float16", "float32", "bfloat16"):
+            self.output_dtype = "float16" if dtype == "float16" else None
             return
         scale, zero_point = observer.calculate_qparams()
-        self.set_qparams(scale, zero_point, observer.quant_min, observer.quant_max, observer.dtype)
+        self.set_qparams(scale, zero_point, observer.quant_min, observer.quant_max, dtype)
 
     def set_qparams(
         self, scale: torch.Tensor, zero_point: torch.Tensor, quant_min: int, quant_max: int, dtype: str

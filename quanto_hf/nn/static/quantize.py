@@ -31,8 +31,8 @@ class Quantize(OnGrid):
         super().__init__()
         kind = number(dtype)
         device = (factory_kwargs or {}).get("device")
-        values = (torch.as_tensor(value, device=device).reshape(1) for value in (scale, zero_point))
-        self.set_qparams(*values, kind.low, kind.high, kind.name)
+        step, zero = (torch.as_tensor(value, device=device).reshape(1) for value in (scale, zero_point))
+        self.set_qparams(step, zero, kind.low, kind.high, kind.name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` on the grid."""

@@ -15,6 +15,7 @@ from quanto_hf.nn.grid import round_to_grid
 from quanto_hf.nn.observers import PerChannelMinMaxObserver
 from quanto_hf.nn.static.errors import QConfigError
 from quanto_hf.nn.static.kept import KeepsNamed
+from quanto_hf.nn.weight_view import refuse_write
 from quanto_hf.ops import pack
 from quanto_hf.schemes import Affine
 
@@ -45,20 +46,21 @@ class Held:
     float_zero: bool = False
 
 
-def weight_observer(mod: nn.Module, precomputed: bool = False) -> Any:
-    """The observer, or fake quantization, of the weight of ``mod``, which has seen the weight.
+def weight_observer(mod: Any, precomputed: bool = False) -> Any:
+    """An observer, or fake quantization, of the weight of ``mod``, which has seen the weight.
 
     Args:
         mod: with ``weight_fake_quant``, or with a qconfig.
         precomputed: take the scale that the fake quantization holds, whatever the weight is now.
     """
     fake: Any = getattr(mod, "weight_fake_quant", None)
-    if fake is None:
-        return observer_for(mod)
-    if precomputed:
+    if fake is not None and precomputed:
         return Precomputed(fake)
-    fake(mod.weight)
-    return fake
+    # a module with a batch norm multiplies its weight with something before it is rounded
+    weight = mod.folded()[0] if hasattr(mod, "folded") else mod.weight
+    observer = observer_for(mod) if fake is None else fake
+    observer(weight.detach())
+    return observer
 
 
 def observer_for(mod: nn.Module) -> Any:
@@ -83,8 +85,8 @@ class Precomputed:
 class StoredWeights(KeepsNamed):
     """A module that holds weights quantized, as plain Parameters without gradient.
 
-    The weight ``weight`` is held as ``weight_packed``, ``weight_scale`` and, if it has a zero point, ``weight_zero``; in
-    float16 as ``weight_half``. A reference module holds ``weight_float`` and rounds it in each forward pass.
+    The weight ``weight`` is held as ``weight_packed``, ``weight_scale`` and, if it has a zero point, ``weight_zero``;
+    in float16 as ``weight_half``. A reference module holds ``weight_float`` and rounds it in each forward pass.
     """
 
     is_reference = False
@@ -121,7 +123,12 @@ class StoredWeights(KeepsNamed):
         if not is_symmetric_int8(observer):
             self.keep(f"{name}_zero", zero.float(), parameter=True)
 
-    def stored(self, name: str) -> dict[str, torch.Tensor]:
+    def how(self, name: str) -> Held:
+        """How a weight is held."""
+        held: Held = self.__dict__["held"][name]
+        return held
+
+    def stored_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The stored tensors of a weight, by their short names."""
         found = {part: self._parameters.get(f"{name}_{part}") for part in ("packed", "scale", "zero", "half", "float")}
         return {part: tensor for part, tensor in found.items() if tensor is not None}
@@ -133,7 +140,7 @@ class StoredWeights(KeepsNamed):
             name: of the weight.
             dtype: float dtype; None is that of the float module.
         """
-        how, tensors = self.held[name], self.stored(name)
+        how, tensors = self.how(name), self.stored_tensors(name)
         dtype = dtype or self.weight_dtype
         if "half" in tensors:
             return tensors["half"].to(dtype)
@@ -151,7 +158,7 @@ class StoredWeights(KeepsNamed):
 
     def rows_of(self, name: str, index: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows of a weight of 2 dimensions as float tensors, shape (*index.shape, columns)."""
-        how, tensors = self.held[name], self.stored(name)
+        how, tensors = self.how(name), self.stored_tensors(name)
         dtype = dtype or self.weight_dtype
         if how.axis != 0 or "packed" not in tensors:
             return F.embedding(index, self.weight_of(name, dtype))
@@ -175,6 +182,10 @@ class StoredWeights(KeepsNamed):
         if probe.is_floating_point():
             self.weight_dtype = probe.dtype
         return self
+
+    def refuse(self, value: Any) -> None:
+        """Setter of ``weight`` in modules that answer with a float copy."""
+        refuse_write()
 
     def weights_repr(self) -> str:
         """The stored weights in a few words."""
