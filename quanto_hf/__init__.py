@@ -18,8 +18,8 @@ from typing import Any
 from quanto_hf import hf as _hf
 from quanto_hf.assets import heldout_text, tiny_lm
 from quanto_hf.fit import AbsmaxOptimizer, HqqOptimizer, MaxOptimizer
-from quanto_hf.flow import dequantize, freeze, quantization_map, quantize, report, requantize
-from quanto_hf.hf import QuantoConfig, install, load_and_quantize_model
+from quanto_hf.flow import Calibration, calibrate, dequantize, freeze, quantization_map, report, requantize
+from quanto_hf.hf import QuantoConfig, install, load_and_quantize_model, quantize
 from quanto_hf.io import CheckpointError
 from quanto_hf.nn import QConv2d, QEmbedding, QLinear
 from quanto_hf.qtypes import QType, qfloat8, qfloat8_e4m3fn, qfloat8_e5m2, qfp4, qint2, qint4, qint8, qnf4, qtype
@@ -32,6 +32,7 @@ except PackageNotFoundError:
 
 __all__ = [
     "AbsmaxOptimizer",
+    "Calibration",
     "CheckpointError",
     "HqqOptimizer",
     "MaxOptimizer",
@@ -41,6 +42,7 @@ __all__ = [
     "QType",
     "QuantoConfig",
     "QuantoHfQuantizer",
+    "calibrate",
     "convert_checkpoint",
     "dequantize",
     "freeze",

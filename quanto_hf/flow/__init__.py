@@ -3,6 +3,7 @@
 Imports: everything below ``nn`` included. Never: transformers.
 """
 
+from quanto_hf.flow.calibration import Calibration, calibrate, run_batch
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
 from quanto_hf.flow.patterns import first_match, matches
 from quanto_hf.flow.plan import Choice, Plan, apply_plan, make_plan, quantized, replace_modules
@@ -10,6 +11,7 @@ from quanto_hf.flow.report import Report, Row, not_quantizable, report
 from quanto_hf.flow.verbs import (
     ACTIVATIONS,
     activation_type,
+    as_patterns,
     dequantize,
     freeze,
     quantization_map,
@@ -19,6 +21,7 @@ from quanto_hf.flow.verbs import (
 
 __all__ = [
     "ACTIVATIONS",
+    "Calibration",
     "Choice",
     "Evaluation",
     "Plan",
@@ -26,6 +29,8 @@ __all__ = [
     "Row",
     "activation_type",
     "apply_plan",
+    "as_patterns",
+    "calibrate",
     "dequantize",
     "evaluate",
     "first_match",
@@ -39,5 +44,6 @@ __all__ = [
     "replace_modules",
     "report",
     "requantize",
+    "run_batch",
     "windows",
 ]

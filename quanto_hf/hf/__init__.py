@@ -6,6 +6,7 @@ Imports: every room above. The quantizer itself is imported when transformers' q
 from importlib import import_module
 from typing import Any
 
+from quanto_hf.hf.adopt import quantize
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.load import load_and_quantize_model
 from quanto_hf.hf.register import install, register
@@ -18,6 +19,7 @@ __all__ = [
     "install",
     "load_and_quantize_model",
     "plan",
+    "quantize",
     "register",
     "replace_with_quanto_layers",
 ]

@@ -31,8 +31,8 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         weights: number type of the weights: int8, int4, int2, float8 (= float8_e4m3fn), float8_e5m2, nf4, fp4.
         activations: None (weight-only), "int8" or "float8": also round the inputs of linear layers. The numbers are
-            those of a quantized product. A scale belongs to a token; where int4 or int2 weights meet int8, to 32 columns
-            of it. docs/speed.md says where this is faster.
+            those of a quantized product. A scale belongs to a token; where int4 or int2 weights meet int8, to 32
+            columns of it. docs/speed.md says where this is faster.
         static_activations: round inputs with one scale per layer, which :class:`quanto_hf.Calibration` finds; the model
             refuses to run before. Calibrating a model without it sets it.
         qat: load float weights into layers that give what the packed ones would give, for quantization-aware training;

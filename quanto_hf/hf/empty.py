@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig
 
-from quanto_hf.flow import activation_type, make_plan
+from quanto_hf.flow import make_plan
 from quanto_hf.hf.config import QuantoConfig
 from quanto_hf.hf.loading import check_before_loading
 from quanto_hf.hf.quantizer import QuantoHfQuantizer, was_written_from

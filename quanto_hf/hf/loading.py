@@ -89,7 +89,9 @@ class QuantizeWeights(ConversionOps):  # type: ignore[misc]
         return result
 
 
-def quantize_into(layer: QuantizedWeight, weight: torch.Tensor | list[torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+def quantize_into(
+    layer: QuantizedWeight, weight: torch.Tensor | list[torch.Tensor], name: str
+) -> dict[str, torch.Tensor]:
     """The stored tensors of a weight; the layer gives up its placeholder.
 
     Args:
@@ -125,11 +127,7 @@ def _check_shape(layer: QuantizedWeight, pieces: list[torch.Tensor], name: str) 
     found = [tuple(piece.shape) for piece in pieces]
     if len(found) == 1 and found[0] == wanted:
         return found
-    if (
-        len(found) > 1
-        and all(s[1:] == wanted[1:] for s in found)
-        and sum(s[0] for s in found) == wanted[0]
-    ):
+    if len(found) > 1 and all(s[1:] == wanted[1:] for s in found) and sum(s[0] for s in found) == wanted[0]:
         return found
     shapes = found[0] if len(found) == 1 else f"those of pieces, {', '.join(map(str, found))}"
     raise ValueError(f"{name} has shape {shapes} in the checkpoint, but the model needs {wanted}")
@@ -191,7 +189,8 @@ def check_before_loading(
 
 def _checkpoint_names(module: QuantizedWeight, name: str, pre_quantized: bool) -> list[str]:
     made = () if pre_quantized else module.kept_names
-    leaves = [leaf for leaf, held in module._parameters.items() if held is not None and leaf not in made]
+    held = {**module._parameters, **module._buffers}
+    leaves = [leaf for leaf, tensor in held.items() if tensor is not None and leaf not in made]
     return [f"{name}.{leaf}" if name else leaf for leaf in leaves]
 
 

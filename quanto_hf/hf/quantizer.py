@@ -103,7 +103,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             for name, module in model.named_modules()
             if isinstance(module, QuantizedWeight)
             for leaf in module.kept_names
-            if (tensor := module._parameters.get(leaf)) is not None
+            if (tensor := module.held(leaf)) is not None
         }
         self._device_map = kwargs.get("device_map")
         self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
@@ -246,7 +246,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
                 module.make_static(device=next(iter(module.tensors().values())).device)
             for name in module.kept_names:
                 # the loader marks every float parameter as trainable
-                if (tensor := module._parameters.get(name)) is not None:
+                if (tensor := module.held(name)) is not None:
                     tensor.requires_grad_(False)
         if absent:
             raise ValueError(

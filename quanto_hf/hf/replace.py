@@ -28,9 +28,6 @@ def empty_module(module: nn.Module, choice: Choice, config: QuantoConfig, pre_qu
         layer = quantized(module, choice.scheme(), activation_type(config.activations), choice.fit, static)
         weight = torch.empty(layer.weight_shape, dtype=layer.weight_dtype, device="meta")
         layer.make_empty()
-        for name, parameter in layer._parameters.items():
-            if parameter is not None and parameter.device.type != "meta":
-                layer._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
     if config.qat:
         for name in layer.stored_names:
             del layer._parameters[name]
@@ -76,8 +73,8 @@ def replace_with_quanto_layers(
     current_key_name: list[str] | None = None,
     has_been_replaced: bool = False,
 ) -> tuple[nn.Module, bool]:
-    """Replace the linear layers of a model by empty quantized ones, in place. The name, arguments and result are those of
-    transformers' function for optimum-quanto.
+    """Replace the linear layers of a model by empty quantized ones, in place. The name, arguments and result are those
+    of transformers' function for optimum-quanto.
 
     Args:
         model: a model, usually on meta. Nothing is skipped by default here.

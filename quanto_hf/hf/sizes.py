@@ -70,7 +70,7 @@ def loaded_element_size(
     stored = isinstance(owner, QuantizedWeight) and leaf in owner.kept_names
     if dequantize and stored:
         assert isinstance(owner, QuantizedWeight)
-        # the placeholder of a float checkpoint counts, and the first tensor of a quantized one counts for the float weight
+        # the placeholder of a float checkpoint counts, and the first tensor of a quantized one for the float weight
         if "weight" in owner._parameters or leaf != owner.stored_names[0] or not tensor.numel():
             return 0.0
         return torch.Size(owner.weight_shape).numel() * owner.weight_dtype.itemsize / tensor.numel()

@@ -47,23 +47,33 @@ def fake_quantize(x: torch.Tensor, qtype: QType, group: int = TOKEN, scale: torc
 class QuantizedInput(nn.Module):
     """Mixin of modules that round their input.
 
-    ``activations`` is the number type, or None. Dynamic, a module holds nothing for it. Static, it holds the Parameter
-    ``input_scale``, float32 of shape (1,), which is NaN until it is calibrated.
+    ``activations`` is the number type, or None. Dynamic, a module holds nothing for it. Static, it holds the buffer
+    ``input_scale``, float32 of shape (1,), which is NaN until it is calibrated; one that is trained is a Parameter. (A
+    buffer, because accelerate's offload leaves it where the layer runs, and a Parameter that it does not know is an
+    error there.)
     """
 
     activations: QType | None
+    # whether anything has passed since the module observes
+    observed: bool = False
     # a prepared call, which must not outlive a change of how inputs are rounded
     _bound: Any
 
     @property
+    def static_scale(self) -> torch.Tensor | None:
+        """The scale of inputs that is held, or None."""
+        held = self._buffers.get(INPUT_SCALE)
+        return held if held is not None else self._parameters.get(INPUT_SCALE)
+
+    @property
     def is_static(self) -> bool:
         """Whether inputs are rounded with a scale that is held."""
-        return self._parameters.get(INPUT_SCALE) is not None
+        return self.static_scale is not None
 
     @property
     def is_calibrated(self) -> bool:
         """Whether there is nothing to calibrate, or it has been done."""
-        scale = self._parameters.get(INPUT_SCALE)
+        scale = self.static_scale
         return scale is None or scale.device.type == "meta" or bool(torch.isfinite(scale).all())
 
     def make_static(self, scale: torch.Tensor | float | None = None, device: torch.device | str | None = None) -> None:
@@ -72,20 +82,34 @@ class QuantizedInput(nn.Module):
         Raises:
             ValueError: the scale is not one positive number.
         """
-        value = torch.full((1,), torch.nan, device=device)
+        value = torch.full((1,), torch.nan, dtype=torch.float32, device=device)
         if scale is not None:
             value = torch.as_tensor(scale, dtype=torch.float32).detach().reshape(-1).clone()
             if value.numel() != 1 or (value.device.type != "meta" and not bool(torch.isfinite(value) & (value > 0))):
                 raise ValueError(f"the scale of an input is one positive number, not {scale}")
             value = value if device is None else value.to(device)
-        held = self._parameters.get(INPUT_SCALE)
-        self._parameters[INPUT_SCALE] = nn.Parameter(value, requires_grad=held is not None and held.requires_grad)
-        self._bound = None
+        trained = INPUT_SCALE in self._parameters
+        self.make_dynamic()
+        if trained:
+            self._parameters[INPUT_SCALE] = nn.Parameter(value)
+        else:
+            self.register_buffer(INPUT_SCALE, value)
 
     def make_dynamic(self) -> None:
         """Let go of the scale: from now on one is found for each token."""
         self._parameters.pop(INPUT_SCALE, None)
+        self._buffers.pop(INPUT_SCALE, None)
         self._bound = None
+
+    def train_input_scale(self, train: bool) -> None:
+        """Make a static scale a Parameter, or the buffer again that it was."""
+        scale = self.static_scale
+        if scale is not None and train != (INPUT_SCALE in self._parameters):
+            self.make_dynamic()
+            if train:
+                self._parameters[INPUT_SCALE] = nn.Parameter(scale.detach())
+            else:
+                self.register_buffer(INPUT_SCALE, scale.detach())
 
     def _check_calibrated(self) -> None:
         # a graph cannot look at the value; there an uncalibrated model gives NaN
@@ -98,6 +122,7 @@ class QuantizedInput(nn.Module):
     def start_observing(self, observer: nn.Module) -> None:
         """Note the range of inputs from now on, and let them through as they are."""
         self._modules[INPUT_OBSERVER] = observer
+        self.observed = False
         self._bound = None
 
     def stop_observing(self) -> nn.Module | None:
@@ -107,9 +132,14 @@ class QuantizedInput(nn.Module):
 
     def _observe(self, x: torch.Tensor) -> bool:
         observer = self._modules.get(INPUT_OBSERVER)
-        if observer is not None:
-            observer(x.detach())
-        return observer is not None
+        if observer is None:
+            return False
+        held = next(observer.buffers(), None)
+        if held is not None and held.device != x.device:
+            observer.to(x.device)
+        observer(x.detach())
+        self.observed = self.observed or x.numel() > 0
+        return True
 
     def _describe_input(self) -> str:
         """The part of ``extra_repr`` that is about the input."""
@@ -125,4 +155,5 @@ class QuantizedInput(nn.Module):
         given = state_dict.get(prefix + INPUT_SCALE)
         if self.activations is not None and not self.is_static and isinstance(given, torch.Tensor):
             self.make_static()
+        self._bound = None
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *args)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from quanto_hf.nn.activation import INPUT_SCALE
+from quanto_hf.nn.activation import INPUT_SCALE, QuantizedInput
 from quanto_hf.nn.qweight import QuantizedWeight
 
 SCALE, ZERO = "learned_scale", "learned_zero"
@@ -16,9 +16,9 @@ SMALLEST = torch.finfo(torch.bfloat16).tiny
 class LearnedScales(QuantizedWeight):
     """Mixin: what of a PREPARED module has gradients, and how its weight is rounded with them.
 
-    With :meth:`learn_scales` a module holds ``learned_scale``, and ``learned_zero`` if the scheme is asymmetric: float32
-    Parameters of the shapes in which they will be stored. :meth:`freeze` uses them instead of a fit. The gradients are
-    those of :meth:`quanto_hf.schemes.Scheme.fake_quantize`.
+    With :meth:`learn_scales` a module holds ``learned_scale``, and ``learned_zero`` if the scheme is asymmetric:
+    float32 Parameters of the shapes in which they will be stored. :meth:`freeze` uses them instead of a fit. The
+    gradients are those of :meth:`quanto_hf.schemes.Scheme.fake_quantize`.
     """
 
     def learn_scales(self) -> None:
@@ -36,8 +36,8 @@ class LearnedScales(QuantizedWeight):
         for name, part in ((SCALE, "scale"), (ZERO, "zero")):
             if part in found:
                 self._parameters[name] = nn.Parameter(found[part].float())
-        if (scale := self._parameters.get(INPUT_SCALE)) is not None:
-            scale.requires_grad_(True)
+        if isinstance(self, QuantizedInput):
+            self.train_input_scale(True)
 
     @property
     def learns(self) -> bool:
@@ -53,12 +53,14 @@ class LearnedScales(QuantizedWeight):
         """Hold empty scales (and zeros) on meta, for a state dict to fill."""
         for name, spec in self.scheme.tensors(self.matrix_shape, self.weight_dtype).items():
             if name in ("scale", "zero"):
-                self._parameters[f"learned_{name}"] = nn.Parameter(torch.empty(spec.shape, device="meta"))
+                self._parameters[f"learned_{name}"] = nn.Parameter(
+                    torch.empty(spec.shape, dtype=torch.float32, device="meta")
+                )
 
     def sources(self) -> dict[str, torch.Tensor]:
         """The tensors from which the rounded numbers are computed, by name: those that may have a gradient."""
         names = (INPUT_SCALE,) if self.is_frozen else ("weight", SCALE, ZERO, INPUT_SCALE)
-        return {name: tensor for name in names if (tensor := self._parameters.get(name)) is not None}
+        return {name: tensor for name in names if (tensor := self.held(name)) is not None}
 
     def quantized(self) -> dict[str, torch.Tensor]:
         """The stored tensors, or what :meth:`freeze` would store."""
@@ -72,8 +74,8 @@ class LearnedScales(QuantizedWeight):
         """Hold these stored tensors; learned scales have become part of them."""
         self._parameters.pop(SCALE, None)
         self._parameters.pop(ZERO, None)
-        if (scale := self._parameters.get(INPUT_SCALE)) is not None:
-            scale.requires_grad_(False)
+        if isinstance(self, QuantizedInput):
+            self.train_input_scale(False)
         super().set_tensors(tensors)
 
     def round_weight(self, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Products of rounded numbers with gradients: what a PREPARED layer computes, and a FROZEN one that rounds its input."""
+"""Products of rounded numbers with gradients: of PREPARED layers, and of FROZEN ones that round their input."""
 
 from typing import TYPE_CHECKING, Any
 

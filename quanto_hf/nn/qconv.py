@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quanto_hf.nn.activation import INPUT_SCALE, fake_quantize
+from quanto_hf.nn.activation import fake_quantize
 from quanto_hf.nn.registry import register_qmodule
 from quanto_hf.nn.rounded import RoundedModule
 
@@ -49,7 +49,7 @@ class QuantizedConv(RoundedModule):
         self._check_calibrated()
         # without a batch, x is one item
         flat = x.reshape(x.shape[0] if x.dim() == len(self.kernel_size) + 2 else 1, -1)
-        return fake_quantize(flat, self.activations, scale=self._parameters.get(INPUT_SCALE)).view_as(x)
+        return fake_quantize(flat, self.activations, scale=self.static_scale).view_as(x)
 
 
 class QuantizedConvTranspose(QuantizedConv):
@@ -76,17 +76,17 @@ class QuantizedConvTranspose(QuantizedConv):
         first, second, *kernel = self.weight_shape
         return matrix.view(second, first, *kernel).transpose(0, 1).contiguous()
 
-    def forward(self, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:
         """As of the float convolution, with the rounded weight and input."""
         n = len(self.kernel_size)
         weight, bias = self._operands(input)
         padding: Any = self._output_padding(  # type: ignore[operator]
             input, output_size, self.stride, self.padding, self.kernel_size, n, self.dilation
         )
-        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
+        function: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
         x = self._round_image(input)
-        stride: Any = self.stride
-        return function(x, weight, bias, stride, self.padding, padding, self.groups, self.dilation)
+        out: torch.Tensor = function(x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation)
+        return out
 
 
 @register_qmodule(nn.Conv1d)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quanto_hf.fit import Fit
-from quanto_hf.nn.activation import INPUT_OBSERVER, INPUT_SCALE, QuantizedInput, fake_quantize
+from quanto_hf.nn.activation import INPUT_OBSERVER, QuantizedInput, fake_quantize
 from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.nn.prepared import straight_through
 from quanto_hf.nn.qweight import QuantizedWeight
@@ -71,7 +71,6 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self._setup(scheme, dtype)
         self.activations = activations
-        self._bound: Bound | None = None
         data = torch.empty(out_features, dtype=self.weight_dtype, device=device) if bias else None
         self._parameters["bias"] = None if data is None else nn.Parameter(data)
         self.make_empty(device)
@@ -90,7 +89,7 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
         """A PREPARED layer that shares weight and bias with ``module``."""
         layer = cls.__new__(cls)
         layer._adopt(module, scheme, fit)
-        layer.activations, layer._bound = activations, None
+        layer.activations = activations
         if static:
             layer.make_static(device=module.weight.device)
         return layer
@@ -123,7 +122,7 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
             return F.linear(x, self.weight.to(x.dtype), bias)
         # torch cannot follow a function with a gradient of its own through these
         if torch.compiler.is_compiling() or transformed():
-            x = self.round_input(x, self._parameters.get(INPUT_SCALE))
+            x = self.round_input(x, self.static_scale)
             if self.is_frozen:
                 return self.scheme.linear(x, self.tensors(), bias)
             return F.linear(x, self.round_weight(self.sources()).to(x.dtype), bias)
@@ -136,7 +135,7 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
         call = self._prepare(tensors)
         out = None if call is None else call(x, bias)
         if out is None:
-            out = self.scheme.linear(self.round_input(x, self._parameters.get(INPUT_SCALE)), tensors, bias)
+            out = self.scheme.linear(self.round_input(x, self.static_scale), tensors, bias)
         return out
 
     def round_input(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -155,7 +154,7 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
     def _fast_forward(self, x: torch.Tensor) -> torch.Tensor | None:
         """The call that the scheme has prepared for the tensors that are held, or None if it does not serve: each
         layer of each token pays for what stands here (3 us)."""
-        bound = self._bound
+        bound: Bound | None = self._bound
         parameters = self._parameters
         if bound is None or any(parameters.get(name) is not tensor for name, tensor in bound[0]):
             bound = self._bound = self._bind()
@@ -166,8 +165,6 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
     def _bind(self) -> Bound:
         tensors = self.tensors()
         held = [(self.prefix + name, tensor) for name, tensor in tensors.items()]
-        if self.is_static:
-            held.append((INPUT_SCALE, self._parameters[INPUT_SCALE]))  # type: ignore[arg-type]
         return held, self._prepare(tensors) if tensors else None
 
     def _prepare(self, tensors: Mapping[str, torch.Tensor]) -> Callable[..., torch.Tensor | None] | None:
@@ -177,7 +174,7 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
         if INPUT_OBSERVER in self._modules:
             return None
         self._check_calibrated()
-        return self.scheme.bind(tensors, self.in_features, self.activations.name, self._parameters.get(INPUT_SCALE))
+        return self.scheme.bind(tensors, self.in_features, self.activations.name, self.static_scale)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the prepared call, which knows addresses in memory."""

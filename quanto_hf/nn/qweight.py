@@ -49,6 +49,8 @@ class QuantizedWeight(nn.Module):
     weight_error: float | None
     # whether a float weight is rounded in the forward pass
     rounding: bool
+    # a prepared call, or None; it must not outlive the tensors that it was made for
+    _bound: Any
 
     def _setup(self, scheme: Scheme, dtype: torch.dtype | None, fit: Fit | str | None = None) -> None:
         """What a constructor sets after nn.Module's, before there are parameters."""
@@ -56,6 +58,7 @@ class QuantizedWeight(nn.Module):
         self.weight_dtype = dtype or torch.get_default_dtype()
         self.weight_error = None
         self.rounding = True
+        self._bound = None
 
     def _adopt(self, module: nn.Module, scheme: Scheme, fit: Fit | str | None) -> None:
         """Become a PREPARED module that shares its parameters with a float one."""
@@ -141,8 +144,13 @@ class QuantizedWeight(nn.Module):
 
     @property
     def kept_names(self) -> tuple[str, ...]:
-        """Names of the parameters that keep their dtype whatever the model is converted to."""
+        """Names of the tensors that keep their dtype whatever the model is converted to."""
         return (*self.stored_names, INPUT_SCALE)
+
+    def held(self, name: str) -> torch.Tensor | None:
+        """A parameter or buffer, or None."""
+        held = self._parameters.get(name)
+        return held if held is not None else self._buffers.get(name)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The stored tensors by the names of the scheme; empty unless FROZEN."""
@@ -216,7 +224,9 @@ class QuantizedWeight(nn.Module):
 
     def _apply(self: Q, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Q:
         """Moves everything; converts the dtype of the bias and of ``weight``, never that of the stored tensors."""
-        kept = {id(self._parameters.get(name)) for name in self.kept_names}
+        kept = {id(self.held(name)) for name in self.kept_names}
+        # what a prepared call knows may be elsewhere now
+        self._bound = None
 
         def guarded(tensor: torch.Tensor) -> torch.Tensor:
             result = fn(tensor)
@@ -236,7 +246,7 @@ class QuantizedWeight(nn.Module):
         """As of nn.Module; a stored tensor of another dtype is an error, not a conversion."""
         errors = args[-1]
         for name in self.kept_names:
-            tensor, key = self._parameters.get(name), prefix + name
+            tensor, key = self.held(name), prefix + name
             if tensor is None:
                 continue
             given = state_dict.get(key)

@@ -77,7 +77,9 @@ class Scheme(ABC):
         Raises:
             ValueError: scales do not fit, or the scheme has none.
         """
-        raise ValueError(f"{self} weights have no scales that can be given; choose int8, int4, int2, float8, nf4 or fp4")
+        raise ValueError(
+            f"{self} weights have no scales that can be given; choose int8, int4, int2, float8, nf4 or fp4"
+        )
 
     def fake_quantize(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None

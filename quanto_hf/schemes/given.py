@@ -13,8 +13,8 @@ Maybe = torch.Tensor | None
 
 
 def encode(scheme: "Grouped", weight: torch.Tensor, scale: torch.Tensor, zero: Maybe) -> dict[str, torch.Tensor]:
-    """The stored tensors of a weight, shape (..., out_features, in_features). Scale and zero are rounded to their stored
-    dtype before a code is chosen.
+    """The stored tensors of a weight, shape (..., out_features, in_features). Scale and zero are rounded to their
+    stored dtype before a code is chosen.
 
     Raises:
         ValueError: scale or zero has the wrong shape, or is not what it must be.

@@ -82,14 +82,14 @@ def test_requantize_names_each_tensor_that_does_not_fit(change, text):
 def test_requantize_refuses_a_map_that_names_what_is_not_a_linear_layer():
     model = frozen("int8")
     entries = {**quantization_map(model), "1": {"scheme": model[0].scheme.to_dict()}}
-    with pytest.raises(ValueError, match="not a linear layer or layer norm of this model: 1"):
+    with pytest.raises(ValueError, match="names what this model has not, or what is not quantized: 1"):
         requantize(float_model(), model.state_dict(), entries)
 
 
 def test_the_quantization_map_is_json_and_tells_the_group_size():
     entry = quantization_map(frozen("int4", group_size=32, activations="int8"))["0"]
     scheme = {"kind": "affine", "qtype": "int4", "group_size": 32, "symmetric": False}
-    assert entry == {"scheme": scheme, "activations": "int8"}
+    assert entry == {"scheme": scheme, "activations": "int8", "static": False}
 
 
 @pytest.mark.parametrize(
