@@ -16,6 +16,7 @@ from quanto_hf.eager.mappings import (
 from quanto_hf.eager.ties import Ties
 from quanto_hf.eager.walk import children, device_of, has_qconfig
 from quanto_hf.nn.fused import FusedModule
+from quanto_hf.nn.qat import RoundedWeight
 from quanto_hf.nn.static import QConfigError
 
 Classes = Mapping[type[nn.Module], Any]
@@ -95,8 +96,9 @@ class _Conversion:
         self.done[module] = module
         kind = type_before_parametrizations(module)
         busy = getattr(module, _BUSY, False)
-        # fused and custom modules are converted as one
-        if busy or not (isinstance(module, FusedModule) or kind in self.custom):
+        # these are converted as one, with what is in them
+        whole = isinstance(module, FusedModule | RoundedWeight) or kind in self.custom
+        if busy or not whole:
             for child_name, child in children(module):
                 new = self.convert(child, f"{name}.{child_name}" if name else child_name)
                 if new is not child:

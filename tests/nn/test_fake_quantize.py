@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch_eager import ao  # noqa: F401
 
 from quanto_hf.nn.fake_quantize import (
     FakeQuantize,
@@ -33,7 +32,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_numbers_and_gradients_are_those_of_torch(ao, setting):  # noqa: F811
+def test_numbers_and_gradients_are_those_of_torch(ao, setting):
     from quanto_hf.nn import observers
 
     name, args = SETTINGS[setting]
