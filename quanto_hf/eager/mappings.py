@@ -97,10 +97,11 @@ def get_default_static_quant_module_mappings() -> Mapping:
 
 
 def get_default_static_quant_reference_module_mappings() -> Mapping:
-    """The same with modules that keep their float weight."""
+    """The same with modules that keep their float weight, and recurrent ones."""
+    recurrent: Mapping = {kind: made for kind, made in _DYNAMIC.items() if issubclass(made, static.StoredRecurrent)}
     return {
         kind: static.as_reference(made) if hasattr(made, "is_reference") else made
-        for kind, made in get_default_static_quant_module_mappings().items()
+        for kind, made in {**get_default_static_quant_module_mappings(), **recurrent}.items()
     }
 
 

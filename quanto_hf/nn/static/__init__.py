@@ -47,7 +47,7 @@ from quanto_hf.nn.static.norm import (
 )
 from quanto_hf.nn.static.on_grid import OnGrid
 from quanto_hf.nn.static.quantize import DeQuantize, Quantize
-from quanto_hf.nn.static.recurrent import GRU, LSTM, GRUCell, LSTMCell, RNNCell
+from quanto_hf.nn.static.recurrent import GRU, LSTM, GRUCell, LSTMCell, RNNCell, StoredRecurrent
 from quanto_hf.nn.static.reference import as_reference
 from quanto_hf.nn.static.stored_weights import StoredWeights
 
@@ -96,6 +96,7 @@ __all__ = [
     "ReLU6",
     "Sigmoid",
     "Softmax",
+    "StoredRecurrent",
     "StoredWeights",
     "Tanh",
     "as_reference",

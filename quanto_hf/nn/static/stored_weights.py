@@ -107,17 +107,15 @@ class StoredWeights(KeepsNamed):
             return
         if observer.dtype not in CODES:
             raise QConfigError(f"weights are not stored as {observer.dtype}; choose one of float16, {', '.join(CODES)}")
-        scale, zero = observer.calculate_qparams()
         axis = observer.ch_axis % weight.dim() if observer.qscheme.startswith("per_channel") else 0
         rows = weight.float().movedim(axis, 0).flatten(1)
-        # one scale for the tensor is the same scale for each row
-        scale, zero = (value.detach().reshape(-1, 1).expand(rows.shape[0], 1).contiguous() for value in (scale, zero))
+        codes, scale, zero = encoded(rows, observer)
         low, high = int(observer.quant_min), int(observer.quant_max)
-        how = held[name] = Held(observer.dtype, tuple(weight.shape), axis, low, high, zero.is_floating_point())
+        held[name] = Held(observer.dtype, tuple(weight.shape), axis, low, high, zero.is_floating_point())
         if self.is_reference:
             self.keep(f"{name}_float", weight.clone(), parameter=True)
         else:
-            self.keep(f"{name}_packed", codes_of(rows, scale, zero, how), parameter=True)
+            self.keep(f"{name}_packed", codes, parameter=True)
         self.keep(f"{name}_scale", scale.clone(), parameter=True)
         # by the scheme and not by the values: the names in the state dict do not depend on the weight
         if not is_symmetric_int8(observer):
@@ -198,12 +196,16 @@ def is_symmetric_int8(observer: Any) -> bool:
     return observer.dtype in ("qint8", "int8") and observer.qscheme.endswith("symmetric")
 
 
-def codes_of(rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, how: Held) -> torch.Tensor:
-    """Codes of rows of a weight, packed."""
+def encoded(rows: torch.Tensor, observer: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Packed codes, scale and zero point of rows of a float32 weight; the latter two have one entry for each row. One
+    scale for the whole weight is the same scale for each row."""
+    scale, zero = (
+        value.detach().reshape(-1, 1).expand(rows.shape[0], 1).contiguous() for value in observer.calculate_qparams()
+    )
     steps = rows / scale
     codes = (steps + zero).round() if zero.is_floating_point() else steps.round() + zero
-    codes = codes.clamp(how.quant_min, how.quant_max).to(CODES[how.dtype])
-    return pack(codes, 4) if how.dtype == "quint4x2" else codes
+    codes = codes.clamp(int(observer.quant_min), int(observer.quant_max)).to(CODES[observer.dtype])
+    return pack(codes, 4) if observer.dtype == "quint4x2" else codes, scale, zero
 
 
 def _moved(shape: tuple[int, ...], axis: int) -> torch.Size:

@@ -10,7 +10,7 @@ from quanto_hf.nn.activation import fake_quantize
 from quanto_hf.nn.observers import is_memoryless
 from quanto_hf.nn.static.kept import bare
 from quanto_hf.nn.static.on_grid import OnGrid
-from quanto_hf.nn.static.stored_weights import INT8, StoredWeights, is_symmetric_int8, weight_observer
+from quanto_hf.nn.static.stored_weights import INT8, StoredWeights, encoded, is_symmetric_int8, weight_observer
 from quanto_hf.qtypes import qint8
 
 
@@ -139,9 +139,8 @@ def _packed(cls: Any, inner: nn.Module, weight: torch.Tensor, bias: torch.Tensor
         new.make_empty()
         return new
     matrix = new.to_matrix(weight)
-    scale = observer.calculate_qparams()[0].detach().reshape(-1, 1)
-    # one scale for the tensor is the same scale for each row
-    stored = INT8.encode(matrix, scale.expand(matrix.shape[0], 1).contiguous(), None)
+    codes, scale, _ = encoded(matrix.float(), observer)
+    stored = {"packed": codes, "scale": scale}
     new.weight_error = new.measure_error(matrix, stored)
     new.set_tensors(stored)
     return new
