@@ -140,6 +140,7 @@ from quanto_hf.nn.fake_quantize import (
     enable_fake_quant,
     enable_observer,
 )
+from quanto_hf.nn.fake_quantize import FakeQuantize as FakeQuantizeBase
 from quanto_hf.nn.observers import (
     FixedQParamsObserver,
     HistogramObserver,
@@ -154,6 +155,8 @@ from quanto_hf.nn.observers import (
     RecordingObserver,
     ReuseInputObserver,
 )
+from quanto_hf.nn.observers import Observer as ObserverBase
+from quanto_hf.nn.observers import RangeObserver as UniformQuantizationObserverBase
 from quanto_hf.nn.qat import (
     freeze_bn_stats,
     update_bn_stats,
@@ -170,6 +173,7 @@ __all__ = [
     "DeQuantStub",
     "DeQuantize",
     "FakeQuantize",
+    "FakeQuantizeBase",
     "FixedQParamsFakeQuantize",
     "FixedQParamsObserver",
     "FloatFunctional",
@@ -182,6 +186,7 @@ __all__ = [
     "NoopObserver",
     "ObservedLSTM",
     "ObservedMultiheadAttention",
+    "ObserverBase",
     "PerChannelMinMaxObserver",
     "PercentileObserver",
     "PlaceholderObserver",
@@ -195,6 +200,7 @@ __all__ = [
     "QuantizedMultiheadAttention",
     "RecordingObserver",
     "ReuseInputObserver",
+    "UniformQuantizationObserverBase",
     "add_quant_dequant",
     "convert",
     "default_activation_only_qconfig",

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from quanto_hf.eager.hooks import detach, move_hooks
+from quanto_hf.eager.hooks import compute_weights, detach, move_hooks
 from quanto_hf.eager.mappings import (
     get_default_static_quant_module_mappings,
     get_default_static_quant_reference_module_mappings,
@@ -157,6 +157,7 @@ def _quantized(mod: nn.Module, mapping: Classes, custom: Classes, precomputed: b
     if not has_qconfig(mod):
         return mod
     kind = type_before_parametrizations(mod)
+    compute_weights(mod)
     if kind in custom:
         device = device_of(mod, allow_meta)
         setattr(mod, _BUSY, True)

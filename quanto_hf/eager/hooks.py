@@ -64,9 +64,20 @@ def _observes(module: nn.Module) -> bool:
     return any(map(_is_observer, hooks))
 
 
-def _stays_behind(hook: Any) -> bool:
+def _computes_weight(hook: Any) -> bool:
     # nn.utils.weight_norm and spectral_norm are hooks that set the weight before each forward pass
-    return _is_observer(hook) or hasattr(hook, "compute_weight")
+    return hasattr(hook, "compute_weight")
+
+
+def compute_weights(module: nn.Module) -> None:
+    """Let hooks that compute a weight do it now: one that was set before an optimizer step is old."""
+    for hook in module._forward_pre_hooks.values():
+        if _computes_weight(hook):
+            hook(module, ())
+
+
+def _stays_behind(hook: Any) -> bool:
+    return _is_observer(hook) or _computes_weight(hook)
 
 
 def _drop(module: nn.Module, which: Callable[[Any], bool]) -> None:

@@ -1,5 +1,6 @@
 """Weights that modules share before a conversion are shared after it."""
 
+import torch
 from torch import nn
 
 
@@ -21,16 +22,15 @@ class Ties:
         for _, users in self.groups.values():
             first_name, first = users[0]
             for name, module in users[1:]:
-                if module is first:
-                    continue
                 for held, parameter in list(module._parameters.items()):
-                    part = held.removeprefix(name)
-                    mine = first._parameters.get(first_name + part) if held.startswith(name) else None
-                    if parameter is None or mine is None or mine.shape != parameter.shape:
-                        continue
-                    if (
-                        mine.dtype == parameter.dtype
-                        and mine.device == parameter.device
-                        and bool((mine == parameter).all())
-                    ):
+                    mine = first._parameters.get(first_name + held.removeprefix(name))
+                    if module is not first and held.startswith(name) and _equal(mine, parameter):
                         module._parameters[held] = mine
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return False
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    return one.device.type == "meta" or torch.equal(one, other)

@@ -82,6 +82,9 @@ class HistogramObserver(MinMaxObserver):
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point of the range that the search finds."""
         self._check_seen(self.min_val, self.max_val)
+        if self.histogram.device.type == "meta":
+            # there are no values to search; shapes are all that counts
+            return self.qparams_of(self.min_val, self.max_val)
         return self.qparams_of(*self.search())
 
     def search(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,9 +37,10 @@ class RoundedWeight(nn.Module):
             raise QConfigError(f"{type(mod).__name__} has no qconfig for its weight; it cannot be trained quantized")
         inner: Any = mod[0] if isinstance(mod, nn.Sequential) else mod
         new = bare(cls, inner)
-        if "weight" not in inner._parameters:
-            new._parameters["weight"] = nn.Parameter(inner.weight.detach().clone())
-        new._parameters.update(inner._parameters)
+        held = inner._parameters
+        new._parameters["weight"] = held["weight"] if "weight" in held else nn.Parameter(inner.weight.detach().clone())
+        if hasattr(inner, "bias"):
+            new._parameters["bias"] = inner.bias
         new.qconfig = qconfig
         new.weight_fake_quant = qconfig.weight()
         new.weight_fake_quant.to(inner.weight.device)

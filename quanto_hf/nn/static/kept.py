@@ -34,7 +34,8 @@ class KeepsNamed(nn.Module):
 def settings_of(module: nn.Module) -> dict[str, Any]:
     """What a module was made with: everything but its tensors, children, hooks and what quantization has added."""
     own = set(nn.Module().__dict__) | {"qconfig", "activation_post_process", "parametrizations"}
-    return {key: value for key, value in vars(module).items() if key not in own}
+    # a tensor is a weight that the older weight_norm has computed
+    return {k: value for k, value in vars(module).items() if k not in own and not isinstance(value, torch.Tensor)}
 
 
 def bare(cls: Any, module: nn.Module) -> Any:

@@ -59,6 +59,12 @@ def weight_observer(mod: Any, precomputed: bool = False) -> Any:
     # a module with a batch norm multiplies its weight with something before it is rounded
     weight = mod.folded()[0] if hasattr(mod, "folded") else mod.weight
     observer = observer_for(mod) if fake is None else fake
+    missing = [name for name in ("dtype", "qscheme", "quant_min", "quant_max") if not hasattr(observer, name)]
+    if missing and getattr(observer, "dtype", None) != "float16":
+        raise QConfigError(
+            f"{type(observer).__name__} has no {', '.join(missing)}: a weight needs an observer of ranges, such as "
+            f"MinMaxObserver, or one of dtype float16"
+        )
     observer(weight.detach())
     return observer
 
@@ -107,7 +113,7 @@ class StoredWeights(KeepsNamed):
             return
         if observer.dtype not in CODES:
             raise QConfigError(f"weights are not stored as {observer.dtype}; choose one of float16, {', '.join(CODES)}")
-        axis = observer.ch_axis % weight.dim() if observer.qscheme.startswith("per_channel") else 0
+        axis = scale_axis(observer, weight.dim(), 0)
         rows = weight.float().movedim(axis, 0).flatten(1)
         codes, scale, zero = encoded(rows, observer)
         low, high = int(observer.quant_min), int(observer.quant_max)
@@ -185,10 +191,21 @@ class StoredWeights(KeepsNamed):
         """Setter of ``weight`` in modules that answer with a float copy."""
         refuse_write()
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of nn.Module; refuses a float weight where a quantized one is held, which nothing would read."""
+        if name in self.__dict__.get("held", {}):
+            refuse_write()
+        super().register_parameter(name, param)
+
     def weights_repr(self) -> str:
         """The stored weights in a few words."""
         kinds = sorted({how.dtype for how in self.__dict__.get("held", {}).values()})
         return f"weights={'/'.join(kinds)}" + (", reference" if self.is_reference else "")
+
+
+def scale_axis(observer: Any, dims: int, default: int) -> int:
+    """The dimension of a weight that has scales."""
+    return observer.ch_axis % dims if getattr(observer, "qscheme", "").startswith("per_channel") else default
 
 
 def is_symmetric_int8(observer: Any) -> bool:

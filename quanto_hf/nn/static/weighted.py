@@ -10,7 +10,14 @@ from quanto_hf.nn.activation import fake_quantize
 from quanto_hf.nn.observers import is_memoryless
 from quanto_hf.nn.static.kept import bare
 from quanto_hf.nn.static.on_grid import OnGrid
-from quanto_hf.nn.static.stored_weights import INT8, StoredWeights, encoded, is_symmetric_int8, weight_observer
+from quanto_hf.nn.static.stored_weights import (
+    INT8,
+    StoredWeights,
+    encoded,
+    is_symmetric_int8,
+    scale_axis,
+    weight_observer,
+)
 from quanto_hf.qtypes import qint8
 
 
@@ -42,7 +49,7 @@ class Weighted(OnGrid):
         inner: Any = inner_of(mod)
         observer = weight_observer(inner, use_precomputed_fake_quant)
         weight, bias = inner.folded() if hasattr(inner, "folded") else (inner.weight, inner.bias)
-        axis = observer.ch_axis % weight.dim() if observer.qscheme.startswith("per_channel") else cls.row_axis
+        axis = scale_axis(observer, weight.dim(), cls.row_axis)
         dynamic = cls.is_dynamic or has_dynamic_input(mod)
         if cls.is_reference or not is_symmetric_int8(observer) or axis != cls.row_axis:
             new = bare(cls.stored, inner)
