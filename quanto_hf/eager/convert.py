@@ -56,6 +56,7 @@ def convert(
         RuntimeError: an observer has seen nothing; the text names the module. The model is as it was then.
         QConfigError: a module cannot be quantized as its qconfig says.
     """
+    # the classes that are known by default call this function
     from quanto_hf.eager.custom import TO_QUANTIZED, classes
 
     if mapping is None:
@@ -86,7 +87,6 @@ class _Conversion:
         self.mapping, self.custom, self.precomputed, self.allow_meta = mapping, custom, precomputed, allow_meta
         self.done: dict[nn.Module, nn.Module] = {}
         self.changes: list[tuple[nn.Module, str, nn.Module]] = []
-        self.swaps: list[tuple[nn.Module, nn.Module]] = []
         self.ties = Ties()
 
     def convert(self, module: nn.Module, name: str) -> nn.Module:
@@ -110,14 +110,13 @@ class _Conversion:
 
     def _swap(self, module: nn.Module, name: str) -> nn.Module:
         try:
-            new = _quantized(module, self.mapping, self.custom, self.precomputed, self.allow_meta)
+            new = swap_module(module, self.mapping, self.custom, self.precomputed, allow_meta=self.allow_meta)
         except (RuntimeError, ValueError, TypeError) as error:
             if not name or type(error) not in (RuntimeError, ValueError, TypeError, QConfigError):
                 raise
             raise type(error)(f"{name}: {error}") from error
         if new is not module:
             self.ties.note(module, new)
-            self.swaps.append((module, new))
             self.done[new] = new
         return new
 
@@ -149,11 +148,7 @@ def swap_module(
         QConfigError: it cannot be quantized as its qconfig says, or is on several devices.
         TypeError: the class has no ``from_float``.
     """
-    new = _quantized(mod, mapping, custom_module_class_mapping or {}, use_precomputed_fake_quant, allow_meta)
-    return new
-
-
-def _quantized(mod: nn.Module, mapping: Classes, custom: Classes, precomputed: bool, allow_meta: bool) -> nn.Module:
+    custom = custom_module_class_mapping or {}
     if not has_qconfig(mod):
         return mod
     kind = type_before_parametrizations(mod)
@@ -172,7 +167,7 @@ def _quantized(mod: nn.Module, mapping: Classes, custom: Classes, precomputed: b
         if make is None:
             raise TypeError(f"{mapping[kind]!r}, which {kind.__name__} is mapped to, has no class method from_float")
         takes = "use_precomputed_fake_quant" in inspect.signature(make).parameters
-        new = make(mod, use_precomputed_fake_quant=precomputed) if takes else make(mod)
+        new = make(mod, use_precomputed_fake_quant=use_precomputed_fake_quant) if takes else make(mod)
     else:
         return mod
     if new is not mod:

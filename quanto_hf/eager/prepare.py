@@ -48,6 +48,7 @@ def prepare(
     Warns:
         UserWarning: no module has a qconfig.
     """
+    # the classes that are known by default call this function
     from quanto_hf.eager.custom import TO_OBSERVED, classes, no_observer_set
 
     custom = classes(prepare_custom_config_dict, TO_OBSERVED, "from_float")

@@ -584,3 +584,33 @@ def test_a_quantized_model_becomes_float_again():
     made = quanto_hf.dequantize(convert(calibrated(fused, torch.randn(4, 6))))
     x = torch.randn(3, 6)
     assert type(made[0]) is nn.Sequential and error(made(x), model(x)) < 0.02
+
+
+def test_shapes_that_hurt():
+    for name in ("linear", "conv2d", "layer-norm", "hardswish"):
+        make, shape = LAYERS[name]
+        layer = make().eval()
+        made = convert(calibrated(layer, torch.randn(shape)))
+        for count in (0, 1, 33):
+            x = torch.randn(count, *shape[1:]) * 1e4
+            assert made(x).shape == layer(x).shape and torch.isfinite(made(x)).all()
+        if name != "layer-norm":
+            # what is beyond the range is at its end
+            assert made(torch.full(shape, 1e30)).abs().max() <= 256 * made.scale
+    tiny = nn.Linear(1, 1)
+    assert convert(calibrated(tiny, torch.randn(4, 1)))(torch.randn(2, 1)).shape == (2, 1)
+
+
+def test_weights_of_zero_and_constant_activations():
+    layer = nn.Linear(4, 4)
+    nn.init.zeros_(layer.weight)
+    nn.init.constant_(layer.bias, 0.5)
+    made = convert(calibrated(layer, torch.randn(4, 4)))
+    torch.testing.assert_close(made(torch.randn(2, 4)), torch.full((2, 4), 0.5))
+
+
+def test_the_report_knows_the_modules():
+    import quanto_hf
+
+    rows = quanto_hf.report(convert(calibrated(nn.Sequential(nn.Linear(16, 8)), torch.randn(4, 16)))).rows
+    assert "int8" in str([row.stored for row in rows])

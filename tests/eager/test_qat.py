@@ -274,3 +274,14 @@ def test_c11_each_fused_row(name):
     converted = convert(made)
     assert type(converted[0]) is kind
     assert (converted(x) - made(x)).abs().max().item() <= 1.01 * converted[0].scale.item()
+
+
+def test_c11_functions_of_a_known_range_stay_on_their_grid():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 4), nn.Tanh()).train()
+    model.qconfig = get_default_qat_qconfig()
+    made, x = prepare_qat(model), torch.randn(8, 4)
+    step(made, x)
+    converted = convert(made.eval())
+    assert [type(converted[1]), type(converted[3])] == [static.Sigmoid, static.Tanh]
+    assert torch.equal(converted[:2](x) * 256, (converted[:2](x) * 256).round())
+    assert converted[3].scale.item() == 2 / 256 and converted[3].zero_point.item() == 128

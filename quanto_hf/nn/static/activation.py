@@ -47,7 +47,7 @@ class Dropout(nn.Dropout):
         return input
 
 
-class Observed(Activation):
+class KnownRange(Activation):
     """A function whose range is known. Without an observer it stays float: it may stand behind the last quantized
     layer, where rounding would only lose."""
 
@@ -57,17 +57,17 @@ class Observed(Activation):
         return super().from_float(mod) if hasattr(mod, "activation_post_process") else mod
 
 
-class Sigmoid(Observed, nn.Sigmoid):
+class Sigmoid(KnownRange, nn.Sigmoid):
     """``nn.Sigmoid`` with a rounded output."""
 
 
-class Hardsigmoid(Observed, nn.Hardsigmoid):
+class Hardsigmoid(KnownRange, nn.Hardsigmoid):
     """``nn.Hardsigmoid`` with a rounded output."""
 
 
-class Tanh(Observed, nn.Tanh):
+class Tanh(KnownRange, nn.Tanh):
     """``nn.Tanh`` with a rounded output."""
 
 
-class Softmax(Observed, nn.Softmax):
+class Softmax(KnownRange, nn.Softmax):
     """``nn.Softmax`` with a rounded output."""
