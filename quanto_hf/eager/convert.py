@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from quanto_hf.eager.hooks import compute_weights, detach, move_hooks
+from quanto_hf.eager.hooks import compute_weights, detach, move_hooks, restore_hooks, saved_hooks
 from quanto_hf.eager.mappings import (
     get_default_static_quant_module_mappings,
     get_default_static_quant_reference_module_mappings,
@@ -87,6 +87,7 @@ class _Conversion:
         self.mapping, self.custom, self.precomputed, self.allow_meta = mapping, custom, precomputed, allow_meta
         self.done: dict[nn.Module, nn.Module] = {}
         self.changes: list[tuple[nn.Module, str, nn.Module]] = []
+        self.hooks: list[tuple[nn.Module, dict[str, dict[int, Any]]]] = []
         self.ties = Ties()
 
     def convert(self, module: nn.Module, name: str) -> nn.Module:
@@ -109,6 +110,7 @@ class _Conversion:
         return self.done[module]
 
     def _swap(self, module: nn.Module, name: str) -> nn.Module:
+        hooks = saved_hooks(module)
         try:
             new = swap_module(module, self.mapping, self.custom, self.precomputed, allow_meta=self.allow_meta)
         except (RuntimeError, ValueError, TypeError) as error:
@@ -116,12 +118,15 @@ class _Conversion:
                 raise
             raise type(error)(f"{name}: {error}") from error
         if new is not module:
+            self.hooks.append((module, hooks))
             self.ties.note(module, new)
             self.done[new] = new
         return new
 
     def undo(self) -> None:
-        """Put every child back."""
+        """Put every child back, with its hooks."""
+        for module, hooks in self.hooks:
+            restore_hooks(module, hooks)
         for parent, name, child in reversed(self.changes):
             parent._modules[name] = child
 

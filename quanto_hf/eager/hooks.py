@@ -89,6 +89,19 @@ def _drop(module: nn.Module, which: Callable[[Any], bool]) -> None:
                 getattr(module, flag).pop(key, None)
 
 
+def saved_hooks(module: nn.Module) -> dict[str, dict[int, Any]]:
+    """A copy of all hooks of a module, for :func:`restore_hooks`."""
+    return {table: dict(getattr(module, table)) for table in (*_TABLES, *_FLAGS)}
+
+
+def restore_hooks(module: nn.Module, saved: dict[str, dict[int, Any]]) -> None:
+    """Give a module back the hooks that :func:`move_hooks` took, in the tables that their handles know."""
+    for table, hooks in saved.items():
+        held = getattr(module, table)
+        held.clear()
+        held.update(hooks)
+
+
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
     """Let ``new`` have the hooks of ``old``, but for those of observers, in their order and with all that they were
     registered with. Their handles work on ``new``."""

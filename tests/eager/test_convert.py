@@ -110,6 +110,16 @@ def test_c13_an_uncalibrated_model_is_an_error_that_names_the_module_and_changes
     eager.propagate_qconfig_(net)
     with pytest.raises(ValueError, match="call prepare"):
         convert(net)
+    # a conversion that fails late takes no hook away
+    x = images()
+    run(prepared, x)
+    prepared.fc.activation_post_process.reset()
+    with pytest.raises(RuntimeError, match=r"^fc: "):
+        convert(prepared, inplace=True)
+    before = float(prepared.conv.activation_post_process.max_val)
+    run(prepared, 2 * x)
+    assert float(prepared.conv.activation_post_process.max_val) > before
+    convert(prepared)
     # one module that no data has reached
     prepared.fc.activation_post_process.reset()
     run(prepared, images())

@@ -59,6 +59,8 @@ class HistogramObserver(MinMaxObserver):
         values = x.detach().to(self.histogram.dtype)
         values = values[values.abs() != math.inf]
         if values.numel():
+            if self.memoryless:
+                self.reset()
             self.add(values)
         return x
 

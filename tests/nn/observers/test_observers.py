@@ -210,6 +210,16 @@ def test_no_gradient_is_kept(make):
     assert not observer.calculate_qparams()[0].requires_grad
 
 
+@every_range
+def test_every_observer_can_be_memoryless(make):
+    observer = make(memoryless=True)
+    for x in DATA["growing"]():
+        observer(x)
+    once = make()
+    once(x)
+    assert torch.equal(observer.calculate_qparams()[0], once.calculate_qparams()[0]) and is_memoryless(observer)
+
+
 def test_memoryless_observers_know_the_last_tensor_only():
     for observer in (MinMaxObserver(memoryless=True), MovingAverageMinMaxObserver(averaging_constant=1)):
         observer(torch.tensor([-9.0, 9.0]))
