@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """The face of torch's eager mode quantization, by the names and arguments of ``torch.ao.quantization``.
 
 Prepare a model with observers, run it on data, convert it; or train it with rounded numbers in between. Nothing is held
@@ -298,3 +299,9 @@ __all__ = [
     "update_bn_stats",
     "weight_observer_range_neg_127_to_127",
 ]
+=======
+"""The functions of torch.ao's eager mode, by name, over the modules of quanto_hf.
+
+Imports: ``nn``, ``flow`` and everything below. Never: torch.ao.
+"""
+>>>>>>> main
