@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from torch_eager import torch_quantization
 
 
 @pytest.fixture(autouse=True)
@@ -24,4 +25,4 @@ def ao():
     """``torch.ao.quantization``, to compare with while torch still has it, and without its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield pytest.importorskip("torch.ao.quantization")
+        yield torch_quantization()

@@ -1,11 +1,12 @@
-<<<<<<< HEAD
 """The face of torch's eager mode quantization, by the names and arguments of ``torch.ao.quantization``.
 
 Prepare a model with observers, run it on data, convert it; or train it with rounded numbers in between. Nothing is held
 in a quantized dtype: weights are int8 codes in plain Parameters, activations travel as float tensors whose values lie
 on a grid.
 
-Imports: ``nn`` and what is below it. Never: ``torch.ao``, ``torch.ops.quantized``, a quantized dtype.
+The numeric suite is in ``quanto_hf.eager.numeric_suite``.
+
+Imports: ``nn``, ``flow`` and everything below. Never: ``torch.ao``, ``torch.ops.quantized``, a quantized dtype.
 """
 
 from quanto_hf.eager.attention import (
@@ -299,9 +300,3 @@ __all__ = [
     "update_bn_stats",
     "weight_observer_range_neg_127_to_127",
 ]
-=======
-"""The functions of torch.ao's eager mode, by name, over the modules of quanto_hf.
-
-Imports: ``nn``, ``flow`` and everything below. Never: torch.ao.
-"""
->>>>>>> main

@@ -140,6 +140,8 @@ def test_c13_precomputed_scales_do_not_follow_the_weight():
     model = nn.Sequential(nn.Linear(4, 4)).train()
     model.qconfig = eager.default_qat_qconfig
     made = prepare_qat(model)
+    with pytest.raises(RuntimeError, match="seen no values"):
+        convert(made, use_precomputed_fake_quant=True)
     made(torch.randn(8, 4))
     scale = made[0].weight_fake_quant.scale.clone()
     with torch.no_grad():

@@ -152,3 +152,18 @@ def test_fixed_and_fused():
 
 def test_an_empty_tensor_passes():
     assert FakeQuantize()(torch.empty(0, 4)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_what_has_seen_nothing_does_not_round(learnable):
+    fake = FakeQuantize(learnable=learnable)
+    for use in (fake.calculate_qparams, lambda: (fake.disable_observer(), fake(torch.randn(4)))):
+        with pytest.raises(RuntimeError, match="seen no values"):
+            use()
+    fake.enable_observer()
+    fake(torch.randn(4))
+    fresh = FakeQuantize(learnable=learnable)
+    fresh.load_state_dict(fake.state_dict())
+    fresh.disable_observer()
+    x = torch.randn(4)
+    assert torch.equal(fresh(x), round_to_grid(x, *fake.calculate_qparams(), 0, 255))

@@ -83,6 +83,8 @@ class Precomputed:
     """The scale that a fake quantization holds."""
 
     def __init__(self, fake: Any) -> None:
+        # one that was never used has no scale, and says so
+        fake.calculate_qparams()
         self.dtype, self.qscheme, self.ch_axis = fake.dtype, fake.qscheme, fake.ch_axis
         self.quant_min, self.quant_max = fake.quant_min, fake.quant_max
         self.calculate_qparams = lambda: (fake.scale.detach(), fake.zero_point)
@@ -159,6 +161,10 @@ class StoredWeights(KeepsNamed):
         else:
             rows = INT8.dequantize(tensors, columns, dtype)
         return rows.view(moved).movedim(0, how.axis)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All weights that are held, as float tensors, by name."""
+        return {name: self.weight_of(name) for name in self.__dict__.get("held", {})}
 
     def rows_of(self, name: str, index: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows of a weight of 2 dimensions as float tensors, shape (*index.shape, columns)."""
