@@ -30,6 +30,14 @@ STATIC = {"x86": 0.031, "fbgemm": 0.034, "onednn": 0.018, "qnnpack": 0.017}
 
 
 @pytest.mark.parametrize("backend", STATIC)
+def test_c9_static_quantization_is_close(backend):
+    net, x = warmed(ConvNet(eager)), images(32)
+    fused = fuse_modules(net, ConvNet.fusible)
+    fused.qconfig = get_default_qconfig(backend)
+    assert error(quantize(fused, run, [x])(x), net(x)) <= 1.1 * STATIC[backend]
+
+
+@pytest.mark.parametrize("backend", STATIC)
 def test_c9_static_quantization_is_no_worse_than_torchs(ao, backend):
     from torch.ao.nn.quantized import FloatFunctional as TorchFunctional
 
@@ -42,7 +50,7 @@ def test_c9_static_quantization_is_no_worse_than_torchs(ao, backend):
             errors.append(error(mode.quantize(fused, run, [x])(x), net(x)))
         except RuntimeError as reason:
             pytest.skip(f"torch has no such engine here: {reason}")
-    assert errors[0] <= 1.1 * errors[1] and errors[0] <= 1.1 * STATIC[backend]
+    assert errors[0] <= 1.1 * errors[1]
 
 
 def test_c9_one_call_is_the_same_as_its_steps():
@@ -106,11 +114,15 @@ DYNAMIC = {"qint8": 5.6e-3, "float16": 1.2e-4}
 
 
 @pytest.mark.parametrize("dtype", DYNAMIC)
+def test_c10_dynamic_quantization_is_close(dtype):
+    model, x = Cells().eval(), torch.randn(7, 5, 16)
+    assert error(quantize_dynamic(model, dtype=dtype)(x), model(x)) <= 1.1 * DYNAMIC[dtype]
+
+
+@pytest.mark.parametrize("dtype", DYNAMIC)
 def test_c10_dynamic_quantization_is_no_worse_than_torchs(ao, dtype):
     model, x = Cells().eval(), torch.randn(7, 5, 16)
-    made = quantize_dynamic(model, dtype=dtype)
-    mine = error(made(x), model(x))
-    assert mine <= 1.1 * DYNAMIC[dtype]
+    mine = error(quantize_dynamic(model, dtype=dtype)(x), model(x))
     try:
         assert mine <= 1.1 * error(ao.quantize_dynamic(model, dtype=getattr(torch, dtype))(x), model(x))
     except RuntimeError as reason:
@@ -118,13 +130,18 @@ def test_c10_dynamic_quantization_is_no_worse_than_torchs(ao, dtype):
 
 
 @pytest.mark.parametrize("dtype,most", [("quint8", 0.0043), ("quint4x2", 0.056)])
-def test_c10_embeddings_are_no_worse_than_torchs(ao, dtype, most):
+def test_c10_embeddings_are_close(dtype, most):
     model, index = Tables().eval(), torch.randint(100, (6, 9))
     made = quantize_dynamic(model, dtype=dtype)
     assert isinstance(made.bag, static.EmbeddingBag)
     assert isinstance(made.embedding, static.Embedding) is (dtype == "quint8")
-    mine = error(made.bag(index), model.bag(index))
-    assert mine <= 1.1 * most
+    assert error(made.bag(index), model.bag(index)) <= 1.1 * most
+
+
+@pytest.mark.parametrize("dtype", ["quint8", "quint4x2"])
+def test_c10_embeddings_are_no_worse_than_torchs(ao, dtype):
+    model, index = Tables().eval(), torch.randint(100, (6, 9))
+    mine = error(quantize_dynamic(model, dtype=dtype).bag(index), model.bag(index))
     assert mine <= 1.1 * error(ao.quantize_dynamic(model, dtype=getattr(torch, dtype)).bag(index), model.bag(index))
 
 
