@@ -3,7 +3,7 @@
 Imports: everything below ``nn`` included. Never: transformers.
 """
 
-from quanto_hf.flow.calibration import Calibration, calibrate, run_batch
+from quanto_hf.flow.calibration import Calibration, calibrate
 from quanto_hf.flow.compare import compare
 from quanto_hf.flow.comparison import Comparison, LayerRow
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
@@ -52,7 +52,6 @@ __all__ = [
     "replace_modules",
     "report",
     "requantize",
-    "run_batch",
     "smooth",
     "windows",
 ]
