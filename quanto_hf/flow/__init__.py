@@ -3,12 +3,15 @@
 Imports: everything below ``nn`` included. Never: transformers.
 """
 
-from quanto_hf.flow.calibration import Calibration, calibrate, run_batch
+from quanto_hf.flow.calibration import Calibration, calibrate
 from quanto_hf.flow.codebooks import codebooks_of, warn_of_codebooks
+from quanto_hf.flow.compare import compare
+from quanto_hf.flow.comparison import Comparison, LayerRow
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
 from quanto_hf.flow.patterns import first_match, matches
 from quanto_hf.flow.plan import Choice, Plan, apply_plan, make_plan, quantized, replace_modules
 from quanto_hf.flow.report import Report, Row, not_quantizable, report
+from quanto_hf.flow.smooth import Fold, Smoothing, smooth
 from quanto_hf.flow.verbs import (
     ACTIVATIONS,
     activation_type,
@@ -24,15 +27,20 @@ __all__ = [
     "ACTIVATIONS",
     "Calibration",
     "Choice",
+    "Comparison",
     "Evaluation",
+    "Fold",
+    "LayerRow",
     "Plan",
     "Report",
     "Row",
+    "Smoothing",
     "activation_type",
     "apply_plan",
     "as_patterns",
     "calibrate",
     "codebooks_of",
+    "compare",
     "dequantize",
     "evaluate",
     "first_match",
@@ -46,7 +54,7 @@ __all__ = [
     "replace_modules",
     "report",
     "requantize",
-    "run_batch",
+    "smooth",
     "warn_of_codebooks",
     "windows",
 ]

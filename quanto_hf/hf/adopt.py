@@ -35,6 +35,7 @@ def quantize(model: nn.Module, weights: Any = "int8", activations: Any = None, *
 
 def _adopt(model: Any, weights: Any, activations: Any, kwargs: dict[str, Any]) -> None:
     from quanto_hf.hf.quantizer import QuantoHfQuantizer
+    from quanto_hf.hf.saving import save_whole_models
 
     fit = kwargs.get("optimizer")
     config = QuantoConfig(
@@ -49,5 +50,6 @@ def _adopt(model: Any, weights: Any, activations: Any, kwargs: dict[str, Any]) -
     quantizer = QuantoHfQuantizer(config, pre_quantized=False)
     quantizer.describe(model)
     model.hf_quantizer = quantizer
+    save_whole_models(type(model))
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method

@@ -8,7 +8,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quanto_hf.fit import FITS
 from quanto_hf.flow import ACTIVATIONS, Choice, activation_type
-from quanto_hf.io import FORMAT_VERSION, check_version
+from quanto_hf.io import FORMAT_VERSION, INTERRUPTED, check_version, refuse_interrupted
 from quanto_hf.qtypes import weight_names
 from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL, is_aqlm_name
 
@@ -160,7 +160,10 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
         Raises:
             ValueError: a key is not known (keys of older format versions are dropped), or a value is not allowed.
+            CheckpointError: the folder holds files of two models, because a save was interrupted.
         """
+        if INTERRUPTED in config_dict:
+            refuse_interrupted(config_dict[INTERRUPTED])
         known = {f.name for f in fields(cls)}
         version = config_dict.get("format_version", FORMAT_VERSION)
         check_version(version)

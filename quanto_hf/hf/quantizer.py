@@ -17,6 +17,7 @@ from quanto_hf.hf.merging import merge_late
 from quanto_hf.hf.offload import add_to_index, folder_of, offload_hooks, use_in_place
 from quanto_hf.hf.register import register
 from quanto_hf.hf.replace import finish_prepared, replace_by_plan
+from quanto_hf.hf.saving import save_whole_models
 from quanto_hf.hf.sizes import Kept, Transient, kept_dtypes, largest_transient, loaded_element_size, lower_by_transient
 from quanto_hf.hf.skips import default_skips
 from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_modules
@@ -54,6 +55,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self._headers: dict[str, TensorSpec] | None = None
         self._device_map: Any = None
         self._files: list[str] = []
+        self._conversions: list[Any] = []
         self._deferred: Deferred | None = None
         # what is known of the model once its layers are replaced: sizes are asked for parts of it too
         self.kept: Kept = []
@@ -157,7 +159,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         are read, so the check of the checkpoint is here."""
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
         if not self.pre_quantized:
-            conversions = merge_late(conversions)
+            conversions = self._conversions = merge_late(conversions)
         if self._headers is not None:
             # a copy: conversions remember which names they have seen
             seen = copy.deepcopy(conversions)
@@ -184,17 +186,20 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------- while loading
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether this is the float weight of a quantized layer."""
-        return waits_for_weight(model, param_name)
+        """Whether this is the float weight of a quantized layer, or is merged or split and goes to disk."""
+        later = self._later()
+        return waits_for_weight(model, param_name) or (later is not None and later.wants(model, param_name))
 
     def get_quantize_ops(self) -> QuantizeWeights:
-        """The operation that quantizes one weight. What goes to disk is quantized after loading."""
-        if self._deferred is None and self._has_disk():
-            self._deferred = Deferred(self._device_map, self._files)
-        return QuantizeWeights(self._deferred)
+        """The operation that quantizes one weight. What goes to disk is made after loading."""
+        return QuantizeWeights(self._later())
 
-    def _has_disk(self) -> bool:
-        return isinstance(self._device_map, dict) and "disk" in self._device_map.values()
+    def _later(self) -> Deferred | None:
+        """What goes to disk, if anything does."""
+        has_disk = isinstance(self._device_map, dict) and "disk" in self._device_map.values()
+        if self._deferred is None and has_disk:
+            self._deferred = Deferred(self._device_map, self._files, self._conversions)
+        return self._deferred
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype in which a tensor of a quantized checkpoint is loaded. Scales keep theirs: a model that keeps a
@@ -215,6 +220,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self._finish_layers(model)
         config = self.quantization_config
         self.describe(model)
+        save_whole_models(type(model))
         if config.dequantize:
             self.dequantize(model)
         return model
@@ -231,15 +237,16 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def _finish_offload(self, model: Any) -> None:
         """Write what goes to disk, and use it, and the checkpoint's own files, in place."""
         hooks = offload_hooks(model)
-        if self._deferred is not None and self._deferred.layers:
+        if self._deferred is not None and self._deferred.taken:
             folder = folder_of(hooks)
             if folder is None:
                 raise ValueError(
-                    f"device_map leaves {len(self._deferred.layers)} quantized weights on disk, but no offload_folder "
-                    "says where; give offload_folder=... to from_pretrained, or save the model quantized and load that"
+                    f"device_map leaves {len(self._deferred.taken)} weights on disk that are quantized or merged now, "
+                    "but no offload_folder says where; give offload_folder=... to from_pretrained, or save the model "
+                    "quantized and load that"
                 )
             add_to_index(hooks, self._deferred.write(model, folder))
-        self._deferred = None
+        self._deferred, self._conversions = None, []
         if hooks:
             use_in_place(model, hooks)
 

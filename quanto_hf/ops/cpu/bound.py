@@ -56,7 +56,7 @@ def bind(
         if activations is None:
             raise ValueError("x_scale is the scale of rounded activations, and activations=None rounds none; name both")
     stored = [tensor for tensor in (packed, scale, zero, x_scale) if tensor is not None]
-    if NATIVE is None or reference_only() or not packed.numel():
+    if reference_only() or NATIVE is None or not packed.numel():
         return None
     if watched() or not all(map(is_plain, stored)):
         return None

@@ -23,6 +23,8 @@ namespace {
 #include "ahead.h"
 #include "bf16_blocks.h"
 #include "late.h"
+#include "row_lanes.h"
+#include "gemv_lanes.h"
 #include "gemv_bf16.h"
 #include "gemm_bf16.h"
 #include "int8.h"

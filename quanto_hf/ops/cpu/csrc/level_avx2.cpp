@@ -25,6 +25,7 @@ namespace {
 #include "int8_wide_gemm.h"
 #include "int8_x_groups.h"
 #include "int8_dot_madd.h"
+#include "row_lanes.h"
 #include "int8_groups.h"
 #include "linear_int8.h"
 #include "aqlm_decode.h"

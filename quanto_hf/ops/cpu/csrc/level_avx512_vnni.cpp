@@ -25,6 +25,7 @@ namespace {
 #include "int8_gemm.h"
 #include "int8_x_groups.h"
 #include "int8_dot_vnni.h"
+#include "row_lanes.h"
 #include "int8_groups.h"
 #include "int8_rows.h"
 #include "linear_int8.h"
