@@ -102,7 +102,10 @@ def make_plan(
             reason = f"its weight is tied to {shared[name]}"
         if reason is None:
             chosen = choice.override(values)
-            reason = _refusal(chosen, module)
+            try:
+                reason = _refusal(chosen, module)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         if reason is None:
             plan.chosen[name] = chosen
         else:

@@ -110,11 +110,6 @@ def quantize(
         skip={} if include is not None else skip,
         overrides=overrides,
     )
-    for name, chosen in plan.chosen.items():
-        try:
-            chosen.scheme()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
     warn_of_codebooks(model, plan)
     apply_plan(model, plan, kind, static_activations)
     if learn_scales:
