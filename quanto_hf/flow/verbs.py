@@ -12,7 +12,6 @@ from torch import nn
 from quanto_hf.fit import Fit
 from quanto_hf.flow.plan import Choice, apply_plan, make_plan, quantized, replace_modules
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
-from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.qtypes import QType, qtype
 from quanto_hf.schemes import scheme_from_dict
 
@@ -95,6 +94,8 @@ def quantize(
     choice = Choice(weights, group_size, symmetric, optimizer)
     choice.scheme()
     kind = activation_type(activations)
+    if static_activations and kind is None:
+        raise ValueError("static_activations=True without activations; add activations='int8' or 'float8'")
     skip = {
         name: "output heads stay float by default"
         for name, _ in model.named_modules()
@@ -109,17 +110,7 @@ def quantize(
         skip={} if include is not None else skip,
         overrides=overrides,
     )
-    for name, chosen in plan.chosen.items():
-        try:
-            chosen.scheme()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    apply_plan(model, plan, kind, static_activations)
-    if learn_scales:
-        for name in plan.chosen:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, LearnedScales)
-            layer.learn_scales()
+    apply_plan(model, plan, kind, static_activations, learn_scales)
     return model
 
 

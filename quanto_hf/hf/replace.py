@@ -28,6 +28,10 @@ def empty_module(module: nn.Module, choice: Choice, config: QuantoConfig, pre_qu
         layer = quantized(module, choice.scheme(), activation_type(config.activations), choice.fit, static)
         weight = torch.empty(layer.weight_shape, dtype=layer.weight_dtype, device="meta")
         layer.make_empty()
+        for name, parameter in layer._parameters.items():
+            # of a module that is not on meta itself, and keeps its own
+            if parameter is not None and parameter.device.type != "meta":
+                layer._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
     if config.qat:
         for name in layer.stored_names:
             del layer._parameters[name]
