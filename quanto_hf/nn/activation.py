@@ -40,8 +40,14 @@ def fake_quantize(x: torch.Tensor, qtype: QType, group: int = TOKEN, scale: torc
         return quantized + (x - x.detach())
     # inside of the range d/dx is 1 and d/dscale is the rounding error in steps; outside d/dscale is the last number
     step = scale_gradient(scale, 1 / (max(x.numel(), 1) * qtype.qmax) ** 0.5)
-    inside = (x.float() / step).clamp(qtype.qmin, qtype.qmax)
-    surrogate = (inside + (rounded / scale - inside).detach()) * step
+    # as they are written down: derivatives of a division overflow where a scale is next to 0
+    with torch.no_grad():
+        # of rounding, a scale of 0 counts as 1
+        used = torch.where(scale == 0, torch.ones_like(scale), scale)
+        steps, number = x.float() / used, rounded / used
+        inside = (steps >= qtype.qmin) & (steps <= qtype.qmax)
+        by_step = torch.where(inside, number - steps, number)
+    surrogate = x.float().where(inside, torch.zeros_like(rounded)) + step * by_step
     return quantized + (surrogate - surrogate.detach()).to(x.dtype)
 
 
