@@ -97,7 +97,7 @@ class QuantizedInput(nn.Module):
             if value.numel() != 1 or (value.device.type != "meta" and not bool(torch.isfinite(value) & (value > 0))):
                 raise ValueError(f"the scale of an input is one positive number, not {scale}")
             value = value if device is None else value.to(device)
-        self._hold_scale(value, self.trains_input_scale)
+        self._hold_scale(value, self.trains_input_scale or self.learns)
 
     def make_dynamic(self) -> None:
         """Let go of the scale: from now on one is found for each token."""
@@ -111,6 +111,11 @@ class QuantizedInput(nn.Module):
         if scale is not None and train != self.trains_input_scale:
             # the sign of a trained scale means nothing
             self._hold_scale(scale.detach() if train else scale.detach().abs(), train)
+
+    @property
+    def learns(self) -> bool:
+        """Whether scales are trained; a module with a weight knows."""
+        return False
 
     @property
     def trains_input_scale(self) -> bool:

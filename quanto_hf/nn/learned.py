@@ -55,12 +55,14 @@ class LearnedScales(QuantizedWeight):
         return (*super().kept_names, SCALE, ZERO)
 
     def expect_learned(self) -> None:
-        """Hold empty scales (and zeros) on meta, for a state dict to fill."""
+        """Hold empty scales (and zeros) on meta, for a state dict to fill, as :meth:`learn_scales` would."""
         for name, spec in self.scheme.tensors(self.matrix_shape, self.weight_dtype).items():
             if name in ("scale", "zero"):
                 self._parameters[f"learned_{name}"] = nn.Parameter(
                     torch.empty(spec.shape, dtype=torch.float32, device="meta")
                 )
+        if isinstance(self, QuantizedInput):
+            self.train_input_scale(True)
 
     def sources(self) -> dict[str, torch.Tensor]:
         """The tensors from which the rounded numbers are computed, by name: those that may have a gradient."""

@@ -71,7 +71,7 @@ def test_training_scales_lowers_an_error_that_the_fit_leaves():
     optimizer, losses = torch.optim.Adam([layer.learned_scale, layer.learned_zero], 1e-2), []
     for _ in range(40):
         loss = (layer(x) - wanted).square().mean()
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -117,7 +117,7 @@ def test_a_scale_below_0_has_a_gradient_that_leads_on():
     losses = []
     for _ in range(30):
         loss = (layer(x) - wanted).square().mean()
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -137,10 +137,17 @@ def test_calibrating_again_keeps_the_parameter_that_an_optimizer_knows():
     assert layer.input_scale is known and known.item() == 0.5 and known.requires_grad
 
 
+def test_a_scale_that_is_calibrated_later_is_trained_too():
+    layer = QLinear.from_module(nn.Linear(K, N), make_scheme("int4"), qint8)
+    layer.learn_scales()
+    layer.make_static(0.5)
+    assert "input_scale" in dict(layer.named_parameters())
+
+
 def test_a_frozen_layer_has_nothing_to_learn():
     layer = QLinear.from_module(nn.Linear(K, N), make_scheme("int4"))
     layer.freeze()
-    with pytest.raises(ValueError, match="is frozen: its scales cannot be learned. Prepare the float model"):
+    with pytest.raises(ValueError, match=r"is frozen: its scales cannot be learned. Prepare the float model"):
         layer.learn_scales()
 
 
