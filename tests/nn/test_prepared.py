@@ -229,25 +229,19 @@ def test_no_second_float_copy_is_kept_for_the_backward_pass():
 # ------------------------------------------------------------------------------------------------------ torch's modes
 
 
-COMPILED = {name: INPUTS[name] for name in ("weight-only", "x-int8", "x-int8-static")}
-
-
 @every_weight
-@pytest.mark.parametrize("activations, static", COMPILED.values(), ids=COMPILED)
-def test_a_compiled_frozen_layer_is_one_graph(weights, activations, static):
+def test_a_compiled_frozen_layer_with_a_static_scale_is_one_graph(weights):
     torch._dynamo.reset()
-    packed, x = frozen(prepared(weights, activations, static)), torch.randn(3, K)
+    packed, x = frozen(prepared(weights, "int8", static=True)), torch.randn(3, K)
     with torch.no_grad():
         made = torch.compile(packed, fullgraph=True, backend="aot_eager")(x)
         torch.testing.assert_close(made, packed(x), rtol=1e-5, atol=1e-5)
 
 
 # the fit is traced with the rest: 10 s for int8 with absmax, 30 s for the search of int4
-@pytest.mark.parametrize("activations, static", [INPUTS["x-int8-static"]], ids=["x-int8-static"])
-@pytest.mark.parametrize("weights", ["int8"])
-def test_a_compiled_prepared_layer_gives_numbers_and_gradients_of_the_eager_one(weights, activations, static):
+def test_a_compiled_prepared_layer_gives_numbers_and_gradients_of_the_eager_one():
     torch._dynamo.reset()
-    layer, grad = prepared(weights, activations, static), torch.randn(3, N)
+    layer, grad = prepared("int8", "int8", static=True), torch.randn(3, N)
     one, two = (torch.linspace(-3, 3, 3 * K).reshape(3, K).requires_grad_() for _ in range(2))
     compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager")
     made, wanted = compiled(one), layer(two)
