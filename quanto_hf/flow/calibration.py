@@ -73,9 +73,11 @@ class Calibration:
         self._make = _maker(observer, momentum, percentile) if isinstance(observer, str) else observer
 
     def __enter__(self) -> "Calibration":
-        for module in self.layers.values():
-            assert module.activations is not None
-            module.start_observing(self._make(module.activations))
+        kinds = {name: module.activations for name, module in self.layers.items()}
+        # all of them first: a function of the user may raise
+        observers = {name: self._make(kind) for name, kind in kinds.items() if kind is not None}
+        for name, observer in observers.items():
+            self.layers[name].start_observing(observer)
         return self
 
     def __exit__(
@@ -84,6 +86,7 @@ class Calibration:
         observers = {name: module.stop_observing() for name, module in self.layers.items()}
         if kind is not None:
             return
+        # all of them before the first layer is changed: one may have seen what is no number
         found = {name: _scale(name, o) if self.layers[name].observed else None for name, o in observers.items()}
         for name, scale in found.items():
             module = self.layers[name]
@@ -168,6 +171,9 @@ def _scale(name: str, observer: nn.Module | None) -> torch.Tensor:
     """
     assert isinstance(observer, Observer)
     try:
-        return observer.calculate_qparams()[0]
+        scale = observer.calculate_qparams()[0]
     except RuntimeError as reason:
         raise ValueError(f"{name}: {reason}") from None
+    if scale.numel() != 1:
+        raise ValueError(f"{name}: {type(observer).__name__} finds {scale.numel()} scales, and an input has one")
+    return scale

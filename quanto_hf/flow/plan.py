@@ -11,6 +11,7 @@ from torch import nn
 from quanto_hf.fit import Fit
 from quanto_hf.flow.patterns import first_match, unmatched
 from quanto_hf.nn import QuantizedWeight, qmodule_for
+from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme, make_scheme
 
@@ -100,6 +101,8 @@ def make_plan(
             reason = f"an override leaves {first_match(name, overrides)!r} in float"
         if reason is None and name in shared:
             reason = f"its weight is tied to {shared[name]}"
+        if reason is None and module._parameters.get("weight") is None:
+            reason = "its weight is computed from other parameters (a weight norm, pruning): make it one first"
         if reason is None:
             chosen = choice.override(values)
             try:
@@ -146,15 +149,33 @@ def _reason(name: str, include: list[str] | None, exclude: list[str], skip: Mapp
     return None
 
 
-def apply_plan(model: nn.Module, plan: Plan, activations: QType | None = None, static: bool = False) -> None:
+def apply_plan(
+    model: nn.Module, plan: Plan, activations: QType | None = None, static: bool = False, learn: bool = False
+) -> None:
     """Replace each chosen module by its quantized one in state PREPARED, sharing the parameters. In place.
 
     A module that is reachable by two names stays one module.
+
+    Args:
+        model: the model of the plan.
+        plan: which modules, and how.
+        activations: number type to which their inputs are rounded, or None.
+        static: whether these are rounded with one scale that calibration finds.
+        learn: whether scales are trained.
+
+    Raises:
+        ValueError: a module cannot be quantized so; the text names it, and nothing has been changed.
     """
     made: dict[nn.Module, nn.Module] = {}
     for name, choice in plan.chosen.items():
         module = model.get_submodule(name)
-        made[module] = quantized(module, choice.scheme(), activations, choice.fit, static)
+        try:
+            made[module] = layer = quantized(module, choice.scheme(), activations, choice.fit, static)
+            if learn:
+                assert isinstance(layer, LearnedScales)
+                layer.learn_scales()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     replace_modules(model, made)
     for name, reason in plan.left.items():
         # read by flow.report

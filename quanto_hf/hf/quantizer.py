@@ -11,6 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from quanto_hf.flow import Choice, Plan, dequantize, make_plan, not_quantizable, warn_of_codebooks
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.deferred import Deferred
+from quanto_hf.hf.flags import flags, refuse_mixed
 from quanto_hf.hf.legacy import LegacyHooks
 from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, waits_for_weight
 from quanto_hf.hf.merging import merge_late
@@ -22,7 +23,6 @@ from quanto_hf.hf.sizes import Kept, Transient, kept_dtypes, largest_transient, 
 from quanto_hf.hf.skips import default_skips
 from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_modules
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
-from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import TensorSpec
 
@@ -229,10 +229,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         """Bring the config up to date with the layers of a model, which calibration and freezing change."""
         config = self.quantization_config
         config.schemes, config.format_version = describe_modules(model), FORMAT_VERSION
-        layers = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
-        config.qat = any(not layer.is_frozen for layer in layers)
-        config.learn_scales = any(isinstance(layer, LearnedScales) and layer.learns for layer in layers)
-        config.static_activations = any(isinstance(layer, QuantizedInput) and layer.is_static for layer in layers)
+        for flag, layers in flags(model).items():
+            setattr(config, flag, any(layers.values()))
 
     def _finish_offload(self, model: Any) -> None:
         """Write what goes to disk, and use it, and the checkpoint's own files, in place."""
@@ -304,6 +302,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         Of an offloaded model transformers splits it into files in the order in which it comes, of others in its own
         order: so that both give the same files, it comes in that order.
         """
+        refuse_mixed(model)
         # config.json is written after this
         self.describe(model)
         metadata = {"quanto_hf_format": str(FORMAT_VERSION)}

@@ -31,9 +31,10 @@ def empty_module(
         layer = quantized(module, choice.scheme(), activation_type(config.activations), choice.fit, static, cls)
         weight = torch.empty(layer.weight_shape, dtype=layer.weight_dtype, device="meta")
         layer.make_empty()
-        for name, held in layer._parameters.items():
-            if held is not None:
-                layer._parameters[name] = nn.Parameter(held.to("meta"), requires_grad=held.requires_grad)
+        for name, parameter in layer._parameters.items():
+            # of a module that is not on meta itself, and keeps its own
+            if parameter is not None and parameter.device.type != "meta":
+                layer._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
     if config.qat:
         for name in layer.stored_names:
             del layer._parameters[name]

@@ -9,6 +9,7 @@ from quanto_hf.ops.cpu.call import CODES, FLOAT_TYPES
 from quanto_hf.ops.cpu.library import NATIVE, REASON
 from quanto_hf.ops.registry import reference_only
 from quanto_hf.ops.scratch import scratch
+from quanto_hf.ops.watched import watched
 
 # The numbers of csrc/common.h.
 FITS = {"range": 0, "mse": 1, "hqq": 2}
@@ -44,8 +45,8 @@ def refuses_quantize(rows: torch.Tensor, out: dict[str, torch.Tensor], group_siz
     # also under torch.compile and FakeTensorMode, where there is no memory to point at
     if type(rows) is not torch.Tensor or any(type(t) is not torch.Tensor for t in out.values()):
         return "it takes plain tensors only"
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot follow it"
+    if torch.compiler.is_compiling() or watched():
+        return "torch.compile and other modes of torch cannot follow it"
     if group_size > 0 and group_size % LANES:
         return f"the group size is no multiple of {LANES}"
     return None
