@@ -3,9 +3,12 @@
 Imports: everything below ``nn`` included. Never: transformers.
 """
 
+from quanto_hf.flow.aqlm_making import freeze_aqlm
+from quanto_hf.flow.aqlm_tuning import tune_blocks, tune_codebooks, tune_end_to_end
 from quanto_hf.flow.calibration import Calibration, calibrate, run_batch
 from quanto_hf.flow.codebooks import codebooks_of, warn_of_codebooks
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
+from quanto_hf.flow.moments import collect_moments
 from quanto_hf.flow.patterns import first_match, matches
 from quanto_hf.flow.plan import Choice, Plan, apply_plan, make_plan, quantized, replace_modules
 from quanto_hf.flow.report import Report, Row, not_quantizable, report
@@ -33,10 +36,12 @@ __all__ = [
     "as_patterns",
     "calibrate",
     "codebooks_of",
+    "collect_moments",
     "dequantize",
     "evaluate",
     "first_match",
     "freeze",
+    "freeze_aqlm",
     "make_plan",
     "matches",
     "not_quantizable",
@@ -47,6 +52,9 @@ __all__ = [
     "report",
     "requantize",
     "run_batch",
+    "tune_blocks",
+    "tune_codebooks",
+    "tune_end_to_end",
     "warn_of_codebooks",
     "windows",
 ]
