@@ -133,9 +133,7 @@ def _make(
     return found._asdict()
 
 
-def _parts(
-    layers: dict[str, QuantizedWeight], moment_bytes: int | None
-) -> Iterator[dict[str, QuantizedWeight]]:
+def _parts(layers: dict[str, QuantizedWeight], moment_bytes: int | None) -> Iterator[dict[str, QuantizedWeight]]:
     """Layers in the order of the model, as many at a time as their moments fit; None: one at a time."""
     part: dict[str, QuantizedWeight] = {}
     size = 0
@@ -195,9 +193,10 @@ class _Bar:
 
     def skip(self, name: str) -> None:
         """A layer was there: what is left takes no part of the time so far."""
-        self.bar.initial += self.work[name]
-        self.bar.n += self.work[name]
         self.done += self.work[name]
+        if not self.bar.disable:
+            self.bar.initial += self.work[name]
+            self.bar.n += self.work[name]
 
     def close(self) -> None:
         self.bar.close()

@@ -13,7 +13,7 @@ from quanto_hf.nn import QLinear
 from quanto_hf.schemes import Aqlm
 
 # The learning rate of Adam: a share of the size of codebook entries and scales, which are all about 1 times the scale.
-RATE = 1e-3
+RATE = 3e-3
 
 # A block that is called several times must not add to the cache of the model that was run.
 WITHOUT_CACHE = {"past_key_values": None, "past_key_value": None, "use_cache": False}

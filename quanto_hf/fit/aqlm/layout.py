@@ -39,7 +39,9 @@ class Layout:
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name}={value!r} is not a whole number")
             if value < 1 or (limit is not None and value > limit):
-                raise ValueError(f"{name}={value} is out of range; choose " + (f"1 to {limit}" if limit else "1 or more"))
+                raise ValueError(
+                    f"{name}={value} is out of range; choose " + (f"1 to {limit}" if limit else "1 or more")
+                )
 
     @property
     def size(self) -> int:

@@ -47,9 +47,7 @@ class State:
 
     def fit_codebooks(self) -> None:
         """The codebooks of least error for the codes."""
-        self.codebooks = least_squares(
-            self.codebooks, self.codes, self.targets, self.weights, self.layout, self.metric
-        )
+        self.codebooks = least_squares(self.codebooks, self.codes, self.targets, self.weights, self.layout, self.metric)
 
     def fit_codes(self, beam: int) -> None:
         """Better codes for the codebooks."""

@@ -41,7 +41,9 @@ def test_the_codebooks_have_the_least_error(layout, calibrated, monkeypatch):
     found = books.least_squares(start, codes, targets, weights, layout, metric)
 
     error = layout.to_weight(targets - decode(codes, found)).double()
-    made = float(((error @ hessian.double() * error).sum(1) * weights.double().repeat_interleave(layout.out_group)).sum())
+    made = float(
+        ((error @ hessian.double() * error).sum(1) * weights.double().repeat_interleave(layout.out_group)).sum()
+    )
     best = dense(codes, targets, weights, layout, hessian)
     assert made == pytest.approx(best, rel=1e-4)
 

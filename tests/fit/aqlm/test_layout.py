@@ -54,7 +54,9 @@ def test_wrong_sizes_are_named(values, error, text):
         Layout(*values)
 
 
-@pytest.mark.parametrize("shape, text", [((4, 12), "in_features=12 .* in_group=8"), ((3, 16), "out_features=3 .* out_group=2")])
+@pytest.mark.parametrize(
+    "shape, text", [((4, 12), "in_features=12 .* in_group=8"), ((3, 16), "out_features=3 .* out_group=2")]
+)
 def test_features_that_cannot_be_divided_are_named(shape, text):
     with pytest.raises(ValueError, match=text):
         Layout(1, 8, 2, 8).grid(shape)

@@ -30,7 +30,9 @@ def test_b9_with_data_the_error_of_outputs_is_below_data_free_and_below_int2_gpt
         name: relative(weight, quantize_aqlm(weight, num_codebooks=2, nbits=8, hessian=hessian).dequantize(), held_out)
         for name, hessian in (("free", None), ("data", moment(seen)))
     }
-    others = [relative(weight, gptq(weight, moment(seen), "int2", act_order=order), held_out) for order in (False, True)]
+    others = [
+        relative(weight, gptq(weight, moment(seen), "int2", act_order=order), held_out) for order in (False, True)
+    ]
     # 2 bits, a scale and a zero of 16 bits for 64 columns
     assert layout.bits((512, 512)) <= 2.5
     assert made["data"] < 0.75 * made["free"]

@@ -1,4 +1,4 @@
-"""Beam search: never farther than before, as near as can be with a beam that keeps everything, and native as in torch."""
+"""Beam search: never farther than before, the best of all with a beam that keeps everything, native as in torch."""
 
 import itertools
 
@@ -40,7 +40,9 @@ def test_no_group_ends_farther_away(groups, count, size, width, beam, scale):
 
 def test_a_beam_that_keeps_everything_finds_the_best_of_all():
     targets, books, codes = problem(40, 3, 4, 5)
-    best = torch.stack([squares(targets, books, torch.tensor([c]).expand(40, 3)) for c in itertools.product(range(4), repeat=3)])
+    best = torch.stack(
+        [squares(targets, books, torch.tensor([c]).expand(40, 3)) for c in itertools.product(range(4), repeat=3)]
+    )
     search(targets, books, codes, 64)
     assert torch.allclose(squares(targets, books, codes), best.min(0).values)
 

@@ -12,8 +12,8 @@ from quanto_hf.ops.cpu.aqlm_fit import native_sweep
 
 # layout, rows, columns
 CASES = [
-    (Layout(1, 4, 1, 8), 1, 8), (Layout(2, 5, 1, 8), 70, 64), (Layout(3, 3, 2, 5), 10, 65), (Layout(1, 8, 1, 16), 33, 48),
-    (Layout(2, 4, 3, 1), 9, 31),
+    (Layout(1, 4, 1, 8), 1, 8), (Layout(2, 5, 1, 8), 70, 64), (Layout(3, 3, 2, 5), 10, 65),
+    (Layout(1, 8, 1, 16), 33, 48), (Layout(2, 4, 3, 1), 9, 31),
 ]  # fmt: skip
 
 
