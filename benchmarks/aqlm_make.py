@@ -52,7 +52,9 @@ def errors(size: int) -> None:
     print(f"{'weight':9}{'method':18}{'bits':>6}{'relW':>8}{'relY':>8}{'s / M':>8}  prototype, s")
     for name, weight in weights(size).items():
 
-        def row(method: str, bits: float, made: torch.Tensor, seconds: float, before: str = "") -> None:
+        def row(
+            method: str, bits: float, made: torch.Tensor, seconds: float, before: str = "", weight=weight, name=name
+        ) -> None:
             error = weight - made
             rel_w = float(error.norm() / weight.norm())
             rel_y = float((held_out @ error.T).norm() / (held_out @ weight.T).norm())

@@ -37,8 +37,8 @@ def freeze_aqlm(
 
     Args:
         model: after ``quantize(model, "aqlm-2x8")``.
-        data: batches that can be read several times: a list, a DataLoader without shuffling. A batch is a dict of keyword
-            arguments, a tuple of positional ones, or one argument. None: from the weights alone.
+        data: batches that can be read several times: a list, a DataLoader without shuffling. A batch is a dict of
+            keyword arguments, a tuple of positional ones, or one argument. None: from the weights alone.
         folder: where finished layers are kept, so that the same call goes on after an interruption.
         seed: see :func:`quanto_hf.fit.aqlm.quantize_aqlm`.
         iterations: see there.
@@ -151,7 +151,8 @@ def _warn_unseen(names: list[str]) -> None:
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         warnings.warn(
-            f"no data reached {len(names)} layers: {', '.join(names[:3])}{more}; they are made from their weights alone",
+            f"no data reached {len(names)} layers: {', '.join(names[:3])}{more}; they are made from their weights "
+            f"alone",
             stacklevel=3,
         )
 

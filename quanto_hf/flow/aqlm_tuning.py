@@ -47,9 +47,10 @@ class _Trained:
         cut = groups.view(rows, columns, *self.codebooks.shape[2:]) * (self.start * self.gain.exp() * self.size)
         return cut.transpose(1, 2).reshape(self.layer.out_features, self.layer.in_features)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = self.layer.bias
-        return F.linear(x, self.weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        bias: torch.Tensor | None = self.layer._parameters["bias"]
+        weight = self.weight().to(input.dtype)
+        return F.linear(input, weight, None if bias is None else bias.to(input.dtype))
 
     def values(self) -> list[torch.Tensor]:
         """What is trained."""
@@ -120,7 +121,7 @@ def tune_codebooks(
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
             for step in range(steps):
                 optimizer.zero_grad(set_to_none=True)
-                loss(module, batches[step % len(batches)]).backward()
+                loss(module, batches[step % len(batches)]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
                 if progress is not None:

@@ -58,7 +58,7 @@ class LayerStore:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not a dict)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
         except (SafetensorError, OSError) as error:
             return self._refused(path, f"it cannot be read ({error})")
         if metadata.get("identity") != self._identity(name, identity):

@@ -28,8 +28,8 @@ class State:
         self.codebooks, self.codes = start(self.targets, self.weights, layout, seed)
 
     def set_scales(self, scales: torch.Tensor) -> None:
-        """Take these scales, shape (row groups,). The codebooks have to make the weight over its scales; 0 where a scale
-        is 0."""
+        """Take these scales, shape (row groups,). The codebooks have to make the weight over its scales, or 0 where a
+        scale is 0."""
         self.scales = scales
         self.targets = torch.where(scales[:, None, None] == 0, 0.0, self.groups / scales[:, None, None])
         # what an error of a row group counts, which is made in units of its scale

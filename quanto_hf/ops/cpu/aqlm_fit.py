@@ -1,4 +1,4 @@
-"""The native loops that make additive codebooks (csrc/aqlm_fit.h), called with tensors: the last step, after every check.
+"""The native loops that make additive codebooks (csrc/aqlm_fit.h), called with tensors, after every check.
 
 All tensors are plain, contiguous and on the CPU, floats are float32, codes int32 from 0.
 """
