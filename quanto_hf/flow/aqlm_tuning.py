@@ -211,8 +211,9 @@ def tune_blocks(
 
         def difference(module: nn.Module, batch: Any) -> torch.Tensor:
             args, kwargs, wanted = batch
-            made = _first(module(*args, **kwargs)).float()
-            return (made - wanted.float()).square().mean() / wanted.float().square().mean().clamp(min=1e-30)
+            made, exact = _first(module(*args, **kwargs)).float(), wanted.float()
+            error: torch.Tensor = (made - exact).square().mean() / exact.square().mean().clamp(min=1e-30)
+            return error
 
         found[name] = tune_codebooks(block, batches, difference, epochs=epochs, rate=rate)
     return found

@@ -58,7 +58,7 @@ class Metric:
         return layout.to_groups(rows)
 
     def look_ahead(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The factors of ``hessian = V D V^T``: V unit upper block triangular, D block diagonal with blocks of in_group.
+        """The factors of ``hessian = V D V^T``: V unit upper block triangular, D block diagonal by column groups.
 
         D_j is what an error of column group j costs when all columns to its right may make up for it.
 

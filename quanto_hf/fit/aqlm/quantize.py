@@ -65,7 +65,7 @@ def quantize_aqlm(
         nbits: bits of a code, 1 to 16; a codebook has ``2 ** nbits`` vectors.
         out_group: rows of a group, which share a scale.
         in_group: columns of a group.
-        hessian: the second moment of the layer's inputs, ``X.T @ X / n`` (:func:`quanto_hf.flow.collect_moments`), shape
+        hessian: second moment of the inputs, ``X.T @ X / n`` (:func:`quanto_hf.flow.collect_moments`), shape
             (in_features, in_features), or None. 1 % of the mean of its diagonal is added.
         seed: of the first vectors of k-means.
         iterations: rounds of the three steps; None is 5 without and 2 with a ``hessian``.
@@ -76,7 +76,7 @@ def quantize_aqlm(
 
     Raises:
         TypeError: a size is not a whole number.
-        ValueError: a value is out of range, the features cannot be divided into groups, the weight or the ``hessian`` is
+        ValueError: a value is out of range, the features cannot be divided into groups, the weight or ``hessian`` is
             not finite. Before anything is computed.
 
     Example:
