@@ -24,7 +24,7 @@ class Layout:
 
     Example:
         >>> Layout(2, 8).bits((4096, 4096))
-        2.00927734375
+        2.0078125
     """
 
     num_codebooks: int
@@ -109,7 +109,7 @@ def decode(codes: torch.Tensor, codebooks: torch.Tensor) -> torch.Tensor:
     total = codebooks[0].index_select(0, flat[:, 0])
     for k in range(1, codebooks.shape[0]):
         total += codebooks[k].index_select(0, flat[:, k])
-    return total.view(*codes.shape[:-1], -1)
+    return total.view(*codes.shape[:-1], codebooks.shape[-1])
 
 
 def stored_codes(codes: torch.Tensor, layout: Layout) -> torch.Tensor:

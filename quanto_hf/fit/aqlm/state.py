@@ -28,8 +28,8 @@ class State:
         self.codebooks, self.codes = start(self.targets, self.weights, layout, seed)
 
     def set_scales(self, scales: torch.Tensor) -> None:
-        """Take these scales, shape (row groups,). The codebooks have to make the weight over its scales; 0 where a scale
-        is 0."""
+        """Take these scales, shape (row groups,). The codebooks have to make the weight over its scales, or 0 where a
+        scale is 0."""
         self.scales = scales
         self.targets = torch.where(scales[:, None, None] == 0, 0.0, self.groups / scales[:, None, None])
         # what an error of a row group counts, which is made in units of its scale
@@ -55,13 +55,31 @@ class State:
             count, width = self.layout.num_codebooks, self.layout.width
             search(self.targets.view(-1, width), self.codebooks, self.codes.view(-1, count), beam)
             return
-        error = self.layout.to_weight(self.targets - decode(self.codes, self.codebooks))
-        metric = self.metric
-        gradient = product(error, metric.hessian)
-        sweep(
-            gradient, metric.hessian, metric.lower, metric.inverse,
-            self.codebooks, self.codes, self.layout.out_group, beam,
-        )  # fmt: skip
+        metric, made = self.metric, decode(self.codes, self.codebooks)
+        gradient = product(self.layout.to_weight(self.targets - made), metric.hessian)
+        self._sweep(gradient, None, metric.hessian, metric.lower, metric.inverse, beam)
+
+    def set_metric(self, metric: Metric, beam: int) -> None:
+        """Go on with the error of outputs, and choose codes for it that look ahead."""
+        self.metric = metric
+        factors = metric.look_ahead()
+        if factors is None:
+            self.fit_codes(beam)
+            return
+        upper, lower = factors
+        weight = self.layout.to_weight(self.targets)
+        self._sweep(weight.clone(), weight, upper, lower, lower, beam)
+
+    def _sweep(
+        self,
+        state: torch.Tensor,
+        weight: torch.Tensor | None,
+        follow: torch.Tensor,
+        lower: torch.Tensor,
+        to: torch.Tensor,
+        beam: int,
+    ) -> None:
+        sweep(state, weight, follow, lower, to, self.codebooks, self.codes, self.layout.out_group, beam)
 
     def round(self, dtype: torch.dtype, beam: int) -> None:
         """Round codebooks and scales to the dtype in which they are stored, and then choose the codes.

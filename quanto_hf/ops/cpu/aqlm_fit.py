@@ -1,4 +1,4 @@
-"""The native loops that make additive codebooks (csrc/aqlm_fit.h), called with tensors: the last step, after every check.
+"""The native loops that make additive codebooks (csrc/aqlm_fit.h), called with tensors, after every check.
 
 All tensors are plain, contiguous and on the CPU, floats are float32, codes int32 from 0.
 """
@@ -45,10 +45,11 @@ def native_search(targets: torch.Tensor, codebooks: torch.Tensor, codes: torch.T
 
 
 def native_sweep(
-    gradient: torch.Tensor,
-    hessian: torch.Tensor,
+    state: torch.Tensor,
+    weight: torch.Tensor | None,
+    follow: torch.Tensor,
     lower: torch.Tensor,
-    inverse: torch.Tensor,
+    to: torch.Tensor,
     codebooks: torch.Tensor,
     codes: torch.Tensor,
     out_group: int,
@@ -57,10 +58,11 @@ def native_sweep(
     """Better codes, column group after column group, in place (:func:`quanto_hf.fit.aqlm.sweep.sweep`).
 
     Args:
-        gradient: shape (out_features, in_features); overwritten.
-        hessian: shape (in_features, in_features).
+        state: shape (out_features, in_features); overwritten.
+        weight: the same, or None.
+        follow: shape (in_features, in_features).
         lower: shape (column groups, in_group, in_group).
-        inverse: the same.
+        to: the same.
         codebooks: shape (K, vectors, values).
         codes: shape (row groups, column groups, K).
         out_group: rows of a group.
@@ -70,10 +72,11 @@ def native_sweep(
     NATIVE.aqlm_sweep(
         codebooks.data_ptr(),
         *codebooks.shape,
-        gradient.data_ptr(),
-        hessian.data_ptr(),
+        state.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        follow.data_ptr(),
         lower.data_ptr(),
-        inverse.data_ptr(),
+        to.data_ptr(),
         codes.data_ptr(),
         *codes.shape[:2],
         out_group,
@@ -84,11 +87,16 @@ def native_sweep(
 
 
 def native_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b`` for matrices, equal to the last bit for any number of threads."""
+    """``a @ b`` for matrices, equal to the last bit for any number of threads.
+
+    Args:
+        a: shape (m, k).
+        b: shape (k, n); its rows need not lie side by side.
+    """
     assert NATIVE is not None
     out = a.new_empty(a.shape[0], b.shape[1])
     NATIVE.product(
-        a.data_ptr(), b.data_ptr(), out.data_ptr(), a.shape[0], b.shape[1], a.shape[1], torch.get_num_threads()
+        a.data_ptr(), b.data_ptr(), out.data_ptr(), *out.shape, a.shape[1], b.stride(0), torch.get_num_threads()
     )
     return out
 

@@ -20,15 +20,16 @@ struct AqlmSearch {
     int beam, threads;
 };
 
-// The same for the groups of rows one after another, each followed by what its error does to those to its right: see
-// quanto_hf/fit/aqlm/sweep.py. `rows` groups of out_group rows each; in_group columns, and `columns` groups, make a row.
+// The same for the column groups one after another, each followed by what its error does to those to its right: see
+// quanto_hf/fit/aqlm/sweep.py. `rows` groups of out_group rows each; `columns` groups of in_group columns.
 struct AqlmSweep {
-    float* gradient;          // rows * out_group rows of columns * in_group: error times Hessian; overwritten
-    const float* hessian;     // columns * in_group, square
-    const float* lower;       // per column group: the Cholesky factor L of its block of the Hessian, in_group square
-    const float* inverse;     // the inverse of L, transposed
-    int32_t* codes;           // rows * columns rows of count
-    Codebooks books;          // width: out_group * in_group
+    float* state;         // rows * out_group rows of columns * in_group; overwritten
+    const float* weight;  // the same, or null: codes are moved from where they are
+    const float* follow;  // columns * in_group, square
+    const float* lower;   // per column group, in_group square: the codebooks in its metric
+    const float* to;      // the same: the state in its metric
+    int32_t* codes;       // rows * columns rows of count
+    Codebooks books;      // width: out_group * in_group
     int64_t rows, columns, out_group, in_group;
     int beam, threads;
 };
@@ -36,9 +37,9 @@ struct AqlmSweep {
 // out = a b, for a of m rows of k and b of k rows of n. Each number is summed in the order of k, whatever the threads.
 struct Product {
     const float* a;
-    const float* b;
+    const float* b;  // rows `stride` apart
     float* out;
-    int64_t m, n, k;
+    int64_t m, n, k, stride;
     int threads;
 };
 

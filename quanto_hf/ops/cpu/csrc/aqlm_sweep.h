@@ -45,19 +45,16 @@ struct Sweeper {
             out[j] = sum;
         }
     }
-    // out += v U; U upper
-    static void add_times_upper(const float* v, const float* upper, int64_t in, float* out) {
-        for (int64_t j = 0; j < in; j++) {
-            float sum = out[j];
-            for (int64_t i = 0; i <= j; i++) sum += v[i] * upper[i * in + j];
-            out[j] = sum;
-        }
+    // out += v M
+    static void add_times(const float* v, const float* matrix, int64_t in, float* out) {
+        for (int64_t i = 0; i < in; i++)
+            for (int64_t j = 0; j < in; j++) out[j] += v[i] * matrix[i * in + j];
     }
 
     void run(int64_t first, int64_t last) {
         for (int64_t column = 0; column < a.columns; column++) {
             const float* lower = a.lower + column * in * in;
-            const float* inverse = a.inverse + column * in * in;
+            const float* to = a.to + column * in * in;
             const int64_t vectors = a.books.count * a.books.size;
             for (int64_t v = 0; v < vectors * a.out_group; v++) times_lower(a.books.values + v * in, lower, in, metric + v * in);
             turned.fill(metric);
@@ -67,11 +64,11 @@ struct Sweeper {
                 for (int64_t i = 0; i < width; i++) target[i] = 0;
                 for (int64_t c = 0; c < a.books.count; c++) {
                     const float* v = metric + (c * a.books.size + codes[c]) * width;
-                    for (int64_t i = 0; i < width; i++) target[i] += v[i];
+                    if (!a.weight) for (int64_t i = 0; i < width; i++) target[i] += v[i];
                     before[(g - first) * a.books.count + c] = codes[c];
                 }
                 for (int64_t o = 0; o < a.out_group; o++)
-                    add_times_upper(a.gradient + (g * a.out_group + o) * k + column * in, inverse, in, target + o * in);
+                    add_times(a.state + (g * a.out_group + o) * k + column * in, to, in, target + o * in);
             }
             for (int64_t g = first; g < last; g += SEARCHED) search(g, last - g < SEARCHED ? last - g : SEARCHED, first, column);
             compensate(first, last, column);
@@ -88,24 +85,26 @@ struct Sweeper {
         with_width(width, [&](auto w) { searcher.run<decltype(w)::value>(at, codes, groups); });
     }
 
-    // The gradient of the columns to the right follows the groups that have changed.
+    // The state of the columns to the right follows what has moved: away from the weight, or from the codes before.
     void compensate(int64_t first, int64_t last, int64_t column) {
         float* out[4];
         const int64_t right = (column + 1) * in;
         int64_t waiting = 0;
-        const float* rows = a.hessian + column * in * k + right;
+        const float* rows = a.follow + column * in * k + right;
         for (int64_t g = first; g < last; g++) {
             const int32_t* now = a.codes + (g * a.columns + column) * a.books.count;
             const int32_t* old = before + (g - first) * a.books.count;
-            if (std::memcmp(now, old, a.books.count * sizeof(int32_t)) == 0) continue;
+            if (!a.weight && std::memcmp(now, old, a.books.count * sizeof(int32_t)) == 0) continue;
             for (int64_t o = 0; o < a.out_group; o++) {
                 float* difference = moved + waiting * in;
-                for (int64_t i = 0; i < in; i++) difference[i] = 0;
+                const int64_t row = (g * a.out_group + o) * k;
+                for (int64_t i = 0; i < in; i++) difference[i] = a.weight ? a.weight[row + column * in + i] : 0.0f;
                 for (int64_t c = 0; c < a.books.count; c++) {
                     const float* book = a.books.values + c * a.books.size * width + o * in;
-                    for (int64_t i = 0; i < in; i++) difference[i] += book[old[c] * width + i] - book[now[c] * width + i];
+                    for (int64_t i = 0; i < in; i++)
+                        difference[i] += (a.weight ? 0.0f : book[old[c] * width + i]) - book[now[c] * width + i];
                 }
-                out[waiting++] = a.gradient + (g * a.out_group + o) * k + right;
+                out[waiting++] = a.state + row + right;
                 if (waiting < 4) continue;
                 add_rows<4>(out, moved, in, rows, k, in, k - right);
                 waiting = 0;
@@ -164,10 +163,11 @@ inline void product(const Product& p) {
                 const int64_t deep = p.k - from < PRODUCT_DEEP ? p.k - from : PRODUCT_DEEP;
                 for (int64_t k = 0; k < deep; k++) {
                     for (int64_t i = 0; i < 2 * W; i++)
-                        panel[k * 2 * W + i] = i < lanes ? p.b[(from + k) * p.n + column + i] : 0.0f;
+                        panel[k * 2 * W + i] = i < lanes ? p.b[(from + k) * p.stride + column + i] : 0.0f;
                 }
                 int64_t row = 0;
                 for (; row + TILE <= p.m; row += TILE) product_tile<TILE>(p, row, column, from, deep, panel);
+                for (; row + 4 <= p.m; row += 4) product_tile<4>(p, row, column, from, deep, panel);
                 for (; row < p.m; row++) product_tile<1>(p, row, column, from, deep, panel);
             }
         }

@@ -230,14 +230,15 @@ PyObject* aqlm_search(PyObject*, PyObject* const* values, Py_ssize_t count) {
 }
 
 PyObject* aqlm_sweep(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    if (!ready(count, 15)) return nullptr;
+    if (!ready(count, 16)) return nullptr;
     Arguments in{values};
     AqlmSweep a;
     a.books = read_codebooks(in);
-    a.gradient = in.address<float>();
-    a.hessian = in.address<const float>();
+    a.state = in.address<float>();
+    a.weight = in.address<const float>();
+    a.follow = in.address<const float>();
     a.lower = in.address<const float>();
-    a.inverse = in.address<const float>();
+    a.to = in.address<const float>();
     a.codes = in.address<int32_t>();
     a.rows = in.next();
     a.columns = in.next();
@@ -253,7 +254,7 @@ PyObject* aqlm_sweep(PyObject*, PyObject* const* values, Py_ssize_t count) {
 }
 
 PyObject* product(PyObject*, PyObject* const* values, Py_ssize_t count) {
-    if (!ready(count, 7)) return nullptr;
+    if (!ready(count, 8)) return nullptr;
     Arguments in{values};
     Product p;
     p.a = in.address<const float>();
@@ -262,6 +263,7 @@ PyObject* product(PyObject*, PyObject* const* values, Py_ssize_t count) {
     p.m = in.next();
     p.n = in.next();
     p.k = in.next();
+    p.stride = in.next();
     p.threads = static_cast<int>(in.next());
     if (PyErr_Occurred()) return nullptr;
     Py_BEGIN_ALLOW_THREADS
