@@ -21,13 +21,18 @@ from quanto_hf.fit import AbsmaxOptimizer, HqqOptimizer, MaxOptimizer
 from quanto_hf.flow import (
     Calibration,
     calibrate,
+    collect_moments,
     compare,
     dequantize,
     freeze,
+    freeze_aqlm,
     quantization_map,
     report,
     requantize,
     smooth,
+    tune_blocks,
+    tune_codebooks,
+    tune_end_to_end,
 )
 from quanto_hf.hf import AqlmConfig, QuantoConfig, install, load_and_quantize_model, quantize
 from quanto_hf.io import CheckpointError
@@ -54,10 +59,12 @@ __all__ = [
     "QuantoConfig",
     "QuantoHfQuantizer",
     "calibrate",
+    "collect_moments",
     "compare",
     "convert_checkpoint",
     "dequantize",
     "freeze",
+    "freeze_aqlm",
     "heldout_text",
     "install",
     "load_and_quantize_model",
@@ -79,6 +86,9 @@ __all__ = [
     "requantize",
     "smooth",
     "tiny_lm",
+    "tune_blocks",
+    "tune_codebooks",
+    "tune_end_to_end",
 ]
 
 _hf.register()
