@@ -18,7 +18,17 @@ from typing import Any
 from quanto_hf import hf as _hf
 from quanto_hf.assets import heldout_text, tiny_lm
 from quanto_hf.fit import AbsmaxOptimizer, HqqOptimizer, MaxOptimizer
-from quanto_hf.flow import Calibration, calibrate, dequantize, freeze, quantization_map, report, requantize
+from quanto_hf.flow import (
+    Calibration,
+    calibrate,
+    compare,
+    dequantize,
+    freeze,
+    quantization_map,
+    report,
+    requantize,
+    smooth,
+)
 from quanto_hf.hf import QuantoConfig, install, load_and_quantize_model, quantize
 from quanto_hf.io import CheckpointError
 from quanto_hf.nn import QConv2d, QEmbedding, QLinear
@@ -43,6 +53,7 @@ __all__ = [
     "QuantoConfig",
     "QuantoHfQuantizer",
     "calibrate",
+    "compare",
     "convert_checkpoint",
     "dequantize",
     "freeze",
@@ -64,6 +75,7 @@ __all__ = [
     "replace_with_quanto_layers",
     "report",
     "requantize",
+    "smooth",
     "tiny_lm",
 ]
 

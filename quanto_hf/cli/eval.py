@@ -5,7 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
+from quanto_hf.cli.layers import layer_table
+from quanto_hf.cli.plot import check_plot, draw_layers
 from quanto_hf.cli.show import console, progress, table
+
+# enough for errors of layers, which differ by a few percent from one text to the next
+LAYER_TOKENS = 2048
+WINDOWS_AT_A_TIME = 4
 
 
 def evaluate_command(
@@ -17,16 +23,25 @@ def evaluate_command(
     ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
     limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate on the first N windows only.")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Also the error of every layer, on 2,048 tokens.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the errors of the layers into this PNG file.")] = None,
 ) -> None:
     """Perplexity of a causal language model, and its KL divergence from the float one.
 
-    With `--weights`, MODEL is float: it is quantized on loading, and is its own reference.
+    With `--weights`, MODEL is float: it is quantized on loading, and is its own reference. `--layers` shows where the
+    error comes from: what each layer adds for exact inputs (own), and what has come together up to it (accumulated).
 
     Example: `quanto-hf eval out-int4 --reference path/to/float --limit-windows 20`
     """
     if weights and reference is not None:
         raise ValueError("give --reference or --weights: with --weights MODEL itself is the reference")
-    rows, tokens = _evaluate_all(model, text, reference, weights or [], length, limit_windows)
+    if plot is not None and not layers:
+        raise ValueError("--plot draws what --layers measures: give both")
+    if layers and not weights and reference is None:
+        raise ValueError("--layers compares with the float model: give --reference, or --weights with a float MODEL")
+    if plot is not None:
+        check_plot(plot)
+    rows, tokens, compared = _evaluate_all(model, text, reference, weights or [], length, limit_windows, layers)
     shown = table(
         f"{tokens:,} tokens of {text or 'held-out text'}, in windows of {length}",
         ["model"],
@@ -37,15 +52,26 @@ def evaluate_command(
         change = f"{100 * (found.perplexity / base - 1):+.2f}%" if base and number else ""
         shown.add_row(name, f"{found.perplexity:.4f}", change, f"{found.kl:.5f}" if number else "")
     console().print(shown)
+    for name, comparison in compared.items():
+        console().print(layer_table(name, comparison))
+    if plot is not None:
+        draw_layers(plot, compared)
 
 
 def _evaluate_all(
-    model: str, text: Path | None, reference: str | None, weights: list[str], length: int, limit: int | None
-) -> tuple[list[tuple[str, Any]], int]:
-    """(name, evaluation) of each model, the float one first where there is one; and the number of tokens."""
+    model: str,
+    text: Path | None,
+    reference: str | None,
+    weights: list[str],
+    length: int,
+    limit: int | None,
+    layers: bool,
+) -> tuple[list[tuple[str, Any]], int, dict[str, Any]]:
+    """(name, evaluation) of each model, the float one first where there is one; the number of tokens; and name ->
+    comparison of its layers if it is wanted."""
     from quanto_hf import QuantoConfig
     from quanto_hf.cli import measure
-    from quanto_hf.flow import evaluate
+    from quanto_hf.flow import compare, evaluate
     from quanto_hf.hf.sources import local_folder
 
     for name in weights:
@@ -70,11 +96,15 @@ def _evaluate_all(
             bar.update(task, completed=before * inputs.shape[0] + done)
 
         rows = [(reference or model, evaluate(base, inputs, progress=advance))]
+        compared = {}
         for number, (name, folder, kind) in enumerate(wanted, start=1):
             other = measure.load(folder, kind or None)
             step = _after(advance, number)
             rows.append((name, evaluate(other, inputs, base, progress=step)))
-    return rows, rows[0][1].tokens
+            if layers:
+                some = inputs[: max(1, LAYER_TOKENS // length)].split(WINDOWS_AT_A_TIME)
+                compared[name] = compare(loaded, other, [{"input_ids": part} for part in some])
+    return rows, rows[0][1].tokens, compared
 
 
 def _after(advance: Any, number: int) -> Any:

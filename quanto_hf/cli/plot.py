@@ -1,8 +1,12 @@
-"""The plot of the demo."""
+"""The plots of ``demo`` and ``eval``."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from quanto_hf.flow.layer_plot import draw_layers
+
+__all__ = ["check_plot", "draw", "draw_layers"]
 
 
 def check_plot(file: Path) -> None:

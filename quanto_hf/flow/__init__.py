@@ -4,10 +4,13 @@ Imports: everything below ``nn`` included. Never: transformers.
 """
 
 from quanto_hf.flow.calibration import Calibration, calibrate, run_batch
+from quanto_hf.flow.compare import compare
+from quanto_hf.flow.comparison import Comparison, LayerRow
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
 from quanto_hf.flow.patterns import first_match, matches
 from quanto_hf.flow.plan import Choice, Plan, apply_plan, make_plan, quantized, replace_modules
 from quanto_hf.flow.report import Report, Row, not_quantizable, report
+from quanto_hf.flow.smooth import Fold, Smoothing, smooth
 from quanto_hf.flow.verbs import (
     ACTIVATIONS,
     activation_type,
@@ -23,14 +26,19 @@ __all__ = [
     "ACTIVATIONS",
     "Calibration",
     "Choice",
+    "Comparison",
     "Evaluation",
+    "Fold",
+    "LayerRow",
     "Plan",
     "Report",
     "Row",
+    "Smoothing",
     "activation_type",
     "apply_plan",
     "as_patterns",
     "calibrate",
+    "compare",
     "dequantize",
     "evaluate",
     "first_match",
@@ -45,5 +53,6 @@ __all__ = [
     "report",
     "requantize",
     "run_batch",
+    "smooth",
     "windows",
 ]

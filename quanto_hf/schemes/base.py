@@ -141,6 +141,11 @@ class Scheme(ABC):
             IndexError: there is no such row; negative numbers do not count from the end.
         """
 
+    def at_ends(self, tensors: Tensors, in_features: int) -> torch.Tensor | None:
+        """Which weights have the smallest or the largest code there is, bool of shape (..., out_features, in_features);
+        None if codes have no order."""
+        return None
+
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """Bytes of all stored tensors of a weight."""
         return sum(spec.nbytes for spec in self.tensors(shape, dtype).values())

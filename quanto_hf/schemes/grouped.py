@@ -16,6 +16,7 @@ from quanto_hf.ops import (
     linear,
     packed_width,
 )
+from quanto_hf.ops.decode import decode_reference
 from quanto_hf.qtypes import QTYPES, QType
 from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
 from quanto_hf.schemes.given import encode, fake_quantize
@@ -155,6 +156,14 @@ class Grouped(Scheme):
         """See :class:`Scheme`."""
         packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
         return bind_linear(packed, scale, zero, self.qtype, self.group_size, in_features, activations, x_scale)
+
+    def at_ends(self, tensors: Tensors, in_features: int) -> torch.Tensor:
+        """See :class:`Scheme`."""
+        numbers = decode_reference(tensors["packed"], self.type, in_features)
+        # packed integers are stored without a sign
+        unsigned = self.type.kind == "int" and self.type.is_packed
+        low, high = (0, self.type.levels - 1) if unsigned else (self.type.qmin, self.type.qmax)
+        return (numbers <= low) | (numbers >= high)
 
     def activation_group(self, activations: QType) -> int:
         """See :class:`Scheme`."""
