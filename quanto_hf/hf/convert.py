@@ -231,6 +231,12 @@ def _shard_bytes(size: int | str) -> int:
 def _check_source(folder: Path, config: QuantoConfig) -> None:
     if config.dequantize:
         raise ValueError("dequantize=True leaves nothing to save quantized; leave it out")
+    if config.qat:
+        raise ValueError("qat=True leaves the weights float, for training; leave it out")
+    if config.static_activations:
+        raise ValueError(
+            "static_activations=True needs data, and a conversion has none; leave it out, and calibrate the result"
+        )
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -216,6 +216,9 @@ def test_a_source_that_cannot_be(tmp_path):
         convert_checkpoint(tmp_path / "out", tmp_path / "more")
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         convert_checkpoint(tmp_path, tmp_path / "more")
+    for flag in ({"qat": True}, {"activations": "int8", "static_activations": True}):
+        with pytest.raises(ValueError, match=f"{list(flag)[-1]}=True .*leave it out"):
+            convert_checkpoint(source, tmp_path / "more", QuantoConfig("int8", **flag))
     with pytest.raises(ValueError, match="dequantize=True"):
         convert_checkpoint(source, tmp_path / "more", QuantoConfig(dequantize=True))
     for size in ("much", "0GB", -1):
