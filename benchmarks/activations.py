@@ -4,7 +4,7 @@
 
 Scales are calibrated, and weights trained, on docstrings of packages that are installed here (training_text.py); the
 held-out text is seen by the evaluation only. That text is narrower than what the model was made with: trained to
-predict it (``--loss text``) the float model loses too, as a row shows. So the aim is what the float model says about it.
+predict it (``--loss text``) the float model loses too, as a row shows. So the aim is what the float model says of it.
 ``--peers`` does the same with optimum-quanto, where it is installed. ``--steps 0`` does not train.
 """
 
