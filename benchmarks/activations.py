@@ -68,14 +68,16 @@ def optimum_quanto(activations: str | None = None, **options: Any) -> Any:
     return run
 
 
-def train(model: nn.Module, teacher: nn.Module, data: torch.Tensor, steps: int, rate: float, loss: str) -> None:
-    """AdamW, bfloat16 by autocast; the rate falls linearly to 0."""
+def train(
+    model: nn.Module, teacher: nn.Module, data: torch.Tensor, steps: int, rate: float, loss: str, autocast: bool
+) -> None:
+    """AdamW, bfloat16 by autocast if wanted; the rate falls linearly to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1 - step / steps))
     model.train()
     for step in range(steps):
         batch = data[step * BATCH : (step + 1) * BATCH]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = model(input_ids=batch).logits[:, :-1].flatten(0, 1).float()
         if loss == "text":
             cost = F.cross_entropy(logits, batch[:, 1:].flatten())
@@ -96,21 +98,21 @@ def trained(teacher: nn.Module, data: torch.Tensor, steps: int, loss: str, peers
     def ours(weights: str) -> Callable[[nn.Module], nn.Module]:
         def run(model: nn.Module) -> nn.Module:
             quanto_hf.quantize(model.float(), weights=weights)
-            train(model, teacher, data, steps, RATES[weights], loss)
+            train(model, teacher, data, steps, RATES[weights], loss, True)
             return quanto_hf.freeze(model).to(torch.bfloat16)
 
         return run
 
     def floats(model: nn.Module) -> nn.Module:
-        train(model.float(), teacher, data, steps, RATES["int2"], loss)
+        train(model.float(), teacher, data, steps, RATES["int2"], loss, True)
         return model.to(torch.bfloat16)
 
     def theirs(model: nn.Module) -> nn.Module:
         import optimum.quanto as quanto
 
-        # it stays in float32: what optimum-quanto has frozen cannot be converted
+        # float32 throughout: it fails under autocast, and what it has frozen cannot be converted
         quanto.quantize(model.float(), weights=quanto.qint2, exclude="lm_head")
-        train(model, teacher, data, steps, RATES["int2"], loss)
+        train(model, teacher, data, steps, RATES["int2"], loss, False)
         quanto.freeze(model)
         return model
 
