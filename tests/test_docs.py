@@ -22,7 +22,10 @@ def run(*arguments: str, cwd: Path) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/format.md"])
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("guide", "format", "activations", "qat", "from-optimum-quanto")))
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_python_blocks_of_a_page_run_in_order(page: str, tmp_path: Path) -> None:
     code = python_blocks(ROOT / page)
     assert "quanto_hf" in code
