@@ -1,6 +1,6 @@
 """Perplexity and KL of the bundled model at each type, and at equal bits through optimum-quanto, in one run.
 
-    python benchmarks/accuracy.py [--model FOLDER] [--windows 200] [--peers]
+    python benchmarks/accuracy.py [--model FOLDER] [--windows 200] [--weights int2 aqlm-2x8 ...] [--peers]
 
 KL is the mean of KL(float || quantized) per predicted token of the held-out text, in nats; ``--peers`` also quantizes
 the same model with optimum-quanto at the same group size, where it is installed. With a group of 128 and a 16-bit
@@ -32,6 +32,8 @@ OURS = [
     ("int2", {"group_size": 128, "optimizer": "minmax"}),
     ("int2", {"group_size": 32}),
     ("int2", {"optimizer": "hqq"}),
+    ("aqlm-2x8", {}),
+    ("aqlm-3x8", {}),
 ]
 
 
@@ -59,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=quanto_hf.tiny_lm())
     parser.add_argument("--windows", type=int, default=200)
+    parser.add_argument("--weights", nargs="+", help="number types; all of them by default")
     parser.add_argument("--peers", action="store_true")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
@@ -71,7 +74,9 @@ def main() -> None:
     print(f"{base.tokens} tokens; float perplexity {base.perplexity:.3f}")
     print(f"{'weights':34}{'bits':>7}{'perplexity':>12}{'over float':>12}{'KL':>10}")
     runs: list[Callable[[torch.nn.Module], tuple[str, float]]] = [
-        lambda model, w=weights, o=options: ours(model, w, o) for weights, options in OURS
+        lambda model, w=weights, o=options: ours(model, w, o)
+        for weights, options in OURS
+        if args.weights is None or weights in args.weights
     ]
     if args.peers:
         runs += [lambda model, w=weights: optimum_quanto(model, w) for weights in ("int8", "float8", "int4", "int2")]

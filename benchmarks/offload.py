@@ -7,7 +7,9 @@ Makes a random bfloat16 Llama in a temporary folder. Every way loads it, decodes
 warm page cache, best of ``--rounds``: ``prompt`` is a forward pass of 32 tokens, ``token`` one of a single token.
 Memory is the peak of anonymous memory (RssAnon of /proc/self/status, Linux only) while loading and generating, above
 what the process had before; pages of mapped files can be given back and do not count. ``logits`` is a digest: the ways
-of one number type have to show the same. ``folder`` is what lies in the offload folder afterwards.
+of one number type have to show the same. ``folder`` is what lies in the offload folder afterwards. The last line has
+the model in memory and the one on disk in one process, in turns: the median ratio of their times, which no other
+program and no warm clock moves to one side.
 """
 
 import argparse
@@ -71,6 +73,33 @@ print(json.dumps({"load": load, "peak": peak - before, "prompt": prompt, "token"
     "folder": sum(p.stat().st_size for p in files), "files": len(files)}))
 """
 
+TURNS = """
+import json, statistics, sys, time
+import torch, transformers
+import quanto_hf
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+model, options, rounds, weights = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+torch.set_grad_enabled(False)
+def load(**more):
+    config = quanto_hf.QuantoConfig(weights)
+    return LlamaForCausalLM.from_pretrained(model, dtype=torch.bfloat16, quantization_config=config, **more)
+ways = [load(), load(**options)]
+ids = torch.randint(3, 8000, (1, 32), generator=torch.Generator().manual_seed(0))
+def took(way, x):
+    start = time.perf_counter()
+    way(x)
+    return time.perf_counter() - start
+found = {}
+for name, x, count in (("token", ids[:, :1], 10 * rounds), ("prompt", ids, 2 * rounds)):
+    times = [[took(way, x) for way in (ways if turn % 2 else ways[::-1])] for turn in range(count + 2)][2:]
+    # every other turn came in the other order
+    ratios = [second / first if turn % 2 else first / second for turn, (first, second) in enumerate(times)]
+    found[name] = statistics.median(ratios)
+print(json.dumps(found))
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,6 +136,11 @@ def main() -> None:
                 f"{r['logits']:>10}{r['folder'] / 1e6:11.1f}{r['files']:7d}",
                 flush=True,
             )
+        options = json.dumps({**disk, "offload_folder": str(folder / "off")})
+        command = [sys.executable, "-W", "ignore", "-c", TURNS, str(folder / "float"), options]
+        result = subprocess.run([*command, str(args.rounds), args.weights], capture_output=True, text=True, check=True)
+        r = json.loads(result.stdout.splitlines()[-1])
+        print(f"{args.weights} on disk / in memory, in turns: token {r['token']:.3f}, prompt {r['prompt']:.3f}")
 
 
 if __name__ == "__main__":

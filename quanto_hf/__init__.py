@@ -21,15 +21,20 @@ from quanto_hf.fit import AbsmaxOptimizer, HqqOptimizer, MaxOptimizer
 from quanto_hf.flow import (
     Calibration,
     calibrate,
+    collect_moments,
     compare,
     dequantize,
     freeze,
+    freeze_aqlm,
     quantization_map,
     report,
     requantize,
     smooth,
+    tune_blocks,
+    tune_codebooks,
+    tune_end_to_end,
 )
-from quanto_hf.hf import QuantoConfig, install, load_and_quantize_model, quantize
+from quanto_hf.hf import AqlmConfig, QuantoConfig, install, load_and_quantize_model, quantize
 from quanto_hf.io import CheckpointError
 from quanto_hf.nn import QConv2d, QEmbedding, QLinear
 from quanto_hf.qtypes import QType, qfloat8, qfloat8_e4m3fn, qfloat8_e5m2, qfp4, qint2, qint4, qint8, qnf4, qtype
@@ -42,6 +47,7 @@ except PackageNotFoundError:
 
 __all__ = [
     "AbsmaxOptimizer",
+    "AqlmConfig",
     "Calibration",
     "CheckpointError",
     "HqqOptimizer",
@@ -53,10 +59,12 @@ __all__ = [
     "QuantoConfig",
     "QuantoHfQuantizer",
     "calibrate",
+    "collect_moments",
     "compare",
     "convert_checkpoint",
     "dequantize",
     "freeze",
+    "freeze_aqlm",
     "heldout_text",
     "install",
     "load_and_quantize_model",
@@ -72,17 +80,24 @@ __all__ = [
     "qtype",
     "quantization_map",
     "quantize",
+    "replace_with_aqlm_linear",
     "replace_with_quanto_layers",
     "report",
     "requantize",
     "smooth",
     "tiny_lm",
+    "tune_blocks",
+    "tune_codebooks",
+    "tune_end_to_end",
 ]
 
 _hf.register()
 
 
+_LAZY = ("QuantoHfQuantizer", "convert_checkpoint", "plan", "replace_with_aqlm_linear", "replace_with_quanto_layers")
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("QuantoHfQuantizer", "convert_checkpoint", "plan", "replace_with_quanto_layers"):
+    if name in _LAZY:
         return getattr(_hf, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

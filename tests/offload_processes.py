@@ -3,8 +3,10 @@
 The processes are forked from one that has imported everything, which takes 0.1 s where a new interpreter takes 4 s.
 """
 
+import itertools
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,27 @@ def save_slowly(folder: Path, off: Path, out: Path, seconds: float) -> None:
     model = load(folder, off, device_map=DISK)
     slow_disk(seconds)
     model.save_pretrained(out, max_shard_size="8KB")
+
+
+def save_and_die(folder: Path, out: Path, size: str, step: int) -> None:
+    """Saves a quantized model into a folder, and is killed at a step, of those that change something there."""
+    import transformers.modeling_utils as modeling
+
+    model = load(folder, weights=None)
+    steps = itertools.count(1)
+
+    def deadly(change: Any) -> Any:
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            if next(steps) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*args, **kwargs)
+
+        return changed
+
+    for module, name in [(os, "replace"), (os, "unlink"), (os, "fsync"), (modeling, "safe_save_file")]:
+        setattr(module, name, deadly(getattr(module, name)))
+    Path.unlink = lambda self, missing_ok=False: os.unlink(self)
+    model.save_pretrained(out, max_shard_size=size)
 
 
 def load_together(folder: Path, off: Path, barrier: Any, results: Any) -> None:

@@ -22,7 +22,11 @@ def run(*arguments: str, cwd: Path) -> str:
     return result.stdout
 
 
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("guide", "format", "activations", "qat", "from-optimum-quanto")))
+# every page with Python in it
+PAGES = [
+    "README.md",
+    *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md") if "```python" in page.read_text()),
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -10,11 +10,3 @@ def torch_quantization():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip("torch.ao.quantization")
-
-
-@pytest.fixture
-def ao():
-    """``torch.ao.quantization``, without its warnings for the time of the test."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield torch_quantization()

@@ -18,7 +18,11 @@ def main() -> None:
         print(NEEDS, file=sys.stderr)
         raise SystemExit(1) from None
     from quanto_hf.cli.app import app
+    from quanto_hf.ops.cpu.library import WRONG_LEVEL
 
+    if WRONG_LEVEL is not None:
+        print(f"error: {WRONG_LEVEL}", file=sys.stderr)
+        raise SystemExit(2)
     # --debug is an option of quanto-hf, but it is wanted after a command has failed: at the end of the line
     words = sys.argv[1:]
     if "--debug" in words:

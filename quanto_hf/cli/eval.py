@@ -102,8 +102,9 @@ def _evaluate_all(
             step = _after(advance, number)
             rows.append((name, evaluate(other, inputs, base, progress=step)))
             if layers:
-                some = inputs[: max(1, LAYER_TOKENS // length)].split(WINDOWS_AT_A_TIME)
-                compared[name] = compare(loaded, other, [{"input_ids": part} for part in some])
+                some = inputs[: max(1, LAYER_TOKENS // length)]
+                parts = [some[start : start + WINDOWS_AT_A_TIME] for start in range(0, len(some), WINDOWS_AT_A_TIME)]
+                compared[name] = compare(loaded, other, [{"input_ids": part} for part in parts])
     return rows, rows[0][1].tokens, compared
 
 

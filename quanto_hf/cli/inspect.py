@@ -27,7 +27,7 @@ def inspect_command(
     if as_json:
         print(json.dumps(found.to_dict(all_rows), indent=2))
         return
-    version = "float" if found.format_version is None else f"quanto_hf format {found.format_version}"
+    version = found.method or "float" if found.format_version is None else f"quanto_hf format {found.format_version}"
     shown = table(f"{folder}: {version}, {found.files} weight file{'s' * (found.files != 1)}", *_columns(all_rows))
     for row in rows:
         shown.add_row(*_cells(row, all_rows))
@@ -35,7 +35,10 @@ def inspect_command(
     total = found.total()
     blank = [""] if not all_rows else []
     shown.add_row("total", *(blank or [""]), f"{total.parameters:,}", f"{total.bits:.2f}", size(total.nbytes))
-    console().print(shown)
+    out = console()
+    out.print(shown)
+    for note in found.notes:
+        out.print(note, markup=False)
 
 
 def _columns(all_rows: bool) -> tuple[list[str], list[str]]:

@@ -62,12 +62,15 @@ def float_dtype(name: str) -> "torch.dtype":
 
 def schemes(weights: list[str] | None, group_size: int | None = None) -> "list[Grouped]":
     """The schemes of number types. Without names those of all types, as far as they can have the group size."""
-    from quanto_hf.schemes import DEFAULTS, make_scheme
+    from quanto_hf.schemes import DEFAULTS, Grouped, make_scheme
 
     found = []
     for name in words(weights) or DEFAULTS:
         try:
-            found.append(make_scheme(name, group_size))
+            scheme = make_scheme(name, group_size)
+            if not isinstance(scheme, Grouped):
+                raise ValueError("an AQLM layout is no number type; benchmarks/aqlm.py times them")
+            found.append(scheme)
         except ValueError as error:
             if words(weights):
                 raise WrongUsage(f"--weights {name}: {error}") from None

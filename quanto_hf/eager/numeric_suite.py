@@ -14,6 +14,7 @@ from torch import nn
 from quanto_hf.eager.loggers import Logger, OutputLogger, Shadow, ShadowLogger
 from quanto_hf.eager.stored_weight import dequantized
 from quanto_hf.flow.batches import device_of, moved
+from quanto_hf.nn.static import StoredWeights
 
 __all__ = [
     "Logger",
@@ -52,7 +53,7 @@ def compare_weights(
 
     Returns:
         Key -> ``{"float": weight, "quantized": weight as dequantized}``. The keys are those of torch.ao: a quantized
-        linear layer ``fc`` is ``fc._packed_params._packed_params``, everything else ``fc.weight``.
+        linear layer ``fc`` is ``fc._packed_params._packed_params``, everything else has the float name.
 
     Raises:
         ValueError: the tensors of a state dict do not say what type of number they hold, as symmetric 4-bit and float8
@@ -71,7 +72,7 @@ def compare_weights(
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state.items():
         name, _, leaf = key.rpartition(".")
-        if leaf not in ("weight", "weight_packed"):
+        if leaf not in ("weight", "weight_packed") or isinstance(modules.get(name), StoredWeights):
             continue
         prefix = f"{name}." if name else ""
         # a fused module has its weight in the first of its parts
@@ -85,6 +86,13 @@ def compare_weights(
         linear = isinstance(modules[name], nn.Linear) if modules else weight.dim() == 2
         shown = f"{prefix}_packed_params._packed_params" if linear else f"{prefix}weight"
         found[shown] = {"float": weight, "quantized": made}
+    for name, module in modules.items():
+        prefix = f"{name}." if name else ""
+        # several weights, as of an LSTM, in 8 bits or float16
+        for leaf, made in module.weights().items() if isinstance(module, StoredWeights) else ():
+            if (weight := float_dict.get(prefix + leaf, float_dict.get(f"{prefix}0.{leaf}"))) is not None:
+                shown = f"{prefix}_packed_params._packed_params" if isinstance(module, nn.Linear) else prefix + leaf
+                found[shown] = {"float": weight, "quantized": made}
     return found
 
 

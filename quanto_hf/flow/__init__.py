@@ -3,10 +3,14 @@
 Imports: everything below ``nn`` included. Never: transformers.
 """
 
-from quanto_hf.flow.calibration import Calibration, calibrate, run_batch
+from quanto_hf.flow.aqlm_making import freeze_aqlm
+from quanto_hf.flow.aqlm_tuning import tune_blocks, tune_codebooks, tune_end_to_end
+from quanto_hf.flow.calibration import Calibration, calibrate
+from quanto_hf.flow.codebooks import codebooks_of, warn_of_codebooks
 from quanto_hf.flow.compare import compare
 from quanto_hf.flow.comparison import Comparison, LayerRow
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
+from quanto_hf.flow.moments import collect_moments
 from quanto_hf.flow.patterns import first_match, matches
 from quanto_hf.flow.plan import Choice, Plan, apply_plan, make_plan, quantized, replace_modules
 from quanto_hf.flow.report import Report, Row, not_quantizable, report
@@ -38,11 +42,14 @@ __all__ = [
     "apply_plan",
     "as_patterns",
     "calibrate",
+    "codebooks_of",
+    "collect_moments",
     "compare",
     "dequantize",
     "evaluate",
     "first_match",
     "freeze",
+    "freeze_aqlm",
     "make_plan",
     "matches",
     "not_quantizable",
@@ -52,7 +59,10 @@ __all__ = [
     "replace_modules",
     "report",
     "requantize",
-    "run_batch",
     "smooth",
+    "tune_blocks",
+    "tune_codebooks",
+    "tune_end_to_end",
+    "warn_of_codebooks",
     "windows",
 ]

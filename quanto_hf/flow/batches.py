@@ -1,6 +1,6 @@
 """What a model is called with: one batch or many, moved to where the model takes its inputs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -30,6 +30,13 @@ def batches(data: Any) -> Iterator[Any]:
         raise TypeError(
             f"a batch is a tensor, a tuple or a dict, and several are a list or loader; {data!r} is neither"
         )
+
+
+def count_of(data: Any) -> int | None:
+    """How many batches that are, or None: it cannot be known."""
+    if isinstance(data, torch.Tensor | tuple | Mapping):
+        return 1
+    return len(data) if isinstance(data, Sized) else None
 
 
 def call(model: nn.Module, batch: Any) -> Any:

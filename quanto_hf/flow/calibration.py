@@ -1,13 +1,14 @@
 """Calibration: static scales of activations, from data that passes through the model."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
+from quanto_hf.flow.batches import batches, call, count_of, device_of
 from quanto_hf.nn import QuantizedInput
 from quanto_hf.nn.observers import Observer, observer_by_name
 from quanto_hf.qtypes import QType
@@ -72,9 +73,11 @@ class Calibration:
         self._make = _maker(observer, momentum, percentile) if isinstance(observer, str) else observer
 
     def __enter__(self) -> "Calibration":
-        for module in self.layers.values():
-            assert module.activations is not None
-            module.start_observing(self._make(module.activations))
+        kinds = {name: module.activations for name, module in self.layers.items()}
+        # all of them first: a function of the user may raise
+        observers = {name: self._make(kind) for name, kind in kinds.items() if kind is not None}
+        for name, observer in observers.items():
+            self.layers[name].start_observing(observer)
         return self
 
     def __exit__(
@@ -83,10 +86,11 @@ class Calibration:
         observers = {name: module.stop_observing() for name, module in self.layers.items()}
         if kind is not None:
             return
+        # all of them before the first layer is changed: one may have seen what is no number
         found = {name: _scale(name, o) if self.layers[name].observed else None for name, o in observers.items()}
         for name, scale in found.items():
             module = self.layers[name]
-            module.make_static(scale, None if scale is not None else _device(module))
+            module.make_static(scale, None if scale is not None else device_of(module))
         unseen = [name for name, scale in found.items() if scale is None]
         if unseen:
             more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
@@ -99,7 +103,7 @@ class Calibration:
 
 def calibrate(
     model: nn.Module,
-    data: Iterable[Any],
+    data: Any,
     observer: str | MakeObserver = "moving_average",
     *,
     momentum: float = 0.9,
@@ -110,8 +114,8 @@ def calibrate(
 
     Args:
         model: quantized with ``activations``.
-        data: batches: a DataLoader, a list ... A batch is a dict of keyword arguments, a tuple of positional ones, or
-            one argument. Tensors are moved to the device of the model.
+        data: one batch (a dict of keyword arguments, a tuple of positional ones, or a tensor), or a list or DataLoader
+            of batches. Tensors are moved to the device of the model.
         observer: see :class:`Calibration`.
         momentum: see :class:`Calibration`.
         percentile: see :class:`Calibration`.
@@ -125,39 +129,19 @@ def calibrate(
     """
     from tqdm import tqdm
 
-    batches, training = 0, {module: module.training for module in model.modules()}
+    count, training = 0, {module: module.training for module in model.modules()}
     model.eval()
     try:
         with Calibration(model, observer, momentum=momentum, percentile=percentile), torch.no_grad():
-            for batch in tqdm(data, desc="calibrating", disable=not progress):
-                run_batch(model, batch)
-                batches += 1
-            if not batches:
+            for batch in tqdm(batches(data), desc="calibrating", total=count_of(data), disable=not progress):
+                call(model, batch)
+                count += 1
+            if not count:
                 raise ValueError("there is no batch to calibrate with: the data is empty, or an ended iterator")
     finally:
         for module, mode in training.items():
             module.training = mode
     return model
-
-
-def run_batch(model: nn.Module, batch: Any) -> Any:
-    """``model(**batch)``, ``model(*batch)`` or ``model(batch)``, its tensors on the model's device."""
-    device = _device(model)
-    if isinstance(batch, Mapping):
-        return model(**{name: _moved(value, device) for name, value in batch.items()})
-    if isinstance(batch, tuple | list):
-        return model(*[_moved(value, device) for value in batch])
-    return model(_moved(batch, device))
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where the model takes its inputs: the first device that is real, since offloaded weights are on meta."""
-    devices = (tensor.device for tensor in (*model.parameters(), *model.buffers()))
-    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
 
 def _maker(name: str, momentum: float, percentile: float) -> MakeObserver:
@@ -187,6 +171,9 @@ def _scale(name: str, observer: nn.Module | None) -> torch.Tensor:
     """
     assert isinstance(observer, Observer)
     try:
-        return observer.calculate_qparams()[0]
+        scale = observer.calculate_qparams()[0]
     except RuntimeError as reason:
         raise ValueError(f"{name}: {reason}") from None
+    if scale.numel() != 1:
+        raise ValueError(f"{name}: {type(observer).__name__} finds {scale.numel()} scales, and an input has one")
+    return scale

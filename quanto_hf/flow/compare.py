@@ -78,7 +78,8 @@ def compare(
 
 
 def _shared(model: nn.Module, qmodel: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
-    floats = dict(model.named_modules())
+    # under all of its names: a module that the float model has twice may be two in the quantized one
+    floats = dict(model.named_modules(remove_duplicate=False))
     return {name: (floats[name], module) for name, module in qmodel.named_modules() if name in floats}
 
 

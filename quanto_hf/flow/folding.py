@@ -21,7 +21,7 @@ class Folding:
     Args:
         flow: the source.
         layers: all linear layers that read it.
-        scale: powers of two, float32, shape (channels,).
+        scale: float32, shape (channels,).
     """
 
     def __init__(self, flow: Flow, layers: list[nn.Linear], scale: torch.Tensor) -> None:
@@ -59,12 +59,14 @@ class Folding:
         self._undo.clear()
 
     def _multiply(self, parameter: torch.Tensor, factor: torch.Tensor) -> None:
-        factor = factor.to(parameter.device, parameter.dtype)
-        scaled = parameter * factor
+        # a factor that is no power of two keeps its digits in a half-float weight
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        factor = factor.to(parameter.device, wide)
+        scaled = (parameter * factor).to(parameter.dtype)
         if not scaled.isfinite().all():
             raise NotExact(f"a weight would leave the range of {str(parameter.dtype).removeprefix('torch.')}")
-        # a power of two changes the exponent alone, but for numbers that become too small for it
-        exact = torch.equal(scaled / factor, parameter)
+        # a power of two changes the exponent alone, but for numbers that become too small for it: nothing to keep
+        exact = torch.equal((scaled / factor).to(parameter.dtype), parameter)
         self._undo.append((parameter, factor, False) if exact else (parameter, parameter.clone(), True))
         parameter.copy_(scaled)
 

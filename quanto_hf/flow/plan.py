@@ -5,20 +5,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from quanto_hf.fit import Fit
 from quanto_hf.flow.patterns import first_match, unmatched
 from quanto_hf.nn import QuantizedWeight, qmodule_for
+from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme, make_scheme
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How the weight of one module is quantized: arguments of :func:`quanto_hf.schemes.make_scheme`, and the fit."""
+    """How the weight of one module is quantized: arguments of :func:`quanto_hf.schemes.make_scheme`, or a scheme; and
+    the fit."""
 
-    weights: str | QType
+    weights: str | QType | Scheme
     group_size: int | None = None
     symmetric: bool | None = None
     fit: Fit | str | None = None
@@ -29,6 +32,8 @@ class Choice:
         Raises:
             ValueError: the values do not go together.
         """
+        if isinstance(self.weights, Scheme):
+            return self.weights
         return make_scheme(self.weights, self.group_size, self.symmetric)
 
     def override(self, values: Mapping[str, Any]) -> "Choice":
@@ -96,11 +101,25 @@ def make_plan(
             reason = f"an override leaves {first_match(name, overrides)!r} in float"
         if reason is None and name in shared:
             reason = f"its weight is tied to {shared[name]}"
+        if reason is None and module._parameters.get("weight") is None:
+            reason = "its weight is computed from other parameters (a weight norm, pruning): make it one first"
         if reason is None:
-            plan.chosen[name] = choice.override(values)
+            chosen = choice.override(values)
+            try:
+                reason = _refusal(chosen, module)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        if reason is None:
+            plan.chosen[name] = chosen
         else:
             plan.left[name] = reason
     return plan
+
+
+def _refusal(choice: Choice, module: nn.Module) -> str | None:
+    """Why the weight of a module cannot be stored as wanted, or None."""
+    rows, *rest = module.weight.shape  # type: ignore[misc]
+    return choice.scheme().refuses((rows, torch.Size(rest).numel()))
 
 
 def shared_weights(model: nn.Module) -> dict[str, str]:
@@ -130,15 +149,33 @@ def _reason(name: str, include: list[str] | None, exclude: list[str], skip: Mapp
     return None
 
 
-def apply_plan(model: nn.Module, plan: Plan, activations: QType | None = None, static: bool = False) -> None:
+def apply_plan(
+    model: nn.Module, plan: Plan, activations: QType | None = None, static: bool = False, learn: bool = False
+) -> None:
     """Replace each chosen module by its quantized one in state PREPARED, sharing the parameters. In place.
 
     A module that is reachable by two names stays one module.
+
+    Args:
+        model: the model of the plan.
+        plan: which modules, and how.
+        activations: number type to which their inputs are rounded, or None.
+        static: whether these are rounded with one scale that calibration finds.
+        learn: whether scales are trained.
+
+    Raises:
+        ValueError: a module cannot be quantized so; the text names it, and nothing has been changed.
     """
     made: dict[nn.Module, nn.Module] = {}
     for name, choice in plan.chosen.items():
         module = model.get_submodule(name)
-        made[module] = quantized(module, choice.scheme(), activations, choice.fit, static)
+        try:
+            made[module] = layer = quantized(module, choice.scheme(), activations, choice.fit, static)
+            if learn:
+                assert isinstance(layer, LearnedScales)
+                layer.learn_scales()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     replace_modules(model, made)
     for name, reason in plan.left.items():
         # read by flow.report
@@ -151,9 +188,14 @@ def quantized(
     activations: QType | None = None,
     fit: Fit | str | None = None,
     static: bool = False,
+    cls: Any = None,
 ) -> QuantizedWeight:
-    """The quantized module of a float one, in state PREPARED, sharing its parameters."""
-    cls: Any = qmodule_for(module)
+    """The quantized module of a float one, in state PREPARED, sharing its parameters.
+
+    Args:
+        cls: its class; None is the registered one.
+    """
+    cls = cls or qmodule_for(module)
     made: QuantizedWeight = cls.from_module(module, scheme, activations, fit, static)
     return made
 

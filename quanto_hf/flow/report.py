@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from quanto_hf.flow.codebooks import codebooks_of
 from quanto_hf.nn import QuantizedWeight
 
 
@@ -38,9 +39,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """One row per parameter, in the order of the model. ``str(report)`` is a table."""
+    """One row per parameter, in the order of the model, and sentences about all of them. ``str(report)`` is a table."""
 
     rows: list[Row]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +69,7 @@ class Report:
                 f"{row.name:{width}}  {row.stored:16} {row.bits:6.2f} {row.nbytes:13,} {error:>7}  {row.reason}"
             )
         lines.append(f"{'total':{width}}  {'':16} {self.bits:6.2f} {self.nbytes:13,}")
+        lines += self.notes
         return "\n".join(lines)
 
 
@@ -93,7 +96,8 @@ def report(model: nn.Module, reference: nn.Module | Mapping[str, torch.Tensor] |
             size = parameter.numel() * parameter.element_size()
             dtype = str(parameter.dtype).removeprefix("torch.")
             rows.append(Row(full, dtype, tuple(parameter.shape), size, reason=_reason(module, leaf)))
-    return Report(rows)
+    note = codebooks_of(model)
+    return Report(rows, () if note is None else (note,))
 
 
 def _quantized_row(name: str, module: QuantizedWeight, exact: Mapping[str, torch.Tensor]) -> Row:

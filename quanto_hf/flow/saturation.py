@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from quanto_hf.flow.errors import Errors, Share
-from quanto_hf.nn.activation import INPUT_SCALE
 from quanto_hf.nn.qweight import QuantizedWeight
 
 
@@ -20,7 +19,7 @@ def clipped(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     kind = getattr(module, "activations", None)
     if kind is None or not getattr(module, "rounds", True):
         return None
-    scale = module._parameters.get(INPUT_SCALE)
+    scale = getattr(module, "static_scale", None)
     if scale is None:
         return torch.zeros(x.shape, dtype=torch.bool)
     beyond = 0.5 if kind.float_dtype is None else 0.0

@@ -26,7 +26,7 @@ class Fold:
     Args:
         source: name of the norm or linear layer whose output channels were divided.
         layers: names of the linear layers whose input channels were multiplied.
-        scale: powers of two, float32, shape (channels,).
+        scale: float32, shape (channels,).
     """
 
     source: str
@@ -64,7 +64,14 @@ class Smoothing:
 
 
 @torch.no_grad()
-def smooth(model: nn.Module, data: Any, alpha: float = 0.5, exclude: str | Iterable[str] = ("lm_head",)) -> Smoothing:
+def smooth(
+    model: nn.Module,
+    data: Any,
+    alpha: float = 0.5,
+    *,
+    powers_of_two: bool = True,
+    exclude: str | Iterable[str] = ("lm_head",),
+) -> Smoothing:
     """Move outliers of activations into the weights of the linear layers that read them, in place.
 
     Input channel j of a linear layer is divided by s_j = max|x_j| ** alpha / max|w_j| ** (1 - alpha) and its weight
@@ -73,13 +80,15 @@ def smooth(model: nn.Module, data: Any, alpha: float = 0.5, exclude: str | Itera
     called: between the two there may only be what keeps channels apart, and scales with them (reshapes, casts, ReLU, a
     product with something else), and all that reads the output must be linear layers. Scales are rounded to powers of
     two, which cost no bit of any weight: the float outputs stay equal. They are compared, and a fold that changes them
-    is undone.
+    by more than a rounding of their dtype (1e-5 in float32) is undone.
 
     Args:
         model: a float model, before it is quantized.
         data: one batch (a tensor, a tuple of arguments, a dict) or an iterable of batches. Statistics are the largest
             values over all of them; the first is also used to watch and to compare.
         alpha: from 0 (all is left to the activations) to 1 (all outliers go into the weights).
+        powers_of_two: False takes the scales of the formula as they are. Static int8 activations are better with them,
+            and each weight is rounded to its dtype once more, which changes float outputs a little.
         exclude: patterns of linear layers that are not going to be quantized: nothing is folded for their sake.
 
     Returns:
@@ -101,7 +110,7 @@ def smooth(model: nn.Module, data: Any, alpha: float = 0.5, exclude: str | Itera
     excluded = [exclude] if isinstance(exclude, str) else list(exclude)
     with undisturbed(model):
         seen = watch(model, data)
-        planned, left = _plan(model, seen, alpha, excluded)
+        planned, left = _plan(model, seen, alpha, powers_of_two, excluded)
         refused = fold_all(model, seen, planned)
     left.update({layer: why for folding, why in refused.items() for layer in folding.layers})
     names = {module: name for name, module in model.named_modules()}
@@ -124,7 +133,7 @@ def _check(model: nn.Module, alpha: float) -> None:
 
 
 def _plan(
-    model: nn.Module, seen: Seen, alpha: float, excluded: list[str]
+    model: nn.Module, seen: Seen, alpha: float, powers_of_two: bool, excluded: list[str]
 ) -> tuple[list[Folding], dict[nn.Linear, str]]:
     """The folds that are possible, and for all other linear layers the reason why they have none."""
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
@@ -146,7 +155,7 @@ def _plan(
         reason = _against(flow, layers, seen, owners, taken)
         scale = None
         if not reason:
-            scale = _scale([(seen.peaks[layer], layer.weight) for layer in asked], alpha)
+            scale = _scale([(seen.peaks[layer], layer.weight) for layer in asked], alpha, powers_of_two)
             reason = "activations or weights are not finite" if scale is None else ""
         if scale is None:
             for layer in asked:
@@ -178,8 +187,8 @@ def _against(flow: Flow, layers: list[nn.Linear], seen: Seen, owners: Counter[in
     return ""
 
 
-def _scale(pairs: list[tuple[torch.Tensor, torch.Tensor]], alpha: float) -> torch.Tensor | None:
-    """Powers of two from (largest input of each channel, weight) of the layers that share an input; None if a number
+def _scale(pairs: list[tuple[torch.Tensor, torch.Tensor]], alpha: float, powers_of_two: bool) -> torch.Tensor | None:
+    """Scales from (largest input of each channel, weight) of the layers that share an input; None if a number
     is not finite. A channel without any input, or weight, keeps 1."""
     device = pairs[0][0].device
     peak = torch.stack([peak.to(device) for peak, _ in pairs]).amax(0)
@@ -188,4 +197,5 @@ def _scale(pairs: list[tuple[torch.Tensor, torch.Tensor]], alpha: float) -> torc
         return None
     exponent = alpha * peak.log2() - (1 - alpha) * weight.log2()
     exponent = torch.where((peak > 0) & (weight > 0), exponent, 0.0)
-    return exponent.round().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp2()
+    exponent = exponent.round() if powers_of_two else exponent
+    return exponent.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp2()

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from quanto_hf.fit import Fit
+from quanto_hf.flow.codebooks import warn_of_codebooks
 from quanto_hf.flow.plan import Choice, apply_plan, make_plan, quantized, replace_modules
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
-from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.qtypes import QType, qtype
 from quanto_hf.schemes import scheme_from_dict
 
@@ -95,6 +95,8 @@ def quantize(
     choice = Choice(weights, group_size, symmetric, optimizer)
     choice.scheme()
     kind = activation_type(activations)
+    if static_activations and kind is None:
+        raise ValueError("static_activations=True without activations; add activations='int8' or 'float8'")
     skip = {
         name: "output heads stay float by default"
         for name, _ in model.named_modules()
@@ -109,17 +111,8 @@ def quantize(
         skip={} if include is not None else skip,
         overrides=overrides,
     )
-    for name, chosen in plan.chosen.items():
-        try:
-            chosen.scheme()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    apply_plan(model, plan, kind, static_activations)
-    if learn_scales:
-        for name in plan.chosen:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, LearnedScales)
-            layer.learn_scales()
+    warn_of_codebooks(model, plan)
+    apply_plan(model, plan, kind, static_activations, learn_scales)
     return model
 
 

@@ -7,12 +7,14 @@ from importlib import import_module
 from typing import Any
 
 from quanto_hf.hf.adopt import quantize
+from quanto_hf.hf.aqlm_config import AqlmConfig
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.load import load_and_quantize_model
 from quanto_hf.hf.register import install, register
 
 __all__ = [
     "METHOD",
+    "AqlmConfig",
     "QuantoConfig",
     "QuantoHfQuantizer",
     "convert_checkpoint",
@@ -21,6 +23,7 @@ __all__ = [
     "plan",
     "quantize",
     "register",
+    "replace_with_aqlm_linear",
     "replace_with_quanto_layers",
 ]
 
@@ -30,6 +33,7 @@ _LAZY = {
     "QuantoHfQuantizer": "quanto_hf.hf.quantizer",
     "convert_checkpoint": "quanto_hf.hf.convert",
     "plan": "quanto_hf.hf.planning",
+    "replace_with_aqlm_linear": "quanto_hf.hf.aqlm",
     "replace_with_quanto_layers": "quanto_hf.hf.replace",
 }
 

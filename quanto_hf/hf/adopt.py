@@ -1,18 +1,22 @@
 """``quantize`` for models of transformers too: what it has quantized can be saved and loaded like any other."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from quanto_hf import flow
+from quanto_hf.fit import FITS, Fit
 from quanto_hf.hf.config import QuantoConfig
+from quanto_hf.qtypes import QType
 
 
 def quantize(model: nn.Module, weights: Any = "int8", activations: Any = None, **kwargs: Any) -> nn.Module:
     """As :func:`quanto_hf.flow.quantize`, whose arguments it takes. A model of transformers gets a quantizer as well,
     so that ``save_pretrained`` writes what ``from_pretrained`` loads: packed weights once it is frozen, and before
-    that float ones with the state of training.
+    that float ones with the state of training. Only a fit of the user's own is not saved: what is trained on after a
+    reload has the default one.
 
     Example:
         >>> import quanto_hf
@@ -26,28 +30,46 @@ def quantize(model: nn.Module, weights: Any = "int8", activations: Any = None, *
     held: Any = getattr(model, "hf_quantizer", None)
     if adopted and held is not None:
         method = held.quantization_config.quant_method
-        raise ValueError(f"{type(model).__name__} was loaded quantized, with {method}; quantize the float model")
+        raise ValueError(f"{type(model).__name__} is quantized already, with {method}; quantize the float model")
+    # before anything is changed: it refuses more than flow does
+    config = _config(weights, activations, kwargs) if adopted else None
     flow.quantize(model, weights, activations, **kwargs)
-    if adopted:
-        _adopt(model, weights, activations, kwargs)
+    if config is not None:
+        _adopt(model, config)
     return model
 
 
-def _adopt(model: Any, weights: Any, activations: Any, kwargs: dict[str, Any]) -> None:
-    from quanto_hf.hf.quantizer import QuantoHfQuantizer
-
-    fit = kwargs.get("optimizer")
-    config = QuantoConfig(
-        weights=getattr(weights, "name", weights),
-        activations=getattr(activations, "name", activations),
+def _config(weights: Any, activations: Any, kwargs: dict[str, Any]) -> QuantoConfig:
+    """The config that says the same, with names for number types and fits."""
+    overrides = {
+        pattern: {key: _name(value) for key, value in values.items()} if isinstance(values, Mapping) else values
+        for pattern, values in (kwargs.get("overrides") or {}).items()
+    }
+    return QuantoConfig(
+        weights=_name(weights),
+        activations=_name(activations),
         modules_to_not_convert=flow.as_patterns(kwargs.get("exclude")),
         group_size=kwargs.get("group_size"),
         symmetric=kwargs.get("symmetric"),
-        fit=getattr(fit, "name", fit),
-        overrides=dict(kwargs.get("overrides") or {}),
+        fit=_name(kwargs.get("optimizer")),
+        overrides=overrides,
     )
+
+
+def _name(value: Any) -> Any:
+    if isinstance(value, Fit):
+        # one of the user's own cannot be found again
+        return value.name if FITS.get(getattr(value, "name", "")) is not None else None
+    return value.name if isinstance(value, QType) else value
+
+
+def _adopt(model: Any, config: QuantoConfig) -> None:
+    from quanto_hf.hf.quantizer import QuantoHfQuantizer
+    from quanto_hf.hf.saving import save_whole_models
+
     quantizer = QuantoHfQuantizer(config, pre_quantized=False)
     quantizer.describe(model)
     model.hf_quantizer = quantizer
+    save_whole_models(type(model))
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method

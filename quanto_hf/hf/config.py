@@ -8,9 +8,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quanto_hf.fit import FITS
 from quanto_hf.flow import ACTIVATIONS, Choice, activation_type
-from quanto_hf.io import FORMAT_VERSION, check_version
+from quanto_hf.io import FORMAT_VERSION, INTERRUPTED, check_version, refuse_interrupted
 from quanto_hf.qtypes import weight_names
-from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL
+from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL, is_aqlm_name
 
 METHOD = "quanto_hf"
 # of a config that asks for an empty model (hf/skeleton.py): known to transformers only so that from_pretrained finds
@@ -29,7 +29,8 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How ``from_pretrained`` quantizes a model.
 
     Args:
-        weights: number type of the weights: int8, int4, int2, float8 (= float8_e4m3fn), float8_e5m2, nf4, fp4.
+        weights: number type of the weights: int8, int4, int2, float8 (= float8_e4m3fn), float8_e5m2, nf4, fp4; or an
+            AQLM layout: "aqlm-2x8" is 2 codebooks with codes of 8 bits.
         activations: None (weight-only), "int8" or "float8": also round the inputs of linear layers. The numbers are
             those of a quantized product. A scale belongs to a token; where int4 or int2 weights meet int8, to 32
             columns of it. docs/speed.md says where this is faster.
@@ -42,7 +43,8 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
             weights, what the model keeps in float32). A pattern is a run of whole name segments or a glob: ``fc1``
             does not match ``fc10``, ``*.down_proj`` does what it says.
         group_size: columns that share a scale: 16, 32, 64, 128, 256, or -1 for whole rows. None is the default of
-            the type: whole rows for 8 bits, 64 for int4 and int2, 32 for nf4 and fp4.
+            the type: whole rows for 8 bits, 64 for int4 and int2, 32 for nf4 and fp4. Of AQLM: columns that share a
+            code, any number, 8 by default.
         symmetric: no zero point. None is the default of the type: False for int4 and int2, True for all others.
         fit: how scales are found: absmax, minmax, mse, mse_gain, hqq. None is the best data-free one of the type.
         overrides: pattern -> values of weights, group_size, symmetric and fit that differ for these modules, such as
@@ -89,7 +91,7 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def _problems(self) -> list[str]:
         """One sentence for each bad value."""
-        problems = _value_problems(vars(self))
+        problems = _value_problems(vars(self), self.weights)
         if self.quant_method not in (METHOD, "quanto"):
             problems.append(f"quant_method={self.quant_method!r}; it is {METHOD!r}")
         try:
@@ -112,7 +114,9 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
             problems += [
                 f"{where}{key!r} is not known; choose {', '.join(OVERRIDABLE)}" for key in set(values) - {*OVERRIDABLE}
             ]
-            problems += [where + problem for problem in _value_problems(values, may_be_float=True)]
+            problems += [
+                where + problem for problem in _value_problems(values, values.get("weights", self.weights), True)
+            ]
         if not problems:
             problems = self._combination_problems()
         return problems
@@ -127,6 +131,10 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if self.learn_scales and not self.qat:
             problems.append("learn_scales=True without qat=True; scales are learned in training only")
         for where, choice in [("", self.choice()), *self._override_choices()]:
+            if is_aqlm_name(choice.weights) and choice.fit is not None:
+                problems.append(f"{where}fit={choice.fit!r} is not for {choice.weights} weights; leave it out")
+            if is_aqlm_name(choice.weights) and self.qat:
+                problems.append(f"{where}qat=True does not work with {choice.weights} weights: fitting takes seconds")
             try:
                 choice.scheme()
             except ValueError as error:
@@ -152,7 +160,10 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
         Raises:
             ValueError: a key is not known (keys of older format versions are dropped), or a value is not allowed.
+            CheckpointError: the folder holds files of two models, because a save was interrupted.
         """
+        if INTERRUPTED in config_dict:
+            refuse_interrupted(config_dict[INTERRUPTED])
         known = {f.name for f in fields(cls)}
         version = config_dict.get("format_version", FORMAT_VERSION)
         check_version(version)
@@ -182,10 +193,10 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """The values that decide how weights are stored, the same for two ways to write the same."""
         scheme = self.choice().scheme().to_dict()
         return {
-            "weights": scheme["qtype"],
+            "weights": scheme.get("qtype", self.weights),
             "activations": activation_type(self.activations),
-            "group_size": scheme["group_size"],
-            "symmetric": scheme["symmetric"],
+            "group_size": scheme.get("group_size", scheme.get("in_group")),
+            "symmetric": scheme.get("symmetric", True),
             "fit": self.fit,
             "overrides": self.overrides,
             "modules_to_not_convert": sorted(self.modules_to_not_convert or []),
@@ -193,15 +204,21 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         }
 
 
-def _value_problems(values: Mapping[str, Any], may_be_float: bool = False) -> list[str]:
-    """Bad values among weights, group_size, symmetric and fit."""
+def _value_problems(values: Mapping[str, Any], weights: Any, may_be_float: bool = False) -> list[str]:
+    """Bad values among weights, group_size, symmetric and fit.
+
+    Args:
+        weights: what the values are for, named by them or not.
+    """
     problems = []
-    if "weights" in values and values["weights"] not in weight_names():
+    if "weights" in values and values["weights"] not in weight_names() and not is_aqlm_name(values["weights"]):
         if not (may_be_float and values["weights"] is None):
             none = ", or None for float" if may_be_float else ""
-            problems.append(f"weights={values['weights']!r}; choose one of {', '.join(weight_names())}{none}")
+            names = ", ".join([*weight_names(), "aqlm-1x8", "aqlm-2x8", "aqlm-1x16"])
+            problems.append(f"weights={values['weights']!r}; choose one of {names} (any aqlm-KxB){none}")
     group_size = values.get("group_size")
-    if group_size is not None and group_size not in (PER_CHANNEL, *GROUP_SIZES):
+    # what an AQLM layout does not take is said by its scheme
+    if group_size is not None and group_size not in (PER_CHANNEL, *GROUP_SIZES) and not is_aqlm_name(weights):
         problems.append(f"group_size={group_size!r}; choose one of {', '.join(map(str, (PER_CHANNEL, *GROUP_SIZES)))}")
     if values.get("symmetric") not in (None, True, False):
         problems.append(f"symmetric={values['symmetric']!r}; choose None, True or False")

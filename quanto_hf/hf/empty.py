@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from quanto_hf.flow import make_plan
+from quanto_hf.hf.aqlm import AqlmQuantizer
+from quanto_hf.hf.aqlm_config import AqlmConfig
 from quanto_hf.hf.config import QuantoConfig
 from quanto_hf.hf.loading import check_before_loading
 from quanto_hf.hf.quantizer import QuantoHfQuantizer, was_written_from
@@ -125,9 +127,13 @@ def _of_model(model: nn.Module, config: QuantoConfig | None) -> Empty:
 
 def _of_quantized(model: nn.Module, config: QuantoConfig | None) -> Empty:
     held = saved_config(getattr(model, "config", None))
-    if held is not None and config is not None and (different := held.conflicts(config)):
+    if isinstance(held, AqlmConfig):
+        if config is not None:
+            raise ValueError("the model has AQLM weights already: leave out the config")
+    elif held is not None and config is not None and (different := held.conflicts(config)):
         raise ValueError(f"the model is quantized already, with another {', '.join(different)}: leave out the config")
-    quantizer = QuantoHfQuantizer(held or config or QuantoConfig(), pre_quantized=False)
+    cls = AqlmQuantizer if isinstance(held, AqlmConfig) else QuantoHfQuantizer
+    quantizer = cls(held or config or QuantoConfig(), pre_quantized=False)
     quantizer.pre_quantized = True
     borrowed = hasattr(model, "_get_dtype_plan")
     # a copy of a model of transformers would copy the weights that its hooks have offloaded
@@ -137,7 +143,8 @@ def _of_quantized(model: nn.Module, config: QuantoConfig | None) -> Empty:
 
 
 def _of_float(model: nn.Module, config: QuantoConfig) -> Empty:
-    copied, quantizer = _on_meta(model), QuantoHfQuantizer(config, pre_quantized=False)
+    cls = AqlmQuantizer if isinstance(config, AqlmConfig) else QuantoHfQuantizer
+    copied, quantizer = _on_meta(model), cls(config, pre_quantized=False)
     dtype = quantizer.update_dtype(_dtype(model))
     if hasattr(model, "_get_dtype_plan"):
         quantizer.preprocess_model(copied, dtype=dtype, device_map=None, checkpoint_files=None)

@@ -6,7 +6,7 @@ import torch
 
 from quanto_hf.hf.loading import split_name, waits_for_weight
 from quanto_hf.nn import QuantizedWeight
-from quanto_hf.schemes import make_scheme
+from quanto_hf.schemes import Grouped
 
 
 class LegacyHooks:
@@ -55,7 +55,11 @@ class LegacyHooks:
         """The dtype with the size of a weight, as accelerate counts it for a device map."""
         from accelerate.utils import CustomDtype
 
-        kind = make_scheme(self.quantization_config.weights).type
+        scheme = self.quantization_config.choice().scheme()
+        if not isinstance(scheme, Grouped):
+            # 2 bits per weight are the largest of what accelerate counts that is not above most layouts
+            return CustomDtype.INT2
+        kind = scheme.type
         if kind.bits == 8:
             return torch.int8 if kind.kind == "int" else CustomDtype.FP8
         return CustomDtype.INT4 if kind.bits == 4 else CustomDtype.INT2

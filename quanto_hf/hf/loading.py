@@ -28,26 +28,36 @@ def split_name(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def waits_for_weight(model: nn.Module, name: str) -> bool:
     """Whether a name is the float weight of a quantized layer that is to be packed on arrival."""
+    return is_quantized_weight(model, name) and not split_name(model, name)[0].is_frozen
+
+
+def is_quantized_weight(model: nn.Module, name: str) -> bool:
+    """Whether a name is the weight of a quantized layer that holds it packed, or will. One for training does not."""
     try:
         module, leaf = split_name(model, name)
     except AttributeError:
         return False
-    # beside the placeholder such a layer holds the empty tensors for what is made of it; one for training does not
-    return leaf == "weight" and isinstance(module, QuantizedWeight) and not module.is_frozen and bool(module.tensors())
+    # beside the placeholder a layer holds the empty tensors for what is made of it
+    return leaf == "weight" and isinstance(module, QuantizedWeight) and bool(module.tensors())
+
+
+def stored_name(layer: QuantizedWeight, weight: str, part: str) -> str:
+    """Name in the model of a stored tensor of the layer whose weight has this name."""
+    return f"{weight.removesuffix('weight')}{layer.prefix}{part}"
 
 
 class Later(Protocol):
-    """What may want a float weight to be quantized later (:class:`quanto_hf.hf.deferred.Deferred`)."""
+    """What may want a tensor to be made later (:class:`quanto_hf.hf.deferred.Deferred`)."""
 
-    def takes(self, name: str, pieces: list[torch.Tensor], source: Iterable[str], target: Iterable[str]) -> bool:
-        """Whether it takes this one."""
+    def takes(self, model: nn.Module, first: str, name: str, pieces: list[torch.Tensor]) -> bool:
+        """Whether it takes this one, which is one of those that the loader makes together with ``first``."""
 
 
 class QuantizeWeights(ConversionOps):  # type: ignore[misc]
     """Quantizes a float weight as it arrives from the checkpoint. It holds no model: the loader copies it often.
 
     Args:
-        later: takes weights that are not quantized now, or None.
+        later: takes tensors that are not made now, or None.
     """
 
     def __init__(self, later: Later | None = None) -> None:
@@ -56,10 +66,9 @@ class QuantizeWeights(ConversionOps):  # type: ignore[misc]
     def convert(
         self,
         input_dict: dict[str, Any],
-        source_patterns: list[str] | None = None,
-        target_patterns: list[str] | None = None,
         model: nn.Module | None = None,
         missing_keys: set[str] | None = None,
+        full_layer_name: str = "",
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Names of float tensors -> names of stored tensors; what is not to be quantized passes through.
@@ -70,20 +79,21 @@ class QuantizeWeights(ConversionOps):  # type: ignore[misc]
         assert model is not None
         result: dict[str, Any] = {}
         for name, value in input_dict.items():
-            if not waits_for_weight(model, name):
+            layer = split_name(model, name)[0] if waits_for_weight(model, name) else None
+            pieces, names = value if isinstance(value, list) else [value], [name]
+            if layer is not None:
+                assert isinstance(layer, QuantizedWeight)
+                _check_shape(layer, pieces, name)
+            if self.later is not None and self.later.takes(model, full_layer_name, name, pieces):
+                if layer is not None:
+                    layer._parameters.pop("weight")
+                    names += [stored_name(layer, name, part) for part in layer.tensors()]
+            elif layer is not None:
+                for part, tensor in quantize_into(layer, pieces, name).items():
+                    result[stored_name(layer, name, part)] = tensor
+            else:
                 result[name] = value
                 continue
-            layer, _ = split_name(model, name)
-            assert isinstance(layer, QuantizedWeight)
-            pieces = value if isinstance(value, list) else [value]
-            _check_shape(layer, pieces, name)
-            names, prefix = [name], name.removesuffix("weight")
-            if self.later is not None and self.later.takes(name, pieces, source_patterns or (), target_patterns or ()):
-                layer._parameters.pop("weight")
-                names += [f"{prefix}{stored}" for stored in layer.stored_names]
-            else:
-                stored = quantize_into(layer, pieces, name)
-                result.update({f"{prefix}{layer.prefix}{part}": tensor for part, tensor in stored.items()})
             if missing_keys is not None:
                 missing_keys.difference_update(names)
         return result
@@ -104,6 +114,9 @@ def quantize_into(
     """
     pieces = weight if isinstance(weight, list) else [weight]
     found = _check_shape(layer, pieces, name)
+    if len(pieces) > 1 and not layer.scheme.by_rows:
+        pieces[:] = [torch.cat(pieces)]
+        found = [layer.weight_shape]
     stored, errors = list[dict[str, torch.Tensor]](), list[tuple[int, float]]()
     while pieces:
         piece = pieces.pop(0)
@@ -196,7 +209,7 @@ def _checkpoint_names(module: QuantizedWeight, name: str, pre_quantized: bool) -
 
 def loader_names(
     model: Any, keys: Iterable[str], conversions: Iterable[Any], state: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, str, WeightConverter | None]]:
+) -> Iterator[tuple[str, str, WeightConverter | None, str]]:
     """What the loader makes of the names in a checkpoint, in its order.
 
     Args:
@@ -206,8 +219,8 @@ def loader_names(
         state: the state dict of ``model``.
 
     Yields:
-        The name in the file, the (first) name in the model, and the converter that merges or splits the tensor, or
-        None. The model need not have the name.
+        The name in the file, the (first) name in the model, and the converter that merges or splits the tensor, with
+        the pattern by which it knows it, or None and an empty string. The model need not have the name.
     """
     conversions, prefix = list(conversions), model.base_model_prefix
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -216,7 +229,13 @@ def loader_names(
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], prefix, state)
-        yield key, name, next((c for c in converters if pattern is not None and pattern in c.source_patterns), None)
+        made = next((c for c in converters if pattern is not None and pattern in c.source_patterns), None)
+        yield key, name, made, pattern if made is not None else ""
+
+
+def targets_of(converter: WeightConverter, first: str) -> list[str]:
+    """The names in the model of all that a converter makes together with ``first``."""
+    return [first.replace(converter.target_patterns[0], target, 1) for target in converter.target_patterns]
 
 
 def _rename(
@@ -227,10 +246,9 @@ def _rename(
     targets: dict[str, TensorSpec] = {}
     unexpected: list[str] = []
     converted: set[str] = set()
-    for key, name, converter in loader_names(model, headers, conversions, state):
+    for key, name, converter, _ in loader_names(model, headers, conversions, state):
         if converter is not None:
-            first = converter.target_patterns[0]
-            names = [name.replace(first, target, 1) for target in converter.target_patterns]
+            names = targets_of(converter, name)
             converted.update(names)
             targets.update(dict.fromkeys(names, headers[key]))
         elif name in state:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.core_model_loading import Concatenate, WeightConverter
 
-from quanto_hf.hf.loading import waits_for_weight
+from quanto_hf.hf.loading import is_quantized_weight
 
 
 class ConcatenateLater(Concatenate):  # type: ignore[misc]
@@ -25,7 +25,7 @@ class ConcatenateLater(Concatenate):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """The merged tensor, or the list of its pieces in their order."""
         model, name = kwargs.get("model"), kwargs.get("full_layer_name", "")
-        if model is None or not waits_for_weight(model, name):
+        if model is None or not is_quantized_weight(model, name):
             merged: dict[str, torch.Tensor] = super().convert(input_dict, source_patterns, target_patterns, **kwargs)
             return merged
         pieces: list[torch.Tensor] = []

@@ -95,7 +95,9 @@ def add_to_index(
 
 def is_on_cpu(hooks: Mapping[str, AlignDevicesHook]) -> bool:
     """Whether every module runs on the CPU."""
-    return all(torch.device(hook.execution_device or "cpu").type == "cpu" for hook in hooks.values())
+    devices = [hook.execution_device for hook in hooks.values()]
+    # accelerators are numbers too, and the first one is 0
+    return all(d is None or (not isinstance(d, int) and torch.device(d).type == "cpu") for d in devices)
 
 
 def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from quanto_hf.hf.loading import split_name
 from quanto_hf.io.lanes import Lane, lane_to
-from quanto_hf.io.prefetch import AHEAD, Prefetcher
+from quanto_hf.io.prefetch import Prefetcher
 
 
 class PrefetchHook(AlignDevicesHook):  # type: ignore[misc]
@@ -64,7 +64,7 @@ def offloaded_names(module: nn.Module, hook: AlignDevicesHook) -> list[str]:
 def prefetch(
     model: nn.Module,
     hooks: Mapping[str, AlignDevicesHook],
-    make_lane: Callable[[torch.device, int], Lane] = lane_to,
+    make_lane: Callable[[torch.device], Lane] = lane_to,
 ) -> None:
     """Put :class:`PrefetchHook` in the place of accelerate's hooks that bring weights in.
 
@@ -85,7 +85,7 @@ def prefetch(
             return {leaf: weights[leaf] for leaf in offloaded_names(model.get_submodule(str(key)), hooks[str(key)])}
 
         if device not in prefetchers:
-            prefetchers[device] = Prefetcher(make_lane(device, AHEAD), read)
+            prefetchers[device] = Prefetcher(make_lane(device), read)
         mine = PrefetchHook(hook, name, prefetchers[device])
         hook.original_devices = {}  # so that taking it off moves nothing
         remove_hook_from_module(module)

@@ -8,22 +8,23 @@ import torch
 from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
-from quanto_hf.flow import Choice, Plan, dequantize, make_plan, not_quantizable
+from quanto_hf.flow import Choice, Plan, dequantize, make_plan, not_quantizable, warn_of_codebooks
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.deferred import Deferred
+from quanto_hf.hf.flags import flags, refuse_mixed
 from quanto_hf.hf.legacy import LegacyHooks
 from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, waits_for_weight
 from quanto_hf.hf.merging import merge_late
 from quanto_hf.hf.offload import add_to_index, folder_of, offload_hooks, use_in_place
 from quanto_hf.hf.register import register
 from quanto_hf.hf.replace import finish_prepared, replace_by_plan
+from quanto_hf.hf.saving import save_whole_models
 from quanto_hf.hf.sizes import Kept, Transient, kept_dtypes, largest_transient, loaded_element_size, lower_by_transient
 from quanto_hf.hf.skips import default_skips
 from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_modules
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
-from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.ops.scratch import free
-from quanto_hf.schemes import Scheme, TensorSpec
+from quanto_hf.schemes import TensorSpec
 
 # Share of the weights from which on it is worth a warning that they cannot be quantized.
 LEFT_IN_FLOAT = 0.1
@@ -40,29 +41,43 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
     """
 
     requires_calibration = False
+    # of the quantized layers; None is the registered one of each type
+    layer_class: type[QuantizedWeight] | None = None
     required_packages = ("accelerate",)
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         # a copy: what is resolved for this model is written into it
-        config = copy.deepcopy(quantization_config)
-        if not isinstance(config, QuantoConfig):
-            config = QuantoConfig(config.weights, config.activations, config.modules_to_not_convert)
-        config.quant_method = METHOD
+        config = self.read_config(copy.deepcopy(quantization_config))
         super().__init__(config, **kwargs)
-        if self.pre_quantized and config.schemes is None:
-            raise ValueError(
-                "the checkpoint says that it is quantized with quanto_hf, but its config has no 'schemes': it was not "
-                "written by save_pretrained"
-            )
+        if self.pre_quantized:
+            self.check_saved(config)
         self._dtype = torch.get_default_dtype()
         self._headers: dict[str, TensorSpec] | None = None
         self._device_map: Any = None
         self._files: list[str] = []
+        self._conversions: list[Any] = []
         self._deferred: Deferred | None = None
         # what is known of the model once its layers are replaced: sizes are asked for parts of it too
         self.kept: Kept = []
         self._stored: dict[str, torch.dtype] = {}
         self.transient = Transient()
+
+    @staticmethod
+    def read_config(config: Any) -> Any:
+        """A config that is given, in our own class."""
+        if not isinstance(config, QuantoConfig):
+            config = QuantoConfig(config.weights, config.activations, config.modules_to_not_convert)
+        config.quant_method = METHOD
+        return config
+
+    @staticmethod
+    def check_saved(config: Any) -> None:
+        """Raise ValueError unless the config of a quantized checkpoint says all that loading needs."""
+        if config.schemes is None:
+            raise ValueError(
+                "the checkpoint says that it is quantized with quanto_hf, but its config has no 'schemes': it was not "
+                "written by save_pretrained"
+            )
 
     # ------------------------------------------------------------------------------------------- before loading
 
@@ -83,20 +98,11 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         return dtype
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        config = self.quantization_config
-        if self.pre_quantized:
-            plan = self._saved_plan(model)
-        else:
-            plan = make_plan(
-                model,
-                config.choice(),
-                exclude=config.modules_to_not_convert or (),
-                skip=default_skips(model, self._dtype, config.default_skips),
-                overrides=config.overrides,
-            )
+        plan = self._saved_plan(model) if self.pre_quantized else self._new_plan(model)
         if not self.pre_quantized:
             _warn_of_floats(model, plan)
-        replace_by_plan(model, plan, config, self.pre_quantized)
+            warn_of_codebooks(model, plan)
+        replace_by_plan(model, plan, self.quantization_config, self.pre_quantized, self.layer_class)
         self.kept = kept_dtypes(model, self._dtype)
         self._stored = {
             f"{name}.{leaf}" if name else leaf: tensor.dtype
@@ -110,6 +116,17 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if files and all(file.endswith(".safetensors") for file in files):
             self._headers = read_headers(files)
         return model
+
+    def _new_plan(self, model: Any) -> Plan:
+        """How each module of a float model is quantized."""
+        config = self.quantization_config
+        return make_plan(
+            model,
+            config.choice(),
+            exclude=config.modules_to_not_convert or (),
+            skip=default_skips(model, self._dtype, config.default_skips),
+            overrides=config.overrides,
+        )
 
     def _saved_plan(self, model: Any) -> Plan:
         """The plan that was saved with the checkpoint, with names for this model class."""
@@ -125,7 +142,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             if name is None:
                 absent.append(saved)
             else:
-                chosen[name] = _choice(scheme)
+                chosen[name] = Choice(scheme)
         if absent and (not chosen or was_written_from(model)):
             raise ValueError(
                 f"{len(absent)} of the {len(schemes)} quantized modules of the checkpoint are not in "
@@ -142,7 +159,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         are read, so the check of the checkpoint is here."""
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
         if not self.pre_quantized:
-            conversions = merge_late(conversions)
+            conversions = self._conversions = merge_late(conversions)
         if self._headers is not None:
             # a copy: conversions remember which names they have seen
             seen = copy.deepcopy(conversions)
@@ -169,17 +186,20 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------- while loading
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether this is the float weight of a quantized layer."""
-        return waits_for_weight(model, param_name)
+        """Whether this is the float weight of a quantized layer, or is merged or split and goes to disk."""
+        later = self._later()
+        return waits_for_weight(model, param_name) or (later is not None and later.wants(model, param_name))
 
     def get_quantize_ops(self) -> QuantizeWeights:
-        """The operation that quantizes one weight. What goes to disk is quantized after loading."""
-        if self._deferred is None and self._has_disk():
-            self._deferred = Deferred(self._device_map, self._files)
-        return QuantizeWeights(self._deferred)
+        """The operation that quantizes one weight. What goes to disk is made after loading."""
+        return QuantizeWeights(self._later())
 
-    def _has_disk(self) -> bool:
-        return isinstance(self._device_map, dict) and "disk" in self._device_map.values()
+    def _later(self) -> Deferred | None:
+        """What goes to disk, if anything does."""
+        has_disk = isinstance(self._device_map, dict) and "disk" in self._device_map.values()
+        if self._deferred is None and has_disk:
+            self._deferred = Deferred(self._device_map, self._files, self._conversions)
+        return self._deferred
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype in which a tensor of a quantized checkpoint is loaded. Scales keep theirs: a model that keeps a
@@ -200,6 +220,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self._finish_layers(model)
         config = self.quantization_config
         self.describe(model)
+        save_whole_models(type(model))
         if config.dequantize:
             self.dequantize(model)
         return model
@@ -208,23 +229,22 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         """Bring the config up to date with the layers of a model, which calibration and freezing change."""
         config = self.quantization_config
         config.schemes, config.format_version = describe_modules(model), FORMAT_VERSION
-        layers = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
-        config.qat = any(not layer.is_frozen for layer in layers)
-        config.learn_scales = any(isinstance(layer, LearnedScales) and layer.learns for layer in layers)
-        config.static_activations = any(isinstance(layer, QuantizedInput) and layer.is_static for layer in layers)
+        for flag, layers in flags(model).items():
+            setattr(config, flag, any(layers.values()))
 
     def _finish_offload(self, model: Any) -> None:
         """Write what goes to disk, and use it, and the checkpoint's own files, in place."""
         hooks = offload_hooks(model)
-        if self._deferred is not None and self._deferred.layers:
+        if self._deferred is not None and self._deferred.taken:
             folder = folder_of(hooks)
             if folder is None:
                 raise ValueError(
-                    f"device_map leaves {len(self._deferred.layers)} quantized weights on disk, but no offload_folder "
-                    "says where; give offload_folder=... to from_pretrained, or save the model quantized and load that"
+                    f"device_map leaves {len(self._deferred.taken)} weights on disk that are quantized or merged now, "
+                    "but no offload_folder says where; give offload_folder=... to from_pretrained, or save the model "
+                    "quantized and load that"
                 )
             add_to_index(hooks, self._deferred.write(model, folder))
-        self._deferred = None
+        self._deferred, self._conversions = None, []
         if hooks:
             use_in_place(model, hooks)
 
@@ -282,6 +302,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         Of an offloaded model transformers splits it into files in the order in which it comes, of others in its own
         order: so that both give the same files, it comes in that order.
         """
+        refuse_mixed(model)
         # config.json is written after this
         self.describe(model)
         metadata = {"quanto_hf_format": str(FORMAT_VERSION)}
@@ -333,11 +354,6 @@ def _warn_of_floats(model: Any, plan: Plan) -> None:
             f"no linear layer of {type(model).__name__} is quantized; call quanto_hf.report(model) for the reasons",
             stacklevel=2,
         )
-
-
-def _choice(scheme: Scheme) -> Choice:
-    fields = scheme.to_dict()
-    return Choice(fields["qtype"], fields["group_size"], fields["symmetric"])
 
 
 # for when this module, and not transformers, was the first one to ask for transformers' quantizers

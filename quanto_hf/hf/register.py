@@ -8,12 +8,13 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from quanto_hf.hf.aqlm_config import AQLM_METHOD, AqlmConfig
 from quanto_hf.hf.config import METHOD, SKELETON_METHOD, QuantoConfig
 
 # Importing it takes 0.9 s, so it is patched when somebody else imports it, which from_pretrained does.
 AUTO = "transformers.quantizers.auto"
 
-OVERRIDES = ("quanto",)
+OVERRIDES = ("quanto", AQLM_METHOD)
 
 _overrides: set[str] = set()
 
@@ -30,7 +31,8 @@ def install(override: str) -> None:
     """Let quanto_hf also serve a method that transformers has already.
 
     Args:
-        override: "quanto": ``transformers.QuantoConfig`` then quantizes with quanto_hf.
+        override: "quanto": ``transformers.QuantoConfig`` then quantizes with quanto_hf. "aqlm": checkpoints in the AQLM
+            format are loaded by quanto_hf, and :class:`quanto_hf.AqlmConfig` makes them.
 
     Raises:
         ValueError: the method cannot be overridden.
@@ -71,7 +73,11 @@ def _register(auto: Any) -> None:
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QuantoConfig
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer
     for method in _overrides:
-        auto.AUTO_QUANTIZER_MAPPING[method] = quantizer
+        if method == AQLM_METHOD:
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = AqlmConfig
+            auto.AUTO_QUANTIZER_MAPPING[method] = importlib.import_module("quanto_hf.hf.aqlm").AqlmQuantizer
+        else:
+            auto.AUTO_QUANTIZER_MAPPING[method] = quantizer
     merge = auto.AutoHfQuantizer.merge_quantization_configs
     if getattr(merge, "checks_quanto_hf", False):
         return

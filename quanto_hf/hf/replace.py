@@ -13,7 +13,9 @@ from quanto_hf.nn import QuantizedInput, QuantizedWeight
 from quanto_hf.nn.learned import LearnedScales
 
 
-def empty_module(module: nn.Module, choice: Choice, config: QuantoConfig, pre_quantized: bool) -> QuantizedWeight:
+def empty_module(
+    module: nn.Module, choice: Choice, config: Any, pre_quantized: bool, cls: type[QuantizedWeight] | None = None
+) -> QuantizedWeight:
     """The quantized module of a float one, on meta, with the parameters that a checkpoint fills.
 
     Args:
@@ -22,12 +24,17 @@ def empty_module(module: nn.Module, choice: Choice, config: QuantoConfig, pre_qu
         config: what happens to inputs, and whether the weight stays float for training.
         pre_quantized: whether the checkpoint is quantized. Of a float one a float ``weight`` on meta waits for the
             tensor, and what training or calibration add comes after loading (:func:`finish_prepared`).
+        cls: class of the module; None is the registered one.
     """
     static = config.static_activations and pre_quantized
     with init_empty_weights():
-        layer = quantized(module, choice.scheme(), activation_type(config.activations), choice.fit, static)
+        layer = quantized(module, choice.scheme(), activation_type(config.activations), choice.fit, static, cls)
         weight = torch.empty(layer.weight_shape, dtype=layer.weight_dtype, device="meta")
         layer.make_empty()
+        for name, parameter in layer._parameters.items():
+            # of a module that is not on meta itself, and keeps its own
+            if parameter is not None and parameter.device.type != "meta":
+                layer._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
     if config.qat:
         for name in layer.stored_names:
             del layer._parameters[name]
@@ -54,12 +61,14 @@ def finish_prepared(layer: QuantizedWeight, config: QuantoConfig) -> None:
         layer.learn_scales()
 
 
-def replace_by_plan(model: nn.Module, plan: Plan, config: QuantoConfig, pre_quantized: bool) -> None:
+def replace_by_plan(
+    model: nn.Module, plan: Plan, config: Any, pre_quantized: bool, cls: type[QuantizedWeight] | None = None
+) -> None:
     """Put empty quantized modules where a plan wants them. In place."""
     made: dict[nn.Module, nn.Module] = {}
     for name, choice in plan.chosen.items():
         module = model.get_submodule(name)
-        made[module] = empty_module(module, choice, config, pre_quantized)
+        made[module] = empty_module(module, choice, config, pre_quantized, cls)
     replace_modules(model, made)
     for name, reason in plan.left.items():
         # read by flow.report

@@ -9,6 +9,8 @@ import torch
 from transformers import AutoConfig
 from transformers.quantizers import auto
 
+from quanto_hf.hf.aqlm import AqlmQuantizer
+from quanto_hf.hf.aqlm_config import AQLM_METHOD, AqlmConfig
 from quanto_hf.hf.config import METHOD as SAVED_METHOD
 from quanto_hf.hf.config import SKELETON_METHOD as METHOD
 from quanto_hf.hf.config import QuantoConfig
@@ -56,6 +58,10 @@ class SkeletonQuantizer(QuantoHfQuantizer):
         raise _Built(Skeleton(model, self, conversions, self._files, self._dtype))
 
 
+class AqlmSkeletonQuantizer(SkeletonQuantizer, AqlmQuantizer):
+    """The same for models in the AQLM format."""
+
+
 def build_skeleton(path: str, config: QuantoConfig | None, dtype: Any = "auto", auto_class: Any = None) -> Skeleton:
     """The empty quantized model of a checkpoint: from ``from_pretrained`` itself, so that every decision (class,
     dtype, names, modules that stay float) is the one that loading makes.
@@ -69,8 +75,9 @@ def build_skeleton(path: str, config: QuantoConfig | None, dtype: Any = "auto", 
     Raises:
         ValueError: the checkpoint or the config cannot be used.
     """
-    marked = _marked(config if config is not None else saved_config(AutoConfig.from_pretrained(path)))
-    return _catch(path, lambda: load_and_quantize_model(path, marked, auto_class, dtype=dtype))
+    saved = saved_config(AutoConfig.from_pretrained(path)) if config is None else None
+    marked = None if isinstance(saved, AqlmConfig) else _marked(config or saved)
+    return _catch(path, marked, lambda: load_and_quantize_model(path, marked, auto_class, dtype=dtype))
 
 
 def skeleton_of_config(
@@ -81,34 +88,53 @@ def skeleton_of_config(
     Args:
         model_config: a ``PreTrainedConfig``, as of ``AutoConfig.from_pretrained``.
     """
-    marked = _marked(config if config is not None else saved_config(model_config))
+    saved = saved_config(model_config) if config is None else None
+    marked = None if isinstance(saved, AqlmConfig) else _marked(config or saved)
     cls = named_class(model_config) if auto_class is None else auto_class
-    arguments = {"config": model_config, "state_dict": {}, "dtype": dtype, "quantization_config": marked}
-    return _catch(type(model_config).__name__, lambda: cls.from_pretrained(None, **arguments))
+    arguments = {"config": model_config, "state_dict": {}, "dtype": dtype}
+    if marked is not None:
+        arguments["quantization_config"] = marked
+    return _catch(type(model_config).__name__, marked, lambda: cls.from_pretrained(None, **arguments))
 
 
-def saved_config(model_config: Any) -> QuantoConfig | None:
-    """The config with which a checkpoint says that it was quantized by quanto_hf; None if it says no such thing."""
+def saved_config(model_config: Any) -> Any:
+    """The config with which a checkpoint says that it was quantized by quanto_hf, or is in the AQLM format; None if it
+    says no such thing."""
     saved = getattr(model_config, "quantization_config", None)
-    if isinstance(saved, QuantoConfig):
+    if isinstance(saved, QuantoConfig | AqlmConfig):
         return copy.deepcopy(saved)
-    if not isinstance(saved, dict) or saved.get("quant_method") != SAVED_METHOD:
+    if not isinstance(saved, dict) or saved.get("quant_method") not in (SAVED_METHOD, AQLM_METHOD):
         return None
+    if saved["quant_method"] == AQLM_METHOD:
+        return AqlmConfig(**saved)
     made = QuantoConfig.from_dict(saved)
     assert isinstance(made, QuantoConfig)
     return made
 
 
-def _marked(config: QuantoConfig | None) -> QuantoConfig:
+def _marked(config: Any) -> Any:
     marked = QuantoConfig() if config is None else copy.deepcopy(config)
     marked.quant_method = METHOD
     return marked
 
 
-def _catch(what: str, load: Callable[[], Any]) -> Skeleton:
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = SkeletonQuantizer
+def _catch(what: str, marked: Any, load: Callable[[], Any]) -> Skeleton:
+    """Args:
+    what: names the model.
+    marked: the config that ``load`` gives; None: that of an AQLM checkpoint, which no other config may replace.
+    load: calls ``from_pretrained``.
+    """
+    aqlm = marked is None or isinstance(marked, AqlmConfig)
+    method, mapping = METHOD if marked is not None else AQLM_METHOD, auto.AUTO_QUANTIZER_MAPPING
+    before = mapping.get(method)
+    mapping[method] = AqlmSkeletonQuantizer if aqlm else SkeletonQuantizer
     try:
         load()
     except _Built as built:
         return built.skeleton
+    finally:
+        if before is None:
+            del mapping[method]
+        else:
+            mapping[method] = before
     raise ValueError(f"{what} cannot be quantized: transformers loaded it without asking the quantizer")

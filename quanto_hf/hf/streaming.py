@@ -44,7 +44,7 @@ def find_sources(skeleton: Skeleton) -> dict[str, Source]:
     entries = {key: Source(file, key, spec) for file in skeleton.files for key, spec in read_headers([file]).items()}
     state = model.state_dict()
     found: dict[str, Source] = {}
-    for key, name, converter in loader_names(model, entries, conversions, state):
+    for key, name, converter, _ in loader_names(model, entries, conversions, state):
         if name not in state:
             # the loader leaves it out too
             continue

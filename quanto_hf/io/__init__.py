@@ -7,9 +7,11 @@ from quanto_hf.io.checkpoint import CheckpointError, check_tensors, read_headers
 from quanto_hf.io.format import FORMAT_VERSION, check_version, describe_modules, read_modules
 from quanto_hf.io.mapped import MappedFiles
 from quanto_hf.io.offload_folder import OffloadFolder, file_digest
+from quanto_hf.io.whole_save import INTERRUPTED, finish_save, refuse_interrupted, save_whole
 
 __all__ = [
     "FORMAT_VERSION",
+    "INTERRUPTED",
     "CheckpointError",
     "MappedFiles",
     "OffloadFolder",
@@ -17,6 +19,9 @@ __all__ = [
     "check_version",
     "describe_modules",
     "file_digest",
+    "finish_save",
     "read_headers",
     "read_modules",
+    "refuse_interrupted",
+    "save_whole",
 ]

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from quanto_hf.flow.codebooks import costly_codebooks
 from quanto_hf.io.checkpoint import CheckpointError, read_headers
 from quanto_hf.io.format import check_version, read_modules
-from quanto_hf.schemes import Grouped, Scheme, TensorSpec
+from quanto_hf.schemes import Aqlm, Grouped, Scheme, TensorSpec
 
 INDEX = "model.safetensors.index.json"
 PREFIX = "weight_"
@@ -44,11 +45,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Every weight of a saved model. ``format_version`` is None for a model that quanto_hf did not quantize."""
+    """Every weight of a saved model, and sentences about all of them. ``format_version`` is None for a model that is
+    not in the format of quanto_hf; ``method`` is then that of its config, empty for a float model."""
 
     rows: list[Item]
     format_version: int | None
     files: int
+    method: str = ""
+    notes: tuple[str, ...] = ()
 
     def grouped(self) -> list[Item]:
         """One item for each way to store, the largest first."""
@@ -66,6 +70,8 @@ class Inventory:
         return {
             "format_version": self.format_version,
             "files": self.files,
+            "method": self.method,
+            "notes": list(self.notes),
             "rows": [_pick(row, keys) for row in rows],
             "total": _pick(self.total(), ("count", "parameters", "bits", "nbytes")),
         }
@@ -94,29 +100,39 @@ def read_inventory(folder: Path) -> Inventory:
     files, headers = _read_files(folder)
     quantization = config.get("quantization_config") or {}
     schemes: dict[str, Scheme] = {}
-    version = None
+    version, prefix = None, PREFIX
     if quantization.get("quant_method") == "quanto_hf":
         version = quantization.get("format_version")
         check_version(version)
         schemes = read_modules(quantization.get("schemes") or [])
+    elif quantization.get("quant_method") == "aqlm":
+        prefix, schemes = "", _aqlm_modules(folder, quantization, headers)
+    stored = {prefix + name for scheme in schemes.values() for name in scheme.names}
     groups: dict[str, dict[str, TensorSpec]] = {}
     rows = []
     for name, spec in headers.items():
         owner, _, leaf = name.rpartition(".")
-        if schemes and leaf.startswith(PREFIX):
+        if schemes and (leaf in stored or (prefix and leaf.startswith(prefix))):
             groups.setdefault(owner, {})[leaf] = spec
         else:
             rows.append(Item(name, _text(spec.dtype), prod(spec.shape), _nbytes(spec)))
     saved = _saved_names(schemes, groups)
+    costs: dict[str, tuple[Aqlm, tuple[int, int], torch.dtype]] = {}
     problems = [f"unexpected: {name}.{leaf}" for name in {*groups} - {*saved.values()} for leaf in groups[name]]
     for module, scheme in schemes.items():
         name = saved.get(module, module)
         found = groups.get(name, {})
-        problems += _problems(name, scheme, found)
-        rows.append(Item(f"{name}.weight", str(scheme), _parameters(scheme, found), sum(map(_nbytes, found.values()))))
+        problems += _problems(name, scheme, found, prefix)
+        shape = _shape(scheme, found, prefix) or (0,)
+        if isinstance(scheme, Aqlm) and len(shape) == 2:
+            costs[name] = (scheme, shape, found[f"{prefix}codebooks"].dtype)
+        rows.append(Item(f"{name}.weight", str(scheme), prod(shape), sum(map(_nbytes, found.values()))))
     if problems:
         raise CheckpointError(f"{folder} is not what its config says:\n  " + "\n  ".join(sorted(problems)))
-    return Inventory(sorted(rows, key=lambda row: _natural(row.name)), version, len(files))
+    note = costly_codebooks(costs)
+    method = str(quantization.get("quant_method", "")) if version is None else ""
+    rows.sort(key=lambda row: _natural(row.name))
+    return Inventory(rows, version, len(files), method, () if note is None else (note,))
 
 
 def _read_json(file: Path, absent: str) -> dict[str, Any]:
@@ -185,44 +201,64 @@ def _common_end(one: str, other: str) -> int:
     return same
 
 
-def _columns(scheme: Scheme, found: Mapping[str, TensorSpec]) -> int | None:
-    """Columns of the float weight. The last byte of a row may be partly used: then the largest that fits is taken."""
-    packed = found.get(f"{PREFIX}packed")
-    if not isinstance(scheme, Grouped) or packed is None or len(packed.shape) < 2:
+def _aqlm_modules(folder: Path, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> dict[str, Scheme]:
+    """The modules of a checkpoint in the AQLM format, which its config does not name."""
+    keys = ("num_codebooks", "nbits_per_codebook", "out_group_size", "in_group_size")
+    try:
+        scheme = Aqlm(*(config.get(key, default) for key, default in zip(keys, (1, 16, 1, 8), strict=True)))
+    except ValueError as error:
+        raise CheckpointError(f"the config of {folder} cannot be used: {error}") from None
+    leaves = tuple(f".{name}" for name in scheme.names)
+    return {name.rpartition(".")[0]: scheme for name in headers if name.endswith(leaves)}
+
+
+def _shape(scheme: Scheme, found: Mapping[str, TensorSpec], prefix: str) -> tuple[int, ...] | None:
+    """Shape of the float weight, or None where the stored tensors are not those of one. The last byte of a row may be
+    partly used: then the largest number of columns that fits is taken."""
+    first = found.get(prefix + scheme.names[0])
+    if first is None:
         return None
-    per_byte = 8 // scheme.type.bits
-    most = packed.shape[-1] * per_byte
-    for columns in range(most, most - per_byte, -1):
-        if columns > 0 and _wanted(scheme, found, columns) == found:
-            return columns
+    for shape in _shapes(scheme, first.shape):
+        if _wanted(scheme, shape, found, prefix) == found:
+            return shape
     return None
 
 
-def _wanted(scheme: Grouped, found: Mapping[str, TensorSpec], columns: int) -> dict[str, TensorSpec]:
-    shape = (*found[f"{PREFIX}packed"].shape[:-1], columns)
-    return {PREFIX + name: spec for name, spec in scheme.tensors(shape, torch.bfloat16).items()}
+def _shapes(scheme: Scheme, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shapes that the float weight may have, by that of the first stored tensor."""
+    if isinstance(scheme, Aqlm):
+        return [(shape[0] * scheme.out_group, shape[1] * scheme.in_group)] if len(shape) == 3 else []
+    assert isinstance(scheme, Grouped)
+    per_byte = 8 // scheme.type.bits
+    most = shape[-1] * per_byte if len(shape) > 1 else 0
+    return [(*shape[:-1], columns) for columns in range(most, most - per_byte, -1) if columns > 0]
 
 
-def _parameters(scheme: Scheme, found: Mapping[str, TensorSpec]) -> int:
-    columns = _columns(scheme, found)
-    return 0 if columns is None else prod(found[f"{PREFIX}packed"].shape[:-1]) * columns
+def _wanted(
+    scheme: Scheme, shape: tuple[int, ...], found: Mapping[str, TensorSpec], prefix: str
+) -> dict[str, TensorSpec]:
+    # floats of AQLM have the dtype of the model, of which only they tell here
+    books = found.get(f"{prefix}codebooks")
+    dtype = torch.bfloat16 if books is None or not getattr(books.dtype, "is_floating_point", False) else books.dtype
+    return {prefix + name: spec for name, spec in scheme.tensors(shape, dtype).items()}
 
 
-def _problems(name: str, scheme: Scheme, found: Mapping[str, TensorSpec]) -> list[str]:
+def _problems(name: str, scheme: Scheme, found: Mapping[str, TensorSpec], prefix: str) -> list[str]:
     """A line for each stored tensor of a weight that is missing, unexpected or wrong."""
-    if not isinstance(scheme, Grouped) or _columns(scheme, found) is not None:
+    if _shape(scheme, found, prefix) is not None:
         return []
-    leaves = {PREFIX + leaf for leaf in scheme.tensors((1, 1), torch.bfloat16)}
+    leaves = {prefix + leaf for leaf in scheme.names}
     lines = [f"missing: {name}.{leaf}" for leaf in leaves - {*found}]
     lines += [f"unexpected: {name}.{leaf} of {scheme} weights" for leaf in {*found} - leaves]
-    packed = found.get(f"{PREFIX}packed")
-    if packed is None or len(packed.shape) < 2 or lines:
+    if lines:
         return lines
-    wanted = _wanted(scheme, found, packed.shape[-1] * 8 // scheme.type.bits)
+    shapes = _shapes(scheme, found[prefix + scheme.names[0]].shape)
+    if not shapes:
+        return lines
     return [
         f"wrong: {name}.{leaf} is {_text(found[leaf].dtype)} {list(found[leaf].shape)}, but {scheme} weights need "
         f"{_text(spec.dtype)} {list(spec.shape)}"
-        for leaf, spec in wanted.items()
+        for leaf, spec in _wanted(scheme, shapes[0], found, prefix).items()
         if found[leaf] != spec
     ]
 

@@ -1,15 +1,25 @@
 """How the weights of one module get from the CPU to a device: in one piece, if possible while the device computes."""
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
 Tensors = Mapping[str, torch.Tensor]
 
-# Tensors lie at multiples of this in a buffer: the widest loads of GPU kernels.
+# Tensors lie at multiples of this on the device: the widest loads of GPU kernels.
 ALIGNMENT = 256
+# Of one pinned buffer. The larger a copy the nearer it comes to the speed of the bus, which 16 MB reach; the buffers of
+# whole modules would be as large as the largest one, an embedding of some GB.
+CHUNK = 1 << 25
+# One is filled while the other one is copied.
+BUFFERS = 2
+# Modules that the device has yet to compute with when the next copy begins. Kernels wait in a queue: without an end of
+# it, a long prompt would bring a whole model to the device before the first layer is done.
+BEHIND = 2
 
 
 class Lane(Protocol):
@@ -20,6 +30,12 @@ class Lane(Protocol):
 
     def finish(self, ticket: Any) -> dict[str, torch.Tensor]:
         """The copies, ready for what the calling thread computes next."""
+
+    def join(self, ticket: Any) -> None:
+        """Make copies that another thread has finished ready for what the calling thread computes next."""
+
+    def leave(self) -> None:
+        """What the calling thread has begun to compute is the last thing that needs the weights of a module."""
 
 
 class PlainLane:
@@ -36,22 +52,29 @@ class PlainLane:
         """The copies; always new memory, also on the CPU."""
         return {name: tensor.to(self.device, copy=True) for name, tensor in ticket.items()}
 
+    def join(self, ticket: Tensors) -> None:
+        """They are ready."""
+
+    def leave(self) -> None:
+        """Nothing waits."""
+
 
 class CudaLane:
     """Copies on a stream of its own, through pinned memory, while the device computes.
 
-    A thread reads the tensors (from a file, if they are mapped) into a pinned buffer, and one copy takes the buffer to
-    the device. What is pinned already is copied from where it is.
+    A thread reads the tensors (from a file, if they are mapped) into one of two pinned buffers, part by part, and each
+    part is copied to the device while the other buffer is filled. What is pinned already is copied from where it is.
 
     Args:
         device: a CUDA device.
-        buffers: pinned buffers; one more than modules that are on their way.
     """
 
-    def __init__(self, device: torch.device, buffers: int) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="quanto_hf-offload")
-        self._buffers: list[tuple[torch.Tensor | None, Any]] = [(None, None)] * buffers
+        # a buffer, and the event after which it may be filled again
+        self._buffers: deque[tuple[torch.Tensor | None, Any]] = deque([(None, None)] * BUFFERS)
+        self._left: deque[Any] = deque()
 
     def start(self, tensors: Tensors) -> Future[Any]:
         """Begin to read and to copy."""
@@ -59,15 +82,30 @@ class CudaLane:
 
     def finish(self, ticket: Future[Any]) -> dict[str, torch.Tensor]:
         """The copies. The current stream of this thread waits for them; the thread does not."""
+        copies, _ = ticket.result()
+        self.join(ticket)
+        return dict(copies)
+
+    def join(self, ticket: Future[Any]) -> None:
+        """The current stream of this thread waits for the copies too: it may be another one."""
         copies, event = ticket.result()
         current = torch.cuda.current_stream(self.device)
         current.wait_event(event)
         for tensor in copies.values():
             # its memory was taken on the other stream, and must not be reused there before this one is done with it
             tensor.record_stream(current)
-        return dict(copies)
+
+    def leave(self) -> None:
+        """Note where the current stream of this thread is."""
+        with torch.cuda.device(self.device):
+            # blocking: a thread that waits for it sleeps
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self.device))
+        self._left.append(event)
 
     def _copy(self, tensors: Tensors) -> tuple[dict[str, torch.Tensor], Any]:
+        while len(self._left) > BEHIND:
+            self._left.popleft().synchronize()
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             if all(tensor.is_pinned() for tensor in tensors.values()):
                 copies = {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
@@ -78,29 +116,59 @@ class CudaLane:
         return copies, event
 
     def _staged(self, tensors: Tensors) -> dict[str, torch.Tensor]:
-        places, end = {}, 0
-        for name, tensor in tensors.items():
-            places[name] = end
-            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        buffer, copied = self._buffers.pop(0)
-        if copied is not None:
-            copied.synchronize()
-        if buffer is None or buffer.numel() < end:
-            buffer = torch.empty(end, dtype=torch.uint8, pin_memory=True)
-        for name, tensor in tensors.items():
-            part = buffer[places[name] : places[name] + tensor.nbytes]
-            part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        there = torch.empty(end, dtype=torch.uint8, device=self.device)
-        there.copy_(buffer[:end], non_blocking=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record(self.stream)
-        self._buffers.append((buffer, copied))
+        places, size = layout(tensors)
+        there = torch.empty(size, dtype=torch.uint8, device=self.device)
+        for low in range(0, size, CHUNK):
+            part = there[low : low + CHUNK]
+            with self._buffer() as buffer:
+                fill(buffer, low, tensors, places)
+                part.copy_(buffer[: len(part)], non_blocking=True)
         return {
-            name: there[places[name] : places[name] + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            for name, tensor in tensors.items()
+            name: there[begin : begin + tensors[name].nbytes].view(tensors[name].dtype).view(tensors[name].shape)
+            for name, begin in places.items()
         }
 
+    @contextmanager
+    def _buffer(self) -> Iterator[torch.Tensor]:
+        """The buffer that was used longest ago. It comes back after an error too, or none would be left."""
+        buffer, copied = self._buffers.popleft()
+        try:
+            if copied is not None:
+                copied.synchronize()
+            if buffer is None:
+                buffer = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True)
+            yield buffer
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            copied.record(self.stream)
+        finally:
+            self._buffers.append((buffer, copied))
 
-def lane_to(device: torch.device, ahead: int) -> Lane:
-    """The best way to a device for ``ahead`` modules on their way at a time."""
-    return CudaLane(device, ahead + 1) if device.type == "cuda" else PlainLane(device)
+
+def layout(tensors: Tensors) -> tuple[dict[str, int], int]:
+    """Where each tensor begins in one block of memory, and the bytes of the block."""
+    places, end = dict[str, int](), 0
+    for name, tensor in tensors.items():
+        places[name] = end
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return places, end
+
+
+def fill(buffer: torch.Tensor, low: int, tensors: Tensors, places: Mapping[str, int]) -> None:
+    """Copy the part of a block that begins at ``low`` and is as long as ``buffer`` into it.
+
+    Args:
+        buffer: bytes.
+        tensors: on the CPU.
+        places: of :func:`layout`.
+    """
+    high = low + len(buffer)
+    for name, begin in places.items():
+        first, last = max(low, begin), min(high, begin + tensors[name].nbytes)
+        if first < last:
+            data = tensors[name].detach().contiguous().view(-1).view(torch.uint8)
+            buffer[first - low : last - low].copy_(data[first - begin : last - begin])
+
+
+def lane_to(device: torch.device) -> Lane:
+    """The best way to a device."""
+    return CudaLane(device) if device.type == "cuda" else PlainLane(device)

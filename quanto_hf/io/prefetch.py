@@ -29,7 +29,7 @@ class Prefetcher:
         self.nbytes = 0  # of all copies that were begun
         self._lock = threading.Lock()
         self._coming: dict[Hashable, Any] = {}
-        self._here: dict[Hashable, tuple[dict[str, torch.Tensor], int]] = {}
+        self._here: dict[Hashable, tuple[Any, dict[str, torch.Tensor], int]] = {}
         self._next: dict[Hashable, Hashable] = {}
         self._last = threading.local()
 
@@ -40,22 +40,39 @@ class Prefetcher:
             if previous is not None:
                 self._next[previous] = module
             self._last.module = module
-            tensors, users = self._here.get(module, (None, 0))
-            if tensors is None:
-                ticket = self._coming.pop(module) if module in self._coming else self._start(module)
-                tensors = self.lane.finish(ticket)
-            self._here[module] = (tensors, users + 1)
+            if module in self._here:
+                ticket, tensors, users = self._here[module]
+                self.lane.join(ticket)
+            else:
+                ticket, tensors = self._fetch(module)
+                users = 0
+            self._here[module] = (ticket, tensors, users + 1)
             put(tensors)
             self._start_next(module)
 
     def leave(self, module: Hashable, clear: Callable[[], Any]) -> None:
         """Give the weights back. ``clear`` is called if nobody uses them any more."""
         with self._lock:
-            tensors, users = self._here.pop(module)
+            ticket, tensors, users = self._here.pop(module)
             if users > 1:
-                self._here[module] = (tensors, users - 1)
+                self._here[module] = (ticket, tensors, users - 1)
             else:
+                self.lane.leave()
                 clear()
+
+    def _fetch(self, module: Hashable) -> tuple[Any, dict[str, torch.Tensor]]:
+        early = module in self._coming
+        ticket = self._coming.pop(module) if early else self._start(module)
+        try:
+            return ticket, self.lane.finish(ticket)
+        except torch.cuda.OutOfMemoryError:
+            # device_map left room for one module at a time; what was fetched early may be too much
+            if not early and not self._coming:
+                raise
+            self._coming.clear()
+            self.ahead = max(1, self.ahead // 2)
+        ticket = self._start(module)
+        return ticket, self.lane.finish(ticket)
 
     def _start(self, module: Hashable) -> Any:
         tensors = self.read(module)
@@ -78,4 +95,7 @@ class Prefetcher:
                 del self._coming[stale]
         for key in wanted:
             if key not in self._coming and len(self._coming) < self.ahead:
-                self._coming[key] = self._start(key)
+                try:
+                    self._coming[key] = self._start(key)
+                except Exception:  # it is no error of the module that has just come, and comes again with its own
+                    return

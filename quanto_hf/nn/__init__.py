@@ -4,6 +4,7 @@ Imports: ``qtypes``, ``fit``, ``schemes``. Never: transformers, or a whole model
 """
 
 from quanto_hf.nn.activation import QuantizedInput
+from quanto_hf.nn.aqlm import QuantizedLinear
 from quanto_hf.nn.qconv import QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d, QConvTranspose3d
 from quanto_hf.nn.qembedding import QEmbedding, QEmbeddingBag
 from quanto_hf.nn.qlinear import QLinear
@@ -22,6 +23,7 @@ __all__ = [
     "QEmbeddingBag",
     "QLinear",
     "QuantizedInput",
+    "QuantizedLinear",
     "QuantizedWeight",
     "State",
     "qmodule_for",

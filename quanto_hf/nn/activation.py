@@ -36,11 +36,18 @@ def fake_quantize(x: torch.Tensor, qtype: QType, group: int = TOKEN, scale: torc
     if not torch.is_grad_enabled() or not (x.requires_grad or (scale is not None and scale.requires_grad)):
         return quantized
     if scale is None:
-        return x + (quantized - x).detach()
+        # the difference is exactly 0: the result is the same number with and without a gradient
+        return quantized + (x - x.detach())
     # inside of the range d/dx is 1 and d/dscale is the rounding error in steps; outside d/dscale is the last number
     step = scale_gradient(scale, 1 / (max(x.numel(), 1) * qtype.qmax) ** 0.5)
-    inside = (x.float() / step).clamp(qtype.qmin, qtype.qmax)
-    surrogate = (inside + (rounded / scale - inside).detach()) * step
+    # as they are written down: derivatives of a division overflow where a scale is next to 0
+    with torch.no_grad():
+        # of rounding, a scale of 0 counts as 1
+        used = torch.where(scale == 0, torch.ones_like(scale), scale)
+        steps, number = x.float() / used, rounded / used
+        inside = (steps >= qtype.qmin) & (steps <= qtype.qmax)
+        by_step = torch.where(inside, number - steps, number)
+    surrogate = x.float().where(inside, torch.zeros_like(rounded)) + step * by_step
     return quantized + (surrogate - surrogate.detach()).to(x.dtype)
 
 
@@ -56,6 +63,8 @@ class QuantizedInput(nn.Module):
     activations: QType | None
     # whether anything has passed since the module observes
     observed: bool = False
+    # the scale that was found to be calibrated, and its version then: looking at it costs a wait for a GPU
+    _checked: tuple[torch.Tensor, int] | None = None
     # a prepared call, which must not outlive a change of how inputs are rounded
     _bound: Any
 
@@ -88,12 +97,7 @@ class QuantizedInput(nn.Module):
             if value.numel() != 1 or (value.device.type != "meta" and not bool(torch.isfinite(value) & (value > 0))):
                 raise ValueError(f"the scale of an input is one positive number, not {scale}")
             value = value if device is None else value.to(device)
-        trained = INPUT_SCALE in self._parameters
-        self.make_dynamic()
-        if trained:
-            self._parameters[INPUT_SCALE] = nn.Parameter(value)
-        else:
-            self.register_buffer(INPUT_SCALE, value)
+        self._hold_scale(value, self.trains_input_scale or self.learns)
 
     def make_dynamic(self) -> None:
         """Let go of the scale: from now on one is found for each token."""
@@ -104,20 +108,48 @@ class QuantizedInput(nn.Module):
     def train_input_scale(self, train: bool) -> None:
         """Make a static scale a Parameter, or the buffer again that it was."""
         scale = self.static_scale
-        if scale is not None and train != (INPUT_SCALE in self._parameters):
-            self.make_dynamic()
-            if train:
-                self._parameters[INPUT_SCALE] = nn.Parameter(scale.detach())
-            else:
-                self.register_buffer(INPUT_SCALE, scale.detach())
+        if scale is not None and train != self.trains_input_scale:
+            # the sign of a trained scale means nothing
+            self._hold_scale(scale.detach() if train else scale.detach().abs(), train)
+
+    @property
+    def learns(self) -> bool:
+        """Whether scales are trained; a module with a weight knows."""
+        return False
+
+    @property
+    def trains_input_scale(self) -> bool:
+        """Whether a static scale of the input is a Parameter."""
+        return INPUT_SCALE in self._parameters
+
+    def _hold_scale(self, scale: torch.Tensor, train: bool) -> None:
+        held = self._parameters.get(INPUT_SCALE)
+        if train and held is not None and held.device == scale.device:
+            # an optimizer may know it already
+            with torch.no_grad():
+                held.copy_(scale)
+            return
+        self.make_dynamic()
+        if train:
+            self._parameters[INPUT_SCALE] = nn.Parameter(scale)
+        else:
+            self.register_buffer(INPUT_SCALE, scale)
 
     def _check_calibrated(self) -> None:
+        scale = self.static_scale
         # a graph cannot look at the value; there an uncalibrated model gives NaN
-        if not torch.compiler.is_compiling() and not self.is_calibrated:
+        if scale is None or torch.compiler.is_compiling():
+            return
+        # one that was made in inference mode has no version
+        version = 0 if scale.is_inference() else scale._version
+        if self._checked is not None and self._checked[0] is scale and self._checked[1] == version:
+            return
+        if not self.is_calibrated:
             raise RuntimeError(
                 "this layer rounds its input with a static scale, and was never calibrated. Run some real data through "
                 "the model first: with quanto_hf.Calibration(model): model(**batch)"
             )
+        self._checked = (scale, version)
 
     def start_observing(self, observer: nn.Module) -> None:
         """Note the range of inputs from now on, and let them through as they are."""
@@ -129,6 +161,14 @@ class QuantizedInput(nn.Module):
         """Let go of the observer, and return it."""
         self._bound = None
         return self._modules.pop(INPUT_OBSERVER, None)
+
+    def _device(self) -> torch.device | None:
+        return next((p.device for p in self._parameters.values() if p is not None), None)
+
+    @property
+    def is_observing(self) -> bool:
+        """Whether inputs are noted, and not rounded."""
+        return INPUT_OBSERVER in self._modules
 
     def _observe(self, x: torch.Tensor) -> bool:
         observer = self._modules.get(INPUT_OBSERVER)
@@ -154,6 +194,6 @@ class QuantizedInput(nn.Module):
         """As of nn.Module. A scale in the state dict of a dynamic module is one that was calibrated."""
         given = state_dict.get(prefix + INPUT_SCALE)
         if self.activations is not None and not self.is_static and isinstance(given, torch.Tensor):
-            self.make_static()
+            self.make_static(device=self._device())
         self._bound = None
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *args)

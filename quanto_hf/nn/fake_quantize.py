@@ -67,6 +67,8 @@ class FakeQuantize(WithArgs, KeepsDtypes):
         self.is_per_channel = self.qscheme.startswith("per_channel")
         self.ch_axis = getattr(found, "ch_axis", -1)
         self.learnable = learnable
+        # whether there is a scale to round with
+        self._ready = False
         device = next((buffer.device for buffer in found.buffers()), None)
         for flag in ("fake_quant_enabled", "observer_enabled"):
             self.register_buffer(flag, torch.ones(1, dtype=torch.uint8, device=device))
@@ -85,8 +87,12 @@ class FakeQuantize(WithArgs, KeepsDtypes):
             self.take_qparams()
             if self.learnable:
                 self.disable_observer()
-        if not bool(self.fake_quant_enabled):
+        if not bool(self.fake_quant_enabled) or not x.numel():
             return x
+        if not self._ready:
+            # an observer that was disabled before it has seen anything is an error, and no scale of 1
+            self.activation_post_process.calculate_qparams()
+            self._ready = True
         how = round_with_learned_scale if self.learnable else round_to_grid
         axis = self.ch_axis if self.is_per_channel else None
         return how(x, self.scale, self.zero_point, self.quant_min, self.quant_max, axis, self.dtype)
@@ -100,11 +106,13 @@ class FakeQuantize(WithArgs, KeepsDtypes):
             held.data.copy_(value)
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point: learned ones, or those of the observer."""
-        if self.learnable:
-            return self.scale.detach(), self.zero_point
+        """Scale and zero point: learned ones, or those of the observer.
+
+        Raises:
+            RuntimeError: the observer has seen nothing.
+        """
         found: tuple[torch.Tensor, torch.Tensor] = self.activation_post_process.calculate_qparams()
-        return found
+        return (self.scale.detach(), self.zero_point) if self.learnable else found
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Round, or do not."""

@@ -9,8 +9,13 @@ from quanto_hf.nn.activation import INPUT_SCALE, QuantizedInput
 from quanto_hf.nn.qweight import QuantizedWeight
 
 SCALE, ZERO = "learned_scale", "learned_zero"
-# A step of the optimizer may take a scale below 0, which no stored one is.
 SMALLEST = torch.finfo(torch.bfloat16).tiny
+
+
+def positive(scale: torch.Tensor) -> torch.Tensor:
+    """The scale that a learned one stands for. A step of the optimizer may take it below 0, which no stored one is; a
+    limit there would have no gradient that leads back."""
+    return scale.abs().clamp(min=SMALLEST)
 
 
 class LearnedScales(QuantizedWeight):
@@ -50,12 +55,14 @@ class LearnedScales(QuantizedWeight):
         return (*super().kept_names, SCALE, ZERO)
 
     def expect_learned(self) -> None:
-        """Hold empty scales (and zeros) on meta, for a state dict to fill."""
+        """Hold empty scales (and zeros) on meta, for a state dict to fill, as :meth:`learn_scales` would."""
         for name, spec in self.scheme.tensors(self.matrix_shape, self.weight_dtype).items():
             if name in ("scale", "zero"):
                 self._parameters[f"learned_{name}"] = nn.Parameter(
                     torch.empty(spec.shape, dtype=torch.float32, device="meta")
                 )
+        if isinstance(self, QuantizedInput):
+            self.train_input_scale(True)
 
     def sources(self) -> dict[str, torch.Tensor]:
         """The tensors from which the rounded numbers are computed, by name: those that may have a gradient."""
@@ -68,7 +75,7 @@ class LearnedScales(QuantizedWeight):
             return self.tensors()
         if (scale := self._parameters.get(SCALE)) is None:
             return super().quantized()
-        return self.scheme.encode(self.to_matrix(self.weight), scale.clamp(min=SMALLEST), self._parameters.get(ZERO))
+        return self.scheme.encode(self.to_matrix(self.weight), positive(scale), self._parameters.get(ZERO))
 
     def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Hold these stored tensors; learned scales have become part of them."""
@@ -88,9 +95,10 @@ class LearnedScales(QuantizedWeight):
             return self.dequantized()
         weight, scale, zero = sources["weight"], sources.get(SCALE), sources.get(ZERO)
         if scale is not None:
-            scale = scale.clamp(min=SMALLEST)
-            return self.from_matrix(self.scheme.fake_quantize(self.to_matrix(weight), scale, zero)).to(weight.dtype)
+            rounded = self.scheme.fake_quantize(self.to_matrix(weight), positive(scale), zero)
+            return self.from_matrix(rounded).to(weight.dtype)
         with torch.no_grad():
             stored = self.scheme.quantize(self.to_matrix(weight), self.fit)
             rounded = self.from_matrix(self.scheme.dequantize(stored, self.matrix_shape[1], weight.dtype))
-        return weight + (rounded - weight).detach() if weight.requires_grad else rounded
+        # the difference is exactly 0: the result is the same number with and without a gradient
+        return rounded + (weight - weight.detach()) if weight.requires_grad else rounded

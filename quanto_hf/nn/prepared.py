@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from quanto_hf.nn.qlinear import QLinear
@@ -32,11 +33,13 @@ def straight_through(layer: "QLinear", x: torch.Tensor, bias: Maybe) -> torch.Te
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: "QLinear", x: torch.Tensor, bias: Maybe, *sources: torch.Tensor) -> torch.Tensor:
-        ctx.layer, ctx.names = layer, list(layer.sources())
+        # while it is calibrated, x was not rounded, and is not to be observed again in the backward pass
+        ctx.layer, ctx.names, ctx.observing = layer, list(layer.sources()), layer.is_observing
         ctx.save_for_backward(x, *sources)
         return layer.multiply(x, layer.quantized(), bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Maybe, ...]:
         saved, layer = ctx.saved_tensors, ctx.layer
         needs_bias, needs = ctx.needs_input_grad[2], [ctx.needs_input_grad[1], *ctx.needs_input_grad[3:]]
@@ -45,13 +48,13 @@ class _StraightThrough(torch.autograd.Function):
         leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(saved, needs, strict=True)]
         with torch.enable_grad():
             x, named = leaves[0], dict(zip(ctx.names, leaves[1:], strict=True))
-            rounded = layer.round_input(x, named.get("input_scale"))
+            rounded = x if ctx.observing else layer.round_input(x, named.get("input_scale"))
             weight = layer.round_weight(named)
         ends = []
         if rounded.requires_grad:
             ends.append((rounded, (grad @ weight.detach().to(grad.dtype)).view_as(rounded)))
         if weight.requires_grad:
-            ends.append((weight, (grad.T @ rounded.detach().reshape(len(grad), -1)).to(weight.dtype)))
+            ends.append((weight, (grad.T @ rounded.detach().reshape(-1, layer.in_features)).to(weight.dtype)))
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         if ends:
             torch.autograd.backward([end for end, _ in ends], [into for _, into in ends], inputs=wanted)

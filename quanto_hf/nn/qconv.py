@@ -48,7 +48,8 @@ class QuantizedConv(RoundedModule):
             return x
         self._check_calibrated()
         # without a batch, x is one item
-        flat = x.reshape(x.shape[0] if x.dim() == len(self.kernel_size) + 2 else 1, -1)
+        batched = x.dim() == len(self.kernel_size) + 2
+        flat = x.flatten(1 if batched else 0)
         return fake_quantize(flat, self.activations, scale=self.static_scale).view_as(x)
 
 

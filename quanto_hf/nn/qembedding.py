@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quanto_hf.fit import Fit
 from quanto_hf.nn.registry import register_qmodule
 from quanto_hf.nn.rounded import RoundedModule
+from quanto_hf.qtypes import QType
+from quanto_hf.schemes import Scheme
 
 CONSTANTS = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
@@ -18,11 +21,17 @@ class QuantizedTable(RoundedModule):
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None
-    activations = None
 
     @classmethod
-    def from_module(cls, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """See :class:`RoundedModule`.
+    def from_module(
+        cls,
+        module: nn.Module,
+        scheme: Scheme,
+        activations: QType | None = None,
+        fit: Fit | str | None = None,
+        static: bool = False,
+    ) -> Any:
+        """See :class:`RoundedModule`. Its inputs are row numbers: there is nothing to round.
 
         Raises:
             ValueError: the embedding renormalises its weight when it is read, which cannot be written once packed.
@@ -32,7 +41,7 @@ class QuantizedTable(RoundedModule):
                 f"{module} renormalises the rows that it reads (max_norm), and quantized rows are not written; "
                 f"set max_norm=None, or leave it float"
             )
-        return super().from_module(module, *args, **kwargs)
+        return super().from_module(module, scheme, None, fit)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

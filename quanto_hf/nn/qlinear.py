@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from quanto_hf.fit import Fit
-from quanto_hf.nn.activation import INPUT_OBSERVER, QuantizedInput, fake_quantize
+from quanto_hf.nn.activation import INPUT_SCALE, QuantizedInput, fake_quantize
+from quanto_hf.nn.autocast import autocasts
 from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.nn.prepared import straight_through
 from quanto_hf.nn.qweight import QuantizedWeight
@@ -17,8 +18,8 @@ from quanto_hf.ops.watched import transformed
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
 
-# the stored parameters by name, and the call that was prepared for them
-Bound = tuple[list[tuple[str, torch.Tensor]], Callable[..., torch.Tensor | None] | None]
+# the stored parameters by name, the static scale of the input, and the call that was prepared for them
+Bound = tuple[list[tuple[str, torch.Tensor]], torch.Tensor | None, Callable[..., torch.Tensor | None] | None]
 
 
 @register_qmodule(nn.Linear)
@@ -111,10 +112,8 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
         # the op cannot tell: codes of 199 columns may take as many bytes as those of 200
         if not x.dim() or x.shape[-1] != self.in_features:
             raise ValueError(f"{self} takes inputs of shape (..., {self.in_features}), not {tuple(x.shape)}")
-        device = x.device.type
-        # there is no autocast on the meta device, and asking for its state is an error
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.is_floating_point():
-            x = x.to(torch.get_autocast_dtype(device))
+        if autocasts(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         bias: torch.Tensor | None = self._parameters["bias"]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
@@ -156,22 +155,26 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
         layer of each token pays for what stands here (3 us)."""
         bound: Bound | None = self._bound
         parameters = self._parameters
-        if bound is None or any(parameters.get(name) is not tensor for name, tensor in bound[0]):
+        if (
+            bound is None
+            or any(parameters.get(name) is not tensor for name, tensor in bound[0])
+            or self._buffers.get(INPUT_SCALE) is not bound[1]
+        ):
             bound = self._bound = self._bind()
-        if bound[1] is None or torch.is_autocast_enabled("cpu"):
+        if bound[2] is None or torch.is_autocast_enabled("cpu"):
             return None
-        return bound[1](x, parameters["bias"])
+        return bound[2](x, parameters["bias"])
 
     def _bind(self) -> Bound:
         tensors = self.tensors()
         held = [(self.prefix + name, tensor) for name, tensor in tensors.items()]
-        return held, self._prepare(tensors) if tensors else None
+        return held, self._buffers.get(INPUT_SCALE), self._prepare(tensors) if tensors else None
 
     def _prepare(self, tensors: Mapping[str, torch.Tensor]) -> Callable[..., torch.Tensor | None] | None:
         """The call for these stored tensors, with x rounded as the layer says, or None where there is none."""
         if self.activations is None:
             return self.scheme.bind(tensors, self.in_features)
-        if INPUT_OBSERVER in self._modules:
+        if self.is_observing:
             return None
         self._check_calibrated()
         return self.scheme.bind(tensors, self.in_features, self.activations.name, self.static_scale)

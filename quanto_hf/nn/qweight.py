@@ -164,8 +164,11 @@ class QuantizedWeight(nn.Module):
         """What :meth:`freeze` would store for the float weight."""
         return self.scheme.quantize(self.to_matrix(self.weight.detach()), self.fit)
 
-    def freeze(self) -> None:
+    def freeze(self, tensors: dict[str, torch.Tensor] | None = None) -> None:
         """Quantize the float weight and let go of it. A FROZEN module stays as it is.
+
+        Args:
+            tensors: the stored tensors, where something else has made them from the weight.
 
         Raises:
             ValueError: the weight has NaN or infinite values.
@@ -174,7 +177,7 @@ class QuantizedWeight(nn.Module):
             return
         weight = self.weight
         self.weight_dtype = weight.dtype
-        tensors = self.quantized()
+        tensors = self.quantized() if tensors is None else tensors
         self.weight_error = self.measure_error(self.to_matrix(weight.detach()), tensors)
         del self._parameters["weight"]
         self.set_tensors(tensors)

@@ -7,6 +7,7 @@ from torch import nn
 
 from quanto_hf.fit import Fit
 from quanto_hf.nn.activation import QuantizedInput
+from quanto_hf.nn.autocast import autocasts
 from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
@@ -49,7 +50,7 @@ class RoundedModule(LearnedScales, QuantizedInput):
         """The weight and bias to compute with, in the dtype of x unless autocast takes care of it."""
         weight = self.round_weight(self.sources()) if self.rounds else self.weight
         bias = self._parameters.get("bias")
-        if torch.is_autocast_enabled(x.device.type):
+        if autocasts(x):
             return weight, bias
         return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 

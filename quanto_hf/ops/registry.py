@@ -12,13 +12,21 @@ from typing import Any
 
 import torch
 
+from quanto_hf.ops.cpu.library import WRONG_LEVEL
+
 _LIBRARY = torch.library.Library("quanto_hf", "DEF")
 
 OPS: dict[str, "Op"] = {}
 
 
 def reference_only() -> bool:
-    """Whether ``QUANTO_HF_REFERENCE=1`` asks for the reference of every op."""
+    """Whether ``QUANTO_HF_REFERENCE=1`` asks for the reference of every op.
+
+    Raises:
+        ValueError: ``QUANTO_HF_CPU`` names no level of this processor. All ways to compute pass here.
+    """
+    if WRONG_LEVEL is not None:
+        raise ValueError(WRONG_LEVEL)
     return os.environ.get("QUANTO_HF_REFERENCE", "0") not in ("", "0")
 
 

@@ -36,11 +36,17 @@ class Scheme(ABC):
     """
 
     kind: ClassVar[str]
+    # whether rows are quantized each on its own, so that the stored tensors of some rows are rows of those of all
+    by_rows: ClassVar[bool] = True
 
     @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
         """Names of the stored tensors, as :meth:`tensors` gives them."""
+
+    def refuses(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of this shape cannot be stored, or None."""
+        return None
 
     @abstractmethod
     def tensors(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorSpec]:

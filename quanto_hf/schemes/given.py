@@ -51,9 +51,13 @@ def fake_quantize(scheme: "Grouped", weight: torch.Tensor, scale: torch.Tensor, 
     factor = 1 / (max(width, 1) * max(abs(grid.lowest), abs(grid.highest))) ** 0.5
     step = _spread(scheme, scale_gradient(scale, factor), columns)
     shift = _spread(scheme, scale_gradient(zero, factor), columns) if zero is not None else torch.zeros_like(step)
-    inside = (weight.float() / step + shift).clamp(grid.lowest, grid.highest)
-    number = inside + (exact / step + shift - inside).detach()
-    surrogate = (number - shift) * step
+    # derivatives as they are written down: those of a division overflow where a scale is next to 0
+    with torch.no_grad():
+        u, number = weight.float() / step + shift, exact / step + shift
+        inside = (u >= grid.lowest) & (u <= grid.highest)
+        by_step = torch.where(inside, number - u, number - shift)
+        by_shift = torch.where(inside, torch.zeros_like(step), -step)
+    surrogate = weight.float().where(inside, torch.zeros_like(exact)) + step * by_step + shift * by_shift
     # the value is the stored one to the last bit, the gradient that of the surrogate
     return exact + (surrogate - surrogate.detach())
 

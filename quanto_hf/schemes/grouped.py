@@ -108,7 +108,7 @@ class Grouped(Scheme):
         specs = self.tensors(tuple(weight.shape), weight.dtype)
         result = {name: torch.empty(s.shape, dtype=s.dtype, device=weight.device) for name, s in specs.items()}
         columns = weight.shape[-1]
-        if weight.numel() == 0:
+        if weight.numel() == 0 or weight.device.type == "meta":
             return result
         flat = weight.detach().reshape(-1, columns)
         parts = {name: tensor.view(flat.shape[0], -1) for name, tensor in result.items()}

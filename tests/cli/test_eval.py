@@ -63,3 +63,33 @@ def test_a_window_longer_than_the_model_reads():
     result = CliRunner().invoke(app, ["eval", quanto_hf.tiny_lm(), "--length", "100000"])
     assert result.exit_code == 1
     assert "is more than the 512 tokens" in result.stderr
+
+
+def test_the_errors_of_the_layers_are_told_and_drawn(int4, tmp_path):
+    plot = tmp_path / "layers.png"
+    words = ["--weights", "int4", "--weights", "int8", "--layers", "--plot", str(plot)]
+    rows = numbers(evaluate(quanto_hf.tiny_lm(), *words))[3:]
+    assert len(rows) == 2 * 14 and [row[1] for row in rows[::14]] == ["int4 g64 asym", "int8"]
+    assert rows[0][0] == rows[14][0] == "model.layers.0.self_attn.q_proj"
+    own, accumulated = ([float(row[n].lstrip("* ")) for row in rows] for n in (2, 5))
+    # the first layer has exact inputs; int8 is better everywhere
+    assert own[0] == accumulated[0] and all(more > less + 10 for less, more in zip(own[:14], own[14:], strict=True))
+    worst = [row[2].startswith("*") for row in rows[:14]]
+    assert sum(worst) == 3 and worst[own.index(min(own))]
+    assert plot.read_bytes().startswith(b"\x89PNG") and [file.name for file in tmp_path.iterdir()] == ["layers.png"]
+    saved = numbers(evaluate(int4, "--reference", quanto_hf.tiny_lm(), "--layers"))[2:]
+    assert [row[2:7] for row in saved] == [row[2:7] for row in rows[:14]]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--layers"], "give --reference, or --weights"),
+        (["--weights", "int8", "--plot", "a.png"], "--plot draws what --layers measures"),
+        (["--weights", "int8", "--layers", "--plot", "a.pdf"], "does not end in .png"),
+    ],
+)
+def test_layers_that_cannot_be_compared(words, said):
+    result = evaluate(quanto_hf.tiny_lm(), *words)
+    assert result.exit_code == 1
+    assert said in result.stderr

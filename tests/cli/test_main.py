@@ -68,6 +68,14 @@ def test_as_a_module_without_debug_there_is_no_traceback():
     assert (result.returncode, result.stderr) == (1, "error: /nowhere is not a model: it has no config.json\n")
 
 
+@pytest.mark.parametrize("words", [("kernels",), ("--version",)], ids=" ".join)
+def test_a_level_of_instructions_that_there_is_not_is_one_sentence(words):
+    result = shell("-m", "quanto_hf", *words, QUANTO_HF_CPU="nonsense")
+    (line,) = result.stderr.splitlines()
+    assert (result.returncode, result.stdout) == (2, "")
+    assert line.startswith("error: QUANTO_HF_CPU='nonsense' is not a level") and line.endswith("torch")
+
+
 @pytest.mark.parametrize("module", ["typer", "rich"])
 def test_without_typer_or_rich_one_sentence_says_what_to_install(module):
     code = f"import sys; sys.modules[{module!r}] = None; from quanto_hf.cli import main; main()"

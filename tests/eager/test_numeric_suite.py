@@ -11,6 +11,7 @@ from torch_eager import torch_quantization
 
 from quanto_hf import freeze, quantize
 from quanto_hf.eager import numeric_suite as suite
+from quanto_hf.eager import quantize_dynamic
 from quanto_hf.eager.loggers import Logger
 
 SWAP = {nn.Linear, nn.Conv2d}
@@ -111,7 +112,7 @@ def test_weights_from_state_dicts_are_what_the_layers_multiply_with(weights, kin
 @pytest.mark.parametrize("weights", ["float8", "nf4", "fp4"])
 def test_what_a_state_dict_does_not_say_the_model_does(weights):
     net, other = pair(nn.Sequential(nn.Linear(64, 8)), weights=weights)
-    with pytest.raises(ValueError, match="0.weight_packed does not say what type of number it holds"):
+    with pytest.raises(ValueError, match=r"0\.weight_packed does not say what type of number it holds"):
         suite.compare_weights(net.state_dict(), other.state_dict())
     (found,) = suite.compare_weights(net.state_dict(), other).values()
     assert torch.equal(found["quantized"], other[0].weight.dequantize())
@@ -222,3 +223,15 @@ def test_transformers_models_are_called_with_keywords():
     assert "model.embed_tokens.stats" in outputs
     for key in layers:
         assert tiny_models.relative(stubs[key]["quantized"][0], stubs[key]["float"][0]) < 0.02
+
+
+def test_c18_weights_of_models_that_the_eager_mode_has_made():
+    model = nn.ModuleDict({"fc": nn.Linear(6, 4), "table": nn.Embedding(9, 4), "lstm": nn.LSTM(4, 4)})
+    for dtype, most in (("qint8", 0.02), ("float16", 1e-3), ("quint8", 0.02)):
+        found = suite.compare_weights(model.state_dict(), quantize_dynamic(model, dtype=dtype))
+        assert set(found) == {
+            "fc.weight" if dtype == "quint8" else "fc._packed_params._packed_params", "table.weight",
+            *(("lstm.weight_ih_l0", "lstm.weight_hh_l0") if dtype != "quint8" else ()),
+        }  # fmt: skip
+        for pair in found.values():
+            assert torch.linalg.norm(pair["quantized"] - pair["float"]) <= most * torch.linalg.norm(pair["float"])

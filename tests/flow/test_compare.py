@@ -1,4 +1,4 @@
-"""compare: own and accumulated errors against what is computed by hand, calls that hurt, and models left as they were."""
+"""compare: errors against what is computed by hand, calls that hurt, and models left as they were."""
 
 import copy
 import json
@@ -91,7 +91,8 @@ def test_models_are_left_as_they_were(frozen):
     net.train(), other.train()
     other.tail.eval()
     other.register_buffer("seen", torch.zeros(1))
-    other.register_forward_hook(lambda module, *_: module.seen.add_(1))
+    other.register_buffer("grown", torch.zeros(0))
+    other.register_forward_hook(lambda module, *_: (module.seen.add_(1), module.grown.resize_(2)) and None)
     seen, before = other.seen, copy.deepcopy(other.state_dict())
     hooks = [len(module._forward_hooks) for model in (net, other) for module in model.modules()]
     compare(net, other, X, parents=True)
@@ -99,6 +100,16 @@ def test_models_are_left_as_they_were(frozen):
     assert other.seen is seen and float(seen) == 0
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
     assert [len(module._forward_hooks) for model in (net, other) for module in model.modules()] == hooks
+
+
+def test_a_static_scale_can_be_changed_in_place_after_a_comparison():
+    net, other = pair(nn.Sequential(nn.Linear(64, 8)), activations="int8")
+    other[0].make_static(0.05)
+    compare(net, other, X)
+    fresh = copy.deepcopy(other)
+    for model in (other, fresh):
+        model[0].input_scale.fill_(0.01)
+    assert torch.equal(other(X), fresh(X)) and clipped(other[0], X).any()
 
 
 def test_models_are_left_as_they_were_when_the_forward_pass_fails():

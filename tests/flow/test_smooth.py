@@ -187,6 +187,18 @@ def test_the_scales_are_those_of_the_paper_rounded_to_powers_of_two():
         assert ratio.min() > 2**-0.5001 and ratio.max() < 2**0.5001
 
 
+def test_exact_scales_are_those_of_the_paper_and_outputs_stay_equal_to_a_rounding():
+    model = Made(lambda m, x: m.b(m.a(m.norm(x)).relu())).eval()
+    inputs, weight = model.norm(X).detach(), model.a.weight.detach().clone()
+    wanted = model(X).detach()
+    folds = smooth(model, X, powers_of_two=False)
+    assert [(fold.source, *fold.layers) for fold in folds] == [("norm", "a"), ("a", "b")]
+    peak = inputs.abs().flatten(0, -2).amax(0)
+    torch.testing.assert_close(folds[0].scale, (peak / weight.abs().amax(0)).sqrt())
+    torch.testing.assert_close(model.a.weight.detach(), weight * folds[0].scale / folds[1].scale[:, None])
+    assert 0 < tiny_models.relative(model(X).detach(), wanted) < 1e-6
+
+
 def test_channels_without_input_or_weight_keep_their_scale():
     model = Made(lambda m, x: m.b(m.norm(x))).eval()
     with torch.no_grad():
@@ -317,7 +329,7 @@ def test_what_cannot_be_smoothed():
     def made():
         return Made(lambda m, x: m.b(m.norm(x))).eval()
 
-    with pytest.raises(ValueError, match="alpha=1.5 is not between 0 and 1"):
+    with pytest.raises(ValueError, match=r"alpha=1\.5 is not between 0 and 1"):
         smooth(made(), X, alpha=1.5)
     for model in (quantize(made()), freeze(quantize(made()))):
         with pytest.raises(ValueError, match="smooth the float model first, then quantize it"):

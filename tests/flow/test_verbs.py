@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 import quanto_hf
@@ -197,3 +198,30 @@ def test_quantization_aware_training_lowers_the_loss_and_ends_in_a_frozen_model(
     freeze(model)
     torch.testing.assert_close(model(x), trained, rtol=1e-5, atol=1e-5)
     assert not any(p.requires_grad for n, p in model.named_parameters() if "weight_" in n)
+
+
+def test_static_scales_without_activations_are_refused():
+    model = float_model()
+    with pytest.raises(ValueError, match="static_activations=True without activations; add activations='int8'"):
+        quantize(model, static_activations=True)
+    assert not any(isinstance(m, QLinear) for m in model.modules())
+
+
+def test_a_layer_whose_scales_cannot_be_learned_is_named_and_nothing_is_changed():
+    model = float_model()
+    with torch.no_grad():
+        model[3].weight[1, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"^3: .*NaN or infinite"):
+        quantize(model, "int4", learn_scales=True)
+    assert not any(isinstance(m, QLinear) for m in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_is_computed_from_other_parameters_stays_float(x):
+    model = float_model()
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", 100)
+    torch.nn.utils.weight_norm(model[3])
+    wanted = model(x)
+    quantize(model)
+    assert torch.equal(model(x), wanted) and not any(isinstance(m, QLinear) for m in model.modules())
+    assert "computed from other parameters" in model[3].quanto_hf_left

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import llama_config, tokens
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, WeightConverter
+from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 
 from quanto_hf import QLinear, QuantoConfig
 from quanto_hf.hf import offload
@@ -56,11 +56,9 @@ def folders(tmp_path_factory):
     return place
 
 
-def load(folder, weights=None, **options):
+def load(folder, weights=None, cls=transformers.LlamaForCausalLM, **options):
     config = None if weights is None else QuantoConfig(weights)
-    return transformers.LlamaForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=config, **options
-    )
+    return cls.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config, **options)
 
 
 def offloaded(folders, weights, way, device_map, tmp_path, **options):
@@ -195,7 +193,7 @@ def test_a_model_with_weights_on_disk_refuses_to_move(folders, tmp_path):
 def test_an_offload_folder_has_to_be_given_for_weights_that_are_quantized_now(folders):
     with pytest.raises(ValueError, match="no offload_folder says where; give offload_folder=") as error:
         load(folders / "float", "int4", device_map={"": "disk"})
-    assert "21 quantized weights" in str(error.value)
+    assert "21 weights on disk that are quantized" in str(error.value)
 
 
 def test_several_threads_and_an_exception_in_the_middle(folders, tmp_path):
@@ -222,26 +220,42 @@ def test_several_threads_and_an_exception_in_the_middle(folders, tmp_path):
 
 
 class Phi(transformers.Phi3ForCausalLM):
-    """A model whose checkpoints have the two halves of gate_up_proj apart."""
+    """A model whose checkpoints have the two halves of gate_up_proj apart, and the two of the attention's and the
+    other's output in one tensor."""
 
 
-@pytest.mark.parametrize("device_map", [None, {"": "disk"}], ids=["in-memory", "disk"])
-def test_a_merged_weight_is_quantized_piece_by_piece(tmp_path, device_map, monkeypatch):
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "pad_token_id": 0}
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """A checkpoint as the model has it, and one that the loader has to merge and to split."""
+    place = tmp_path_factory.mktemp("merged")
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "pad_token_id": 0}
     config = transformers.Phi3Config(**sizes, num_attention_heads=4, num_key_value_heads=4)
     torch.manual_seed(0)
     model = transformers.Phi3ForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "merged")
-    state = model.state_dict()
-    merged = state.pop("model.layers.0.mlp.gate_up_proj.weight")
-    state["model.layers.0.mlp.w1.weight"], state["model.layers.0.mlp.w3.weight"] = (
-        c.contiguous() for c in merged.chunk(2)
-    )
-    (tmp_path / "apart").mkdir()
-    save_file(state, tmp_path / "apart" / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(tmp_path / "apart")
+    model.save_pretrained(place / "as-it-is")
+    state = dict(model.state_dict())
+    for layer in ("model.layers.0.", "model.layers.1."):
+        halves = state.pop(f"{layer}mlp.gate_up_proj.weight").chunk(2)
+        state[f"{layer}mlp.w1.weight"], state[f"{layer}mlp.w3.weight"] = (half.contiguous() for half in halves)
+        norms = [state.pop(f"{layer}{name}_layernorm.weight") for name in ("input", "post_attention")]
+        state[f"{layer}norms.weight"] = torch.cat(norms)
+    (place / "apart").mkdir()
+    save_file(state, place / "apart" / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(place / "apart")
     halves = WeightConverter([r"mlp\.w1\.weight", r"mlp\.w3\.weight"], "mlp.gate_up_proj.weight", [Concatenate(dim=0)])
-    register_checkpoint_conversion_mapping("Phi", [halves], overwrite=True)
+    norms = WeightConverter("norms.weight", ["input_layernorm.weight", "post_attention_layernorm.weight"], [Chunk()])
+    register_checkpoint_conversion_mapping("Phi", [halves, norms], overwrite=True)
+    return place
+
+
+def load_merged(merged, **options):
+    return Phi.from_pretrained(
+        merged / "apart", dtype=torch.bfloat16, quantization_config=QuantoConfig("int4"), **options
+    )
+
+
+@pytest.mark.parametrize("device_map", [None, {"": "disk"}], ids=["in-memory", "disk"])
+def test_a_merged_weight_is_quantized_piece_by_piece(merged, tmp_path, device_map, monkeypatch):
     seen = []
     quantize = Affine.quantize
 
@@ -250,15 +264,83 @@ def test_a_merged_weight_is_quantized_piece_by_piece(tmp_path, device_map, monke
         return quantize(self, weight, fit)
 
     monkeypatch.setattr(Affine, "quantize", noted)
-    options = {"dtype": torch.bfloat16, "quantization_config": QuantoConfig("int4"), "device_map": device_map}
-    made = Phi.from_pretrained(tmp_path / "apart", offload_folder=str(tmp_path / "off"), **options)
-    assert seen.count((128, 64)) >= 2 and (256, 64) not in seen
-    expected = transformers.Phi3ForCausalLM.from_pretrained(
-        tmp_path / "merged", dtype=torch.bfloat16, quantization_config=QuantoConfig("int4")
-    )
+    made = load_merged(merged, device_map=device_map, offload_folder=str(tmp_path / "off"))
+    assert seen.count((128, 64)) >= 4 and (256, 64) not in seen
+    expected = load(merged / "as-it-is", "int4", cls=transformers.Phi3ForCausalLM)
     assert torch.equal(logits(made), logits(expected))
     error = expected.model.layers[0].mlp.gate_up_proj.weight_error
     assert made.model.layers[0].mlp.gate_up_proj.weight_error == pytest.approx(error, rel=0.05)
+
+
+def test_what_is_merged_or_split_is_in_the_checked_entry_with_the_rest(merged, tmp_path):
+    off = tmp_path / "off"
+    made = load_merged(merged, device_map={"": "disk"}, offload_folder=str(off))
+    (file,) = files(off)
+    assert file.parent.name.startswith("quanto_hf-")
+    with safe_open(file, "pt") as entry:
+        names = set(entry.keys())
+    assert {f"model.layers.{i}.mlp.gate_up_proj.weight_packed" for i in (0, 1)} < names
+    assert {
+        f"model.layers.{i}.{which}_layernorm.weight" for i in (0, 1) for which in ("input", "post_attention")
+    } < names
+    wanted = logits(load(merged / "as-it-is", "int4", cls=transformers.Phi3ForCausalLM))
+    assert torch.equal(logits(made), wanted)
+    before = file.stat().st_mtime_ns
+    assert torch.equal(logits(load_merged(merged, device_map={"": "disk"}, offload_folder=str(off))), wanted)
+    assert file.stat().st_mtime_ns == before
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+    with pytest.warns(UserWarning, match="is written again: .*has been changed"):
+        again = load_merged(merged, device_map={"": "disk"}, offload_folder=str(off))
+    assert torch.equal(logits(again), wanted)
+    again.save_pretrained(tmp_path / "saved", save_original_format=False)
+    assert torch.equal(logits(load(tmp_path / "saved", cls=Phi)), wanted)
+
+
+def test_a_converter_whose_first_tensor_stays_float_quantizes_the_others(tmp_path):
+    class Fused(transformers.LlamaForCausalLM):
+        """A model whose checkpoints have queries, keys and values in one tensor."""
+
+    torch.manual_seed(0)
+    config = llama_config(num_key_value_heads=4)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "apart")
+    state = dict(model.state_dict())
+    three = ("q_proj", "k_proj", "v_proj")
+    for layer in ("model.layers.0.self_attn.", "model.layers.1.self_attn."):
+        state[f"{layer}qkv.weight"] = torch.cat([state.pop(f"{layer}{name}.weight") for name in three])
+    (tmp_path / "fused").mkdir()
+    save_file(state, tmp_path / "fused" / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(tmp_path / "fused")
+    split = WeightConverter("self_attn.qkv.weight", [f"self_attn.{name}.weight" for name in three], [Chunk()])
+    register_checkpoint_conversion_mapping("Fused", [split], overwrite=True)
+    options = {"quantization_config": QuantoConfig("int4", modules_to_not_convert=["*q_proj"]), "dtype": torch.bfloat16}
+    wanted = logits(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "apart", **options))
+    assert torch.equal(logits(Fused.from_pretrained(tmp_path / "fused", **options)), wanted)
+    options |= {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "off")}
+    made = Fused.from_pretrained(tmp_path / "fused", **options)
+    assert type(made.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert torch.equal(logits(made), wanted)
+    assert len(files(tmp_path / "off")) == 1
+
+
+def test_merged_experts_that_stay_float_are_in_the_checked_entry_too(tmp_path):
+    config = transformers.MixtralConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "float")
+    with safe_open(tmp_path / "float" / "model.safetensors", "pt") as saved:
+        assert any(".experts.0.w1" in name for name in saved.keys())
+    resident = load(tmp_path / "float", "int4", cls=transformers.MixtralForCausalLM)
+    options = {"cls": transformers.MixtralForCausalLM, "offload_folder": str(tmp_path / "off")}
+    made = load(tmp_path / "float", "int4", device_map={"": "disk"}, **options)
+    assert torch.equal(logits(made), logits(resident))
+    (file,) = files(tmp_path / "off")
+    with safe_open(file, "pt") as entry:
+        assert any(name.endswith("mlp.experts.gate_up_proj") for name in entry.keys())
 
 
 def test_float_leftovers_do_not_keep_the_checkpoint_mapped(folders, tmp_path):
@@ -277,7 +359,7 @@ def streamed(folders, tmp_path, monkeypatch):
     lanes = []
 
     class Lane(PlainLane):
-        def __init__(self, device, ahead):
+        def __init__(self, device):
             super().__init__(device)
             self.copied = 0
             lanes.append(self)
@@ -294,6 +376,11 @@ def streamed(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(offload, "prefetch", not_in_place)
     model = offloaded(folders, "int4", "on-the-fly", MAPS["cpu-and-disk"], tmp_path)
     return model, lanes
+
+
+@pytest.mark.parametrize(("device", "on_cpu"), [("cpu", True), (None, True), (0, False), (1, False), ("cuda:0", False)])
+def test_the_first_gpu_is_not_taken_for_the_cpu(device, on_cpu):
+    assert offload.is_on_cpu({"a": AlignDevicesHook("cpu"), "b": AlignDevicesHook(device)}) is on_cpu
 
 
 def test_streamed_weights_give_the_same_numbers_and_go_again(folders, streamed):

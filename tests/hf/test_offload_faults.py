@@ -137,7 +137,7 @@ def test_a_save_that_is_killed_at_any_point_never_loads_wrongly(place, wanted, t
     load(place / "float", off, device_map=DISK)
     for i in range(5):
         out = tmp_path / f"out{i}"
-        begun = lambda out=out: (out / "config.json").exists()  # noqa: E731
+        begun = lambda out=out: any(out.glob(".quanto_hf_save-*/files/*"))  # noqa: E731
         if killed(save_slowly, (place / "float", off, out, 0.004), begun, draw.uniform(0, 0.04)):
             try:
                 found = logits(load(out, weights=None))
@@ -388,7 +388,10 @@ def test_an_offload_folder_that_is_a_file_is_named(place, tmp_path):
 
 
 def test_on_the_fly_a_folder_is_needed(place):
-    with pytest.raises(ValueError, match=r"14 quantized weights on disk, but no offload_folder says where; give off"):
+    with pytest.raises(
+        ValueError,
+        match=r"14 weights on disk .*but no offload_folder says where; give off",
+    ):
         load(place / "float", device_map=DISK)
 
 

@@ -220,12 +220,14 @@ def test_a_model_that_fits_to_the_byte_is_not_spilled(scheme, device, modes):
         assert "disk" in the_map(skeleton, "auto", {device: need - 1}).values()
 
 
-def test_sizes_in_words_and_numbers_give_the_same_map(modes):
-    for skeleton in modes["int4"]:
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scheme", ["int8", "int4", "float8"])
+def test_sizes_in_words_and_numbers_give_the_same_map(mode, scheme, modes):
+    for skeleton in modes[scheme]:
         room = skeleton.quantizer.transient.nbytes / 2**20 + 0.12
         words, numbers = {0: f"{room}MiB", "cpu": "0.0625MiB"}, {0: int(room * 2**20), "cpu": 2**16}
-        assert the_map(skeleton, "sequential", words) == the_map(skeleton, "sequential", numbers)
-        assert len(set(the_map(skeleton, "sequential", words).values())) > 1
+        assert the_map(skeleton, mode, words) == the_map(skeleton, mode, numbers)
+        assert len(set(the_map(skeleton, mode, words).values())) > 1
 
 
 def test_adjusting_leaves_cpu_disk_and_pre_quantized_models_alone(modes):

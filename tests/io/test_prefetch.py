@@ -1,6 +1,7 @@
 """The prefetcher has the weights of a module ready when it is used again, and never more than it may."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -104,3 +105,83 @@ def test_a_circle_of_modules_that_are_in_use_comes_to_an_end(lane):
         prefetcher.enter(name, lambda tensors: None)
     prefetcher._last.module = None
     assert run(prefetcher, "c") == [2]
+
+
+class Ticket(dict):
+    """Counts while somebody holds it."""
+
+    __hash__ = object.__hash__
+
+
+class SmallLane(Lane):
+    """A way to a device that has room for some modules."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.tickets = room, weakref.WeakSet()
+
+    def start(self, tensors):
+        ticket = Ticket(super().start(tensors))
+        self.tickets.add(ticket)
+        return ticket
+
+    def finish(self, ticket):
+        if len(self.tickets) > self.room:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return super().finish(ticket)
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 9])
+def test_where_memory_is_short_less_is_fetched_early(room):
+    lane = SmallLane(room)
+    prefetcher = Prefetcher(lane, MODULES.__getitem__)
+    for _ in range(4):
+        assert run(prefetcher, "abcdefg") == [0, 1, 2, 3, 4, 5, 6]
+    assert prefetcher.ahead == {1: 1, 2: 2, 3: 2, 9: 4}[room]
+
+
+def test_a_module_that_does_not_fit_alone_is_an_error_and_changes_nothing():
+    lane = SmallLane(0)
+    prefetcher = Prefetcher(lane, MODULES.__getitem__)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        run(prefetcher, "a")
+    assert not prefetcher._here and not lane.tickets and prefetcher.ahead == 4
+
+
+def test_an_error_of_a_module_that_is_fetched_early_is_raised_when_it_is_wanted(lane):
+    broken = []
+
+    def read(name):
+        if name in broken:
+            raise OSError(name)
+        return MODULES[name]
+
+    prefetcher = Prefetcher(lane, read)
+    run(prefetcher, "abcdefg")
+    broken.append("b")
+    assert run(prefetcher, "a") == [0]
+    with pytest.raises(OSError, match="b"):
+        run(prefetcher, "b")
+    assert not prefetcher._here
+    broken.clear()
+    assert run(prefetcher, "abcdefg") == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_each_further_user_joins_and_the_last_one_leaves():
+    class Noted(Lane):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def join(self, ticket):
+            self.calls.append("join")
+
+        def leave(self):
+            self.calls.append("leave")
+
+    prefetcher = Prefetcher(Noted(), MODULES.__getitem__)
+    for _ in range(3):
+        prefetcher.enter("a", lambda tensors: None)
+    for _ in range(3):
+        prefetcher.leave("a", lambda: None)
+    assert prefetcher.lane.calls == ["join", "join", "leave"]

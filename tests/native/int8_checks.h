@@ -1,14 +1,14 @@
 // Products with x in int8: x is rounded here as it is promised, and multiplied in float64. Included in test_kernels.cpp.
 
-// x in steps of absmax / 127 of each `group` columns; a step of 0 counts as 1.
-std::vector<double> round_x(const std::vector<double>& x, int64_t m, int64_t k, int64_t group) {
+// x in steps of absmax / 127 of each `group` columns, or of `given` where it is not 0; a step of 0 counts as 1.
+std::vector<double> round_x(const std::vector<double>& x, int64_t m, int64_t k, int64_t group, float given) {
     std::vector<double> out(m * k);
     for (int64_t i = 0; i < m; i++)
         for (int64_t from = 0; from < k; from += group) {
             const int64_t to = std::min(from + group, k);
             float most = 0;
             for (int64_t j = from; j < to; j++) most = std::max(most, std::fabs(static_cast<float>(x[i * k + j])));
-            const float step = most / 127.0f == 0.0f ? 1.0f : most / 127.0f;
+            const float step = given != 0.0f ? given : most / 127.0f == 0.0f ? 1.0f : most / 127.0f;
             for (int64_t j = from; j < to; j++) {
                 const float number = std::nearbyint(static_cast<float>(x[i * k + j]) / step);
                 out[i * k + j] = static_cast<double>(std::max(-127.0f, std::min(127.0f, number))) * step;
@@ -17,8 +17,25 @@ std::vector<double> round_x(const std::vector<double>& x, int64_t m, int64_t k, 
     return out;
 }
 
+// What the terms of a product are without the cancellation of number - zero: sums of |x| * (|number| + |zero|) * |scale|,
+// and a kernel may count both of them from the middle of the codes.
+std::vector<double> wide_magnitudes(const Example& e, const std::vector<double>& x) {
+    const Weight& w = e.w;
+    std::vector<double> out(M_MAX * w.n);
+    for (int64_t i = 0; i < w.n; i++)
+        for (int64_t j = 0; j < w.k; j++) {
+            const int64_t g = i * w.groups + j / w.group;
+            const double middle = 1 << (bits_of(w.codes) - 1), zero = w.zero ? std::fabs(read(w.zero, g, w.scale_type)) + 2 * middle : 0;
+            const double size = (std::fabs(code_value(e, read_code(e, i, j))) + zero) * std::fabs(read(w.scale, g, w.scale_type));
+            for (int64_t m = 0; m < M_MAX; m++) out[m * w.n + i] += std::fabs(x[m * w.k + j]) * size;
+        }
+    return out;
+}
+
 // Row 1 of x: NaN if `poisoned`, else zeros. The other rows have sizes from 1e-3 to 1e3, and an outlier each.
-bool check_int8(const std::vector<const Level*>& levels, const Example& e, int x_type, bool small, bool with_bias, bool poisoned) {
+// `given`: the scale of all of x, or 0.
+bool check_int8(const std::vector<const Level*>& levels, const Example& e, int x_type, bool small, bool with_bias, bool poisoned,
+                float given) {
     const int64_t n = e.w.n, k = e.w.k;
     std::vector<double> x(M_MAX * k);
     for (int64_t i = 0; i < M_MAX; i++) {
@@ -26,12 +43,13 @@ bool check_int8(const std::vector<const Level*>& levels, const Example& e, int x
         for (int64_t j = 0; j < k; j++) x[i * k + j] = i == 1 ? 0.0 : round_to(uniform(-1, 1) * size, x_type);
         if (i > 1) x[i * k + generator() % k] = round_to(20 * size, x_type);
     }
-    const Reference r = multiply(e, round_x(x, M_MAX, k, e.w.codes == INT8 ? k : 32), 0);
+    const std::vector<double> rounded_x = round_x(x, M_MAX, k, e.w.codes == INT8 ? k : 32, given);
+    const Reference r = multiply(e, rounded_x, 0);
+    const std::vector<double> wide = wide_magnitudes(e, rounded_x);
     if (poisoned) x[k + generator() % k] = std::nan("");
     Guarded bias(n * size_of(x_type));
     for (int64_t i = 0; i < n; i++) write(bias.get(), i, x_type, uniform(-1, 1));
-    // what a weight is without the cancellation of code - zero: at most 2 of its largest codes
-    const double accuracy = 6e-8 * (8 + std::sqrt(static_cast<double>(k))), widest = e.w.zero ? 16 : 1;
+    const double accuracy = 6e-8 * (8 + std::sqrt(static_cast<double>(k)));
     for (int64_t m : M_VALUES) {
         if (small && m != 1 && m != 2 && m != 7 && m != 9 && m != 33) continue;
         Guarded input(m * k * size_of(x_type));
@@ -43,7 +61,7 @@ bool check_int8(const std::vector<const Level*>& levels, const Example& e, int x
             for (int threads : {1, 2, 3, 8}) {
                 if (small && threads > 1 && threads != (m == 9 ? 8 : m == 1 ? 2 : 3)) continue;
                 Guarded out(m * n * size_of(x_type));
-                kernel({e.w, input.get(), with_bias ? bias.get() : nullptr, out.get(), m, x_type, threads});
+                kernel({e.w, input.get(), with_bias ? bias.get() : nullptr, out.get(), m, x_type, threads, given != 0.0f ? &given : nullptr});
                 checks++;
                 const auto complain = [&](const char* what, int64_t i, int64_t j, double got, double wanted) {
                     return fail("%s int8 x, %s x=%s m=%lld bias=%d threads=%d: %s [%lld, %lld] %.9g, wanted %.9g", level->name,
@@ -63,9 +81,9 @@ bool check_int8(const std::vector<const Level*>& levels, const Example& e, int x
                             continue;
                         }
                         const double wanted = r.sum[i * n + j] + b;
-                        const double slack = accuracy * (widest * r.magnitude[i * n + j] + std::fabs(b)) + 1e-30;
+                        const double slack = accuracy * (wide[i * n + j] + std::fabs(b)) + 1e-30;
                         const double low = round_to(wanted - slack, x_type), high = round_to(wanted + slack, x_type);
-                        if (!(got >= low && got <= high)) return complain("is", i, j, got, wanted);
+                        if (!(got >= low && got <= high)) return complain(given != 0.0f ? "with a given scale is" : "is", i, j, got, wanted);
                     }
                 first = std::move(out);
             }
@@ -91,7 +109,9 @@ void check_all_int8(const std::vector<const Level*>& levels, bool small) {
                     }
                     for (int x_type : {F32, BF16, F16}) {
                         if (small && x_type != BF16 && turn % 2) continue;
-                        check_int8(levels, e, x_type, small, turn % 2, turn % 5 == 0);
+                        check_int8(levels, e, x_type, small, turn % 2, turn % 5 == 0, 0.0f);
+                        // of rows with sizes from 1e-3 to 1e3: some are 0, some whole, some cut
+                        if (turn % 4 == 0 || codes == INT8) check_int8(levels, e, x_type, small, turn % 2, turn % 5 == 0, 0.05f);
                     }
                 }
 }

@@ -429,6 +429,7 @@ bool check_experts(const Level& level, int codes, int64_t experts, int64_t n, in
 #include "int8_checks.h"
 #include "check_extremes.h"
 #include "check_int8_rows.h"
+#include "check_aqlm.h"
 
 }  // namespace
 
@@ -521,6 +522,7 @@ int main(int count, char** arguments) {
                     }
     check_extremes(levels);
     check_int8_rows(levels, small);
+    check_aqlm(levels, small);
     std::printf("%ld calls, %d failures\n", checks, failures);
     return failures ? 1 : 0;
 }

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch_eager import ao  # noqa: F401
 
 from quanto_hf.nn.fake_quantize import (
     FakeQuantize,
@@ -33,7 +32,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_numbers_and_gradients_are_those_of_torch(ao, setting):  # noqa: F811
+def test_numbers_and_gradients_are_those_of_torch(ao, setting):
     from quanto_hf.nn import observers
 
     name, args = SETTINGS[setting]
@@ -153,3 +152,18 @@ def test_fixed_and_fused():
 
 def test_an_empty_tensor_passes():
     assert FakeQuantize()(torch.empty(0, 4)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_what_has_seen_nothing_does_not_round(learnable):
+    fake = FakeQuantize(learnable=learnable)
+    for use in (fake.calculate_qparams, lambda: (fake.disable_observer(), fake(torch.randn(4)))):
+        with pytest.raises(RuntimeError, match="seen no values"):
+            use()
+    fake.enable_observer()
+    fake(torch.randn(4))
+    fresh = FakeQuantize(learnable=learnable)
+    fresh.load_state_dict(fake.state_dict())
+    fresh.disable_observer()
+    x = torch.randn(4)
+    assert torch.equal(fresh(x), round_to_grid(x, *fake.calculate_qparams(), 0, 255))

@@ -15,7 +15,7 @@ from quanto_hf.qtypes import QTYPES
 from quanto_hf.schemes import (
     DEFAULTS,
     GROUP_SIZES,
-    SCHEMES,
+    GROUPED,
     Affine,
     Float8,
     Lookup,
@@ -26,7 +26,7 @@ from quanto_hf.schemes import (
 
 EVERY = [
     cls(name, group_size, symmetric)
-    for cls in SCHEMES.values()
+    for cls in GROUPED
     for name in cls.qtypes
     for group_size in ((-1,) if cls is Float8 else (-1, *GROUP_SIZES))
     for symmetric in ((True, False) if name in ("int2", "int4") else (True,))
@@ -209,9 +209,9 @@ BAD = {
     "asymmetric-int8": (lambda: make_scheme("int8", symmetric=False), ["int8 weights are symmetric"]),
     "asymmetric-nf4": (lambda: make_scheme("nf4", symmetric=False), ["nf4 weights are symmetric"]),
     "symmetric-text": (lambda: Affine("int4", 64, "false"), ["symmetric='false'", "True or False"]),
-    "kind": (lambda: scheme_from_dict({"kind": "magic"}), ["'magic'", "affine, float8, lookup"]),
-    "kind-of-no-name": (lambda: scheme_from_dict({"kind": ["affine"]}), ["['affine']", "affine, float8, lookup"]),
-    "no-kind": (lambda: scheme_from_dict({"qtype": "int4"}), ["None", "affine, float8, lookup"]),
+    "kind": (lambda: scheme_from_dict({"kind": "magic"}), ["'magic'", "affine, aqlm, float8, lookup"]),
+    "kind-of-no-name": (lambda: scheme_from_dict({"kind": ["affine"]}), ["['affine']", "affine, aqlm, float8, lookup"]),
+    "no-kind": (lambda: scheme_from_dict({"qtype": "int4"}), ["None", "affine, aqlm, float8, lookup"]),
     "unknown-field": (lambda: scheme_from_dict({"kind": "affine", "qtype": "int4", "groups": 3}), ["groups"]),
     "missing-field": (lambda: scheme_from_dict({"kind": "affine"}), ["qtype"]),
     "fit": (lambda: make_scheme("int4").quantize(torch.ones(1, 5), "best"), ["'best'", "absmax, hqq, minmax, mse"]),

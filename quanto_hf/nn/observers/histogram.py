@@ -1,6 +1,7 @@
 """A histogram of all values, and the range with the least squared error."""
 
 import math
+from functools import cache
 from itertools import accumulate, repeat
 from typing import Any
 
@@ -12,6 +13,16 @@ from quanto_hf.nn.observers.number_types import number
 
 # part of all values that a step of the search leaves out on one side
 STEP = 1e-5
+
+
+@cache
+def _parts() -> tuple[torch.Tensor, torch.Tensor]:
+    """After each number of steps: the part of all values below the range, and the part up to its end."""
+    steps = round(1 / STEP)
+    # added up one by one: torch's search compares with a sum that is rounded each time
+    below = torch.tensor(list(accumulate(repeat(STEP, steps))), dtype=torch.float64)
+    above = torch.tensor(list(accumulate(repeat(-STEP, steps), initial=1.0))[1:], dtype=torch.float64)
+    return below, above
 
 
 @register("histogram")
@@ -48,6 +59,8 @@ class HistogramObserver(MinMaxObserver):
         values = x.detach().to(self.histogram.dtype)
         values = values[values.abs() != math.inf]
         if values.numel():
+            if self.memoryless:
+                self.reset()
             self.add(values)
         return x
 
@@ -82,6 +95,9 @@ class HistogramObserver(MinMaxObserver):
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point of the range that the search finds."""
         self._check_seen(self.min_val, self.max_val)
+        if self.histogram.device.type == "meta":
+            # there are no values to search; shapes are all that counts
+            return self.qparams_of(self.min_val, self.max_val)
         return self.qparams_of(*self.search())
 
     def search(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,10 +129,7 @@ class HistogramObserver(MinMaxObserver):
     def _quantile_bins(self, sums: torch.Tensor, total: float) -> tuple[list[int], list[int]]:
         """For each number of steps: the first bin with at least that part of all values up to it, and the last bin
         with at most the rest."""
-        steps = round(1 / STEP)
-        # added up one by one, as a sum that is rounded each time is what torch's search compares with
-        below = torch.tensor(list(accumulate(repeat(STEP, steps))), dtype=torch.float64)
-        above = torch.tensor(list(accumulate(repeat(-STEP, steps), initial=1.0))[1:], dtype=torch.float64)
+        below, above = _parts()
         sums = sums.cpu()
         lefts = torch.searchsorted(sums, (below * total).to(sums.dtype))
         rights = torch.searchsorted(sums, (above * total).to(sums.dtype), right=True) - 1

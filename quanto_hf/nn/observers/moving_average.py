@@ -33,6 +33,9 @@ class MovingAverageMinMaxObserver(MinMaxObserver):
 
     def update(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Take in the range of one tensor: the first one as it is."""
+        if self.memoryless:
+            super().update(low, high)
+            return
         # where, not if: a branch on a value would break the graph of torch.compile
         first = self.min_val > self.max_val
         for mean, new in ((self.min_val, low), (self.max_val, high)):

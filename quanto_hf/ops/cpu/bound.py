@@ -56,9 +56,9 @@ def bind(
         if activations is None:
             raise ValueError("x_scale is the scale of rounded activations, and activations=None rounds none; name both")
     stored = [tensor for tensor in (packed, scale, zero, x_scale) if tensor is not None]
-    if NATIVE is None or reference_only() or not packed.numel():
+    if reference_only() or NATIVE is None or not packed.numel():
         return None
-    if watched() or not all(map(_is_plain, stored)):
+    if watched() or not all(map(is_plain, stored)):
         return None
     if activations is not None and refuses_int8(qtype, group_size, zero is not None, in_features, activations):
         return None
@@ -92,7 +92,7 @@ def bind(
         kind = types.get(dtype)
         if kind is None or not shape or shape[-1] != in_features or x.is_neg():
             return None
-        if bias is not None and (bias.dtype is not dtype or bias.shape != bias_shape or not _is_plain(bias)):
+        if bias is not None and (bias.dtype is not dtype or bias.shape != bias_shape or not is_plain(bias)):
             return None
         count = x.numel() // in_features
         if not count:
@@ -111,7 +111,8 @@ def bind(
     return call
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether C++ can read it as it lies."""
     return type(tensor) in _PLAIN and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
 
 

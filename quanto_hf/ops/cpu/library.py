@@ -21,7 +21,11 @@ LEVELS = (
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """The module, or None and the sentence why."""
+    """The module, or None and the sentence why.
+
+    Raises:
+        ValueError: ``QUANTO_HF_CPU`` names no level of this processor.
+    """
     wanted = os.environ.get("QUANTO_HF_CPU", "").strip().lower()
     if wanted == "torch":
         return None, "QUANTO_HF_CPU=torch switches the native kernels off"
@@ -45,6 +49,13 @@ def _load() -> tuple[ModuleType | None, str]:
     return _native, f"level {_native.level()}"
 
 
-NATIVE, REASON = _load()
-if NATIVE is None:
+NATIVE: ModuleType | None
+# Set where the environment names a level that there is not. The first op raises it, not the import: the command line
+# tells an error in a sentence, which it could not if it cannot be imported itself.
+WRONG_LEVEL: str | None = None
+try:
+    NATIVE, REASON = _load()
+except ValueError as error:
+    NATIVE, REASON, WRONG_LEVEL = None, str(error), str(error)
+if NATIVE is None and WRONG_LEVEL is None:
     logger.info("quanto_hf runs without native CPU kernels: %s", REASON)

@@ -9,6 +9,7 @@ from quanto_hf.ops.cpu.call import CODES, FLOAT_TYPES
 from quanto_hf.ops.cpu.library import NATIVE, REASON
 from quanto_hf.ops.registry import reference_only
 from quanto_hf.ops.scratch import scratch
+from quanto_hf.ops.watched import watched
 
 # The numbers of csrc/common.h.
 FITS = {"range": 0, "mse": 1, "hqq": 2}
@@ -35,17 +36,17 @@ class NativeFit:
 
 def refuses_quantize(rows: torch.Tensor, out: dict[str, torch.Tensor], group_size: int) -> str | None:
     """Why these rows are not quantized natively, or None."""
-    if NATIVE is None:
-        return REASON
     if reference_only():
         return "QUANTO_HF_REFERENCE is set"
+    if NATIVE is None:
+        return REASON
     if not rows.is_cpu:
         return "it runs on CPU only"
     # also under torch.compile and FakeTensorMode, where there is no memory to point at
     if type(rows) is not torch.Tensor or any(type(t) is not torch.Tensor for t in out.values()):
         return "it takes plain tensors only"
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot follow it"
+    if torch.compiler.is_compiling() or watched():
+        return "torch.compile and other modes of torch cannot follow it"
     if group_size > 0 and group_size % LANES:
         return f"the group size is no multiple of {LANES}"
     return None

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch_eager import ao  # noqa: F401
 
 from quanto_hf.nn import observers
 from quanto_hf.nn.observers import (
@@ -61,7 +60,7 @@ def assert_same(mine, theirs):
 @pytest.mark.parametrize("scheme", TENSOR_SCHEMES)
 @pytest.mark.parametrize("dtype", ["quint8", "qint8"])
 @pytest.mark.parametrize("name", ["MinMaxObserver", "MovingAverageMinMaxObserver"])
-def test_one_scale_for_a_tensor_is_that_of_torch(ao, name, dtype, scheme, codes):  # noqa: F811
+def test_one_scale_for_a_tensor_is_that_of_torch(ao, name, dtype, scheme, codes):
     if (codes, scheme, dtype) == ("reduced", "per_tensor_symmetric", "quint8"):
         with pytest.raises(ValueError, match="reduce_range"):
             getattr(observers, name)(dtype=dtype, qscheme=scheme, **CODES[codes])
@@ -75,7 +74,7 @@ def test_one_scale_for_a_tensor_is_that_of_torch(ao, name, dtype, scheme, codes)
 # where the squares of values leave float32, the search ends at its first step
 @pytest.mark.parametrize("data", [data for data in DATA if data not in ("huge", "tiny")])
 @pytest.mark.parametrize("dtype,scheme", [("quint8", "per_tensor_affine"), ("qint8", "per_tensor_symmetric")])
-def test_the_scale_of_a_histogram_is_that_of_torch(ao, dtype, scheme, data):  # noqa: F811
+def test_the_scale_of_a_histogram_is_that_of_torch(ao, dtype, scheme, data):
     args = {"bins": 512, "reduce_range": scheme == "per_tensor_affine"}
     theirs = ao.HistogramObserver(dtype=getattr(torch, dtype), qscheme=getattr(torch, scheme), **args)
     assert_same(fed(HistogramObserver(dtype=dtype, qscheme=scheme, **args), data), fed(theirs, data))
@@ -85,7 +84,7 @@ def test_the_scale_of_a_histogram_is_that_of_torch(ao, dtype, scheme, data):  # 
 @pytest.mark.parametrize("scheme", CHANNEL_SCHEMES)
 @pytest.mark.parametrize("dtype", ["quint8", "qint8", "quint4x2"])
 @pytest.mark.parametrize("name", ["PerChannelMinMaxObserver", "MovingAveragePerChannelMinMaxObserver"])
-def test_a_scale_for_each_channel_is_that_of_torch(ao, name, dtype, scheme, axis):  # noqa: F811
+def test_a_scale_for_each_channel_is_that_of_torch(ao, name, dtype, scheme, axis):
     for data in DATA:
         theirs = getattr(ao, name)(ch_axis=axis, dtype=getattr(torch, dtype), qscheme=getattr(torch, scheme))
         mine = getattr(observers, name)(ch_axis=axis, dtype=dtype, qscheme=scheme)
@@ -93,7 +92,7 @@ def test_a_scale_for_each_channel_is_that_of_torch(ao, name, dtype, scheme, axis
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_search_of_the_histogram_cuts_off_the_same_bins_as_torch(ao, seed):  # noqa: F811
+def test_the_search_of_the_histogram_cuts_off_the_same_bins_as_torch(ao, seed):
     torch.manual_seed(seed)
     mine, theirs = HistogramObserver(bins=512), ao.HistogramObserver(bins=512)
     for step in range(3):
@@ -104,7 +103,7 @@ def test_the_search_of_the_histogram_cuts_off_the_same_bins_as_torch(ao, seed): 
     assert_same(mine, theirs)
 
 
-def test_codes_of_a_uint8_and_symmetric_scheme_are_those_of_torch(ao):  # noqa: F811
+def test_codes_of_a_uint8_and_symmetric_scheme_are_those_of_torch(ao):
     for codes in ({}, {"quant_min": 0, "quant_max": 127}):
         for dtype in ("uint8", "int8", "int16", "int32"):
             theirs = ao.MinMaxObserver(dtype=getattr(torch, dtype), qscheme=torch.per_tensor_symmetric, **codes)
@@ -112,7 +111,7 @@ def test_codes_of_a_uint8_and_symmetric_scheme_are_those_of_torch(ao):  # noqa: 
                         fed(theirs, "normal"))  # fmt: skip
 
 
-def test_the_default_observers_are_those_of_torch(ao):  # noqa: F811
+def test_the_default_observers_are_those_of_torch(ao):
     for name in ("MinMaxObserver", "PerChannelMinMaxObserver", "MovingAverageMinMaxObserver"):
         assert_same(fed(getattr(observers, name)(), "normal"), fed(getattr(ao, name)(), "normal"))
         args = {"eps": 2**-12}
@@ -209,6 +208,16 @@ def test_no_gradient_is_kept(make):
     observer, x = make(), torch.randn(8, 6, requires_grad=True)
     assert observer(x * 1).requires_grad
     assert not observer.calculate_qparams()[0].requires_grad
+
+
+@every_range
+def test_every_observer_can_be_memoryless(make):
+    observer = make(memoryless=True)
+    for x in DATA["growing"]():
+        observer(x)
+    once = make()
+    once(x)
+    assert torch.equal(observer.calculate_qparams()[0], once.calculate_qparams()[0]) and is_memoryless(observer)
 
 
 def test_memoryless_observers_know_the_last_tensor_only():

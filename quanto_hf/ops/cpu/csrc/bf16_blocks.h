@@ -6,6 +6,9 @@
 // Codes of 8 bits with one scale per row: two vpermi2b give the high and the low bytes of 64 codes as bfloat16 (exact);
 // the scale multiplies the sum.
 
+// Numbers for products in bfloat16: subnormal ones become 0, as vdpbf16ps takes them anyway.
+inline void store_factors(uint16_t* p, F v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+
 // Whether these kernels take a weight.
 inline bool has_blocks(const Weight& w) {
     if (bits_of(w.codes) == 8) return w.groups == 1 && !w.zero;
@@ -185,3 +188,5 @@ inline uint32_t largest_magnitude(const uint16_t* x, int64_t k) {
     return _mm512_reduce_max_epu32(_mm512_max_epu16(_mm512_and_si512(most, _mm512_set1_epi32(0xFFFF)), _mm512_srli_epi32(most, 16)));
 }
 inline bool is_finite(F v) { return _mm512_fpclass_ps_mask(v, 0x99) == 0; }  // NaN of both kinds, infinity of both signs
+
+inline F dot_bf16(F acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }

@@ -30,6 +30,16 @@ constexpr int64_t BLOCK_BYTES = 64;  // docs/format.md: codes are planar in bloc
 constexpr int bits_of(int codes) { return codes == TABLE4 ? 4 : codes == TABLE2 ? 2 : 8; }
 constexpr int size_of(int type) { return type == F32 ? 4 : 2; }
 
+// A matrix of n rows and k columns in blocks of out_group x in_group values, each the sum of an entry of each codebook,
+// times a scale. Codes count modulo 2^bits.
+struct Aqlm {
+    const void* codes;      // [n / out_group][k / in_group][books], signed integers of code_bytes
+    const void* codebooks;  // [books][1 << bits][out_group][in_group]
+    const void* scales;     // [n / out_group]
+    int64_t books, out_group, in_group;
+    int bits, code_bytes, book_type, scale_type;
+};
+
 // A quantized matrix of n rows and k columns: w[i, j] = (value(code[i, j]) - zero[i, g]) * scale[i, g], g = j / group.
 struct Weight {
     const uint8_t* packed;  // n rows of row_bytes(codes, k)
@@ -38,6 +48,7 @@ struct Weight {
     const float* table;     // 16 values of a TABLE type (int2 uses 4)
     int64_t n, k, group, groups;
     int codes, scale_type;
+    const Aqlm* aqlm = nullptr;  // if there is one, it stands for all of the above but n and k
 };
 
 struct Linear {
@@ -118,6 +129,15 @@ inline Range share(int64_t rows, int64_t step, int thread, int threads) {
     return {begin < rows ? begin : rows, end < rows ? end : rows};
 }
 
+// Asks for memory that will be read soon. It need not exist.
+inline void ask_for(const void* p) {
+#if defined(__GNUC__) || defined(__clang__)
+    __builtin_prefetch(p, 0, 2);
+#else
+    (void)p;
+#endif
+}
+
 // Memory that a thread keeps between calls, aligned to a cache line. Each `slot` is one buffer: 0 to 5 belong to the
 // kernels of a level, those above to what calls them (experts.cpp).
 constexpr int SLOTS = 9;
@@ -152,6 +172,8 @@ struct Level {
     bool (*quantize)(const Quantize&);  // false: a value or a scale is not finite, and the result means nothing
     void (*linear_int8)(const Linear&);  // x is rounded to int8, a scale per row; w is int8 with one scale per row
     void (*linear_int8_groups)(const Linear&);  // a scale per 32 columns of x; w is int4 or int2, see linear_int8.h
+    void (*aqlm_linear)(const Linear&);  // w has an Aqlm
+    void (*aqlm_dequantize)(const Weight&, int out_type, void* out, int threads);
 };
 
 }  // namespace quanto

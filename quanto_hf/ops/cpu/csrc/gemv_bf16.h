@@ -4,8 +4,6 @@
 constexpr int64_t X_BYTES = 16384;  // of x in a step: half of the smallest first-level cache
 constexpr int ROWS = 16;            // of the weight at a time: their sums become one vector of the output
 
-inline F dot_bf16(F acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
-
 // sums[r * M + m] += blocks [b0, b1) of R rows times M rows of x.
 template <int CODES, int M, int R>
 inline void block_sums(const Weight& w, const ByteTable& t, int64_t row, int64_t b0, int64_t b1, const uint16_t* x, int64_t ld,
@@ -148,7 +146,7 @@ inline void gemv_bf16(const Linear& a) {
     const int64_t ld = round_up(padded, 2048) + 1024;
     uint16_t* x = static_cast<uint16_t*>(scratch(0, a.m * ld * 2));
     float* rest = static_cast<float*>(scratch(1, a.m * behind * sizeof(float)));
-    bool fold = (a.m == 1 || a.m == 2) && bits_of(w.codes) < 8;
+    bool fold = (a.m <= 2 || a.m >= LANES_FROM) && bits_of(w.codes) < 8;
     for (int64_t m = 0; m < a.m; m++) {
         const uint16_t* row = static_cast<const uint16_t*>(a.x) + m * w.k;
         fold = fold && is_tame(row, w.k);
@@ -159,6 +157,30 @@ inline void gemv_bf16(const Linear& a) {
         }
     }
     Folded folded = {nullptr};
+    const auto some_rows = [&](Range part, auto folds) {
+        with_codes(w.codes, [&](auto tag) {
+            constexpr int C = decltype(tag)::codes;
+            constexpr bool FOLD = decltype(folds)::slot;
+            ByteTable t;
+            if constexpr (bits_of(C) == 8) t = byte_table<C>();
+            const auto run = [&](auto count) {
+                constexpr int M = decltype(count)::slot;
+                if constexpr (!FOLD || (bits_of(C) < 8 && M <= 2))
+                    gemv_bf16_rows<C, M, FOLD>(a, t, folded, x, ld, behind ? rest : nullptr, 0, part);
+            };
+            switch (a.m) {
+                case 1: return run(Slot<1>{});
+                case 2: return run(Slot<2>{});
+                case 3: return run(Slot<3>{});
+                case 4: return run(Slot<4>{});
+                case 5: return run(Slot<5>{});
+                case 6: return run(Slot<6>{});
+                case 7: return run(Slot<7>{});
+                default: return run(Slot<8>{});
+            }
+        });
+    };
+    if (fold && gemv_lanes(a, [&](Range part) { some_rows(part, Slot<0>{}); })) return;
     if (fold && w.zero) {
         const int64_t width = round_up(w.groups, W);
         float* sums = static_cast<float*>(scratch(2, a.m * width * sizeof(float)));
@@ -174,28 +196,6 @@ inline void gemv_bf16(const Linear& a) {
     }
     parallel(a.threads, [&](int thread, int of) {
         const Range part = share(w.n, 32, thread, of);
-        with_codes(w.codes, [&](auto tag) {
-            constexpr int C = decltype(tag)::codes;
-            ByteTable t;
-            if constexpr (bits_of(C) == 8) t = byte_table<C>();
-            const auto run = [&](auto count, auto folds, int64_t m) {
-                constexpr int M = decltype(count)::slot;
-                gemv_bf16_rows<C, M, decltype(folds)::slot>(a, t, folded, x + m * ld, ld, behind ? rest + m * behind : nullptr, m, part);
-            };
-            if constexpr (bits_of(C) < 8) {
-                if (fold) return a.m == 1 ? run(Slot<1>{}, Slot<1>{}, 0) : run(Slot<2>{}, Slot<1>{}, 0);
-            }
-            int64_t m = 0;
-            for (; m + 8 <= a.m; m += 8) run(Slot<8>{}, Slot<0>{}, m);
-            switch (a.m - m) {
-                case 1: run(Slot<1>{}, Slot<0>{}, m); break;
-                case 2: run(Slot<2>{}, Slot<0>{}, m); break;
-                case 3: run(Slot<3>{}, Slot<0>{}, m); break;
-                case 4: run(Slot<4>{}, Slot<0>{}, m); break;
-                case 5: run(Slot<5>{}, Slot<0>{}, m); break;
-                case 6: run(Slot<6>{}, Slot<0>{}, m); break;
-                case 7: run(Slot<7>{}, Slot<0>{}, m); break;
-            }
-        });
+        fold ? some_rows(part, Slot<1>{}) : some_rows(part, Slot<0>{});
     });
 }

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "common.h"
+#define QUANTO_AQLM_BF16
 #include "target.h"
 #if defined(QUANTO_EMULATE_AMX)
 #include QUANTO_EMULATE_AMX  // the tests, on processors without AMX
@@ -22,6 +23,8 @@ namespace {
 #include "ahead.h"
 #include "bf16_blocks.h"
 #include "late.h"
+#include "row_lanes.h"
+#include "gemv_lanes.h"
 #include "gemv_bf16.h"
 #include "gemm_bf16.h"
 #include "int8.h"
@@ -33,9 +36,15 @@ namespace {
 #include "gemm_amx.h"
 #include "int8_gemm.h"
 #include "linear_bf16.h"
+#include "aqlm_decode.h"
+#include "aqlm_gemv.h"
+#include "aqlm_tables.h"
+#include "aqlm_panels.h"
+#include "aqlm_panels_bf16.h"
+#include "aqlm.h"
 }  // namespace
 extern const Level level;
-const Level level = {"amx", linear, dequantize, quantize, linear_int8, linear_int8_groups};
+const Level level = {"amx", linear, dequantize, quantize, linear_int8, linear_int8_groups, aqlm_linear, aqlm_dequantize};
 }  // namespace amx
 }  // namespace quanto
 QUANTO_TARGET_END

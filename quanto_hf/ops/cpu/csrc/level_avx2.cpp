@@ -25,8 +25,14 @@ namespace {
 #include "int8_wide_gemm.h"
 #include "int8_x_groups.h"
 #include "int8_dot_madd.h"
+#include "row_lanes.h"
 #include "int8_groups.h"
 #include "linear_int8.h"
+#include "aqlm_decode.h"
+#include "aqlm_gemv.h"
+#include "aqlm_tables.h"
+#include "aqlm_panels.h"
+#include "aqlm.h"
 
 void linear(const Linear& a) {
     if (a.m > GEMV_ROWS) return gemm<DotF32>(a);
@@ -34,7 +40,7 @@ void linear(const Linear& a) {
 }
 }  // namespace
 extern const Level level;
-const Level level = {"avx2", linear, dequantize, quantize, linear_int8, linear_int8_groups};
+const Level level = {"avx2", linear, dequantize, quantize, linear_int8, linear_int8_groups, aqlm_linear, aqlm_dequantize};
 }  // namespace avx2
 }  // namespace quanto
 QUANTO_TARGET_END

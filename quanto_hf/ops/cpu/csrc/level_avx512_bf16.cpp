@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "common.h"
+#define QUANTO_AQLM_BF16
 #include "target.h"
 QUANTO_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,avx2,fma,f16c")
 
@@ -19,6 +20,8 @@ namespace {
 #include "ahead.h"
 #include "bf16_blocks.h"
 #include "late.h"
+#include "row_lanes.h"
+#include "gemv_lanes.h"
 #include "gemv_bf16.h"
 #include "gemm_bf16.h"
 #include "int8.h"
@@ -29,9 +32,15 @@ namespace {
 #include "int8_rows.h"
 #include "linear_int8.h"
 #include "linear_bf16.h"
+#include "aqlm_decode.h"
+#include "aqlm_gemv.h"
+#include "aqlm_tables.h"
+#include "aqlm_panels.h"
+#include "aqlm_panels_bf16.h"
+#include "aqlm.h"
 }  // namespace
 extern const Level level;
-const Level level = {"avx512_bf16", linear, dequantize, quantize, linear_int8, linear_int8_groups};
+const Level level = {"avx512_bf16", linear, dequantize, quantize, linear_int8, linear_int8_groups, aqlm_linear, aqlm_dequantize};
 }  // namespace avx512_bf16
 }  // namespace quanto
 QUANTO_TARGET_END

@@ -25,9 +25,15 @@ namespace {
 #include "int8_gemm.h"
 #include "int8_x_groups.h"
 #include "int8_dot_vnni.h"
+#include "row_lanes.h"
 #include "int8_groups.h"
 #include "int8_rows.h"
 #include "linear_int8.h"
+#include "aqlm_decode.h"
+#include "aqlm_gemv.h"
+#include "aqlm_tables.h"
+#include "aqlm_panels.h"
+#include "aqlm.h"
 
 void linear(const Linear& a) {
     if (a.m > GEMV_ROWS) return gemm<DotF32>(a);
@@ -35,7 +41,7 @@ void linear(const Linear& a) {
 }
 }  // namespace
 extern const Level level;
-const Level level = {"avx512_vnni", linear, dequantize, quantize, linear_int8, linear_int8_groups};
+const Level level = {"avx512_vnni", linear, dequantize, quantize, linear_int8, linear_int8_groups, aqlm_linear, aqlm_dequantize};
 }  // namespace avx512_vnni
 }  // namespace quanto
 QUANTO_TARGET_END

@@ -15,11 +15,16 @@ namespace {
 #include "quantize.h"
 #include "gemv.h"
 #include "gemm.h"
+#include "aqlm_decode.h"
+#include "aqlm_gemv.h"
+#include "aqlm_tables.h"
+#include "aqlm_panels.h"
+#include "aqlm.h"
 
 void linear(const Linear& a) { a.m <= GEMV_ROWS ? gemv(a) : gemm<DotF32>(a); }
 }  // namespace
 extern const Level level;
-const Level level = {"neon", linear, dequantize, quantize, nullptr, nullptr};
+const Level level = {"neon", linear, dequantize, quantize, nullptr, nullptr, aqlm_linear, aqlm_dequantize};
 }  // namespace neon
 }  // namespace quanto
 #endif

@@ -5,6 +5,7 @@
 #include <arm_neon.h>
 
 #include "common.h"
+#define QUANTO_AQLM_BF16
 #if defined(__clang__)
 QUANTO_TARGET("bf16,i8mm,dotprod")
 #else
@@ -30,9 +31,15 @@ namespace {
 #include "gemm_int8_neon.h"
 #include "linear_int8_neon.h"
 #include "linear_bf16.h"
+#include "aqlm_decode.h"
+#include "aqlm_gemv.h"
+#include "aqlm_tables.h"
+#include "aqlm_panels.h"
+#include "aqlm_panels_bf16.h"
+#include "aqlm.h"
 }  // namespace
 extern const Level level;
-const Level level = {"neon_bf16", linear, dequantize, quantize, linear_int8<PairPanels>, nullptr};
+const Level level = {"neon_bf16", linear, dequantize, quantize, linear_int8<PairPanels>, nullptr, aqlm_linear, aqlm_dequantize};
 }  // namespace neon_bf16
 }  // namespace quanto
 QUANTO_TARGET_END

@@ -23,11 +23,16 @@ namespace {
 #include "int8_neon.h"
 #include "gemm_int8_neon.h"
 #include "linear_int8_neon.h"
+#include "aqlm_decode.h"
+#include "aqlm_gemv.h"
+#include "aqlm_tables.h"
+#include "aqlm_panels.h"
+#include "aqlm.h"
 
 void linear(const Linear& a) { a.m <= GEMV_ROWS ? gemv(a) : gemm<DotF32>(a); }
 }  // namespace
 extern const Level level;
-const Level level = {"neon_dotprod", linear, dequantize, quantize, linear_int8<LanePanels>, nullptr};
+const Level level = {"neon_dotprod", linear, dequantize, quantize, linear_int8<LanePanels>, nullptr, aqlm_linear, aqlm_dequantize};
 }  // namespace neon_dotprod
 }  // namespace quanto
 QUANTO_TARGET_END

@@ -4,6 +4,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "aqlm_fit.h"
 #include "dispatch.h"
 #include "experts.h"
 
@@ -54,15 +55,20 @@ bool offers(const void* kernel) {
     return kernel != nullptr;
 }
 
-Linear read_linear(Arguments& in) {
-    Linear a;
-    a.w = read_weight(in);
+// All of a call but the weight.
+void read_call(Arguments& in, Linear& a) {
     a.x = in.address<const void>();
     a.bias = in.address<const void>();
     a.out = in.address<void>();
     a.m = in.next();
     a.x_type = static_cast<int>(in.next());
     a.threads = static_cast<int>(in.next());
+}
+
+Linear read_linear(Arguments& in) {
+    Linear a;
+    a.w = read_weight(in);
+    read_call(in, a);
     return a;
 }
 constexpr Py_ssize_t LINEAR_ARGUMENTS = WEIGHT_ARGUMENTS + 6;
@@ -121,6 +127,54 @@ PyObject* dequantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
     Py_RETURN_NONE;
 }
 
+// The description goes to `q`, to which the weight points.
+Weight read_aqlm(Arguments& in, Aqlm& q) {
+    Weight w{};
+    q.codes = in.address<const void>();
+    q.codebooks = in.address<const void>();
+    q.scales = in.address<const void>();
+    w.n = in.next();
+    w.k = in.next();
+    q.books = in.next();
+    q.out_group = in.next();
+    q.in_group = in.next();
+    q.bits = static_cast<int>(in.next());
+    q.code_bytes = static_cast<int>(in.next());
+    q.book_type = static_cast<int>(in.next());
+    q.scale_type = static_cast<int>(in.next());
+    w.aqlm = &q;
+    return w;
+}
+constexpr Py_ssize_t AQLM_ARGUMENTS = 12;
+
+PyObject* aqlm_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, AQLM_ARGUMENTS + 6) || !offers(reinterpret_cast<const void*>(active->aqlm_linear))) return nullptr;
+    Arguments in{values};
+    Aqlm q;
+    Linear a;
+    a.w = read_aqlm(in, q);
+    read_call(in, a);
+    if (PyErr_Occurred()) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    active->aqlm_linear(a);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject* aqlm_dequantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, AQLM_ARGUMENTS + 3) || !offers(reinterpret_cast<const void*>(active->aqlm_dequantize))) return nullptr;
+    Arguments in{values};
+    Aqlm q;
+    const Weight w = read_aqlm(in, q);
+    void* out = in.address<void>();
+    const int out_type = static_cast<int>(in.next()), threads = static_cast<int>(in.next());
+    if (PyErr_Occurred()) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    active->aqlm_dequantize(w, out_type, out, threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 PyObject* quantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
     if (!ready(count, 16) || !offers(reinterpret_cast<const void*>(active->quantize))) return nullptr;
     Arguments in{values};
@@ -149,6 +203,97 @@ PyObject* quantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
     return PyBool_FromLong(finite);
 }
 
+Codebooks read_codebooks(Arguments& in) {
+    Codebooks b;
+    b.values = in.address<const float>();
+    b.count = in.next();
+    b.size = in.next();
+    b.width = in.next();
+    return b;
+}
+
+PyObject* aqlm_search(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, 9)) return nullptr;
+    Arguments in{values};
+    AqlmSearch a;
+    a.books = read_codebooks(in);
+    a.targets = in.address<const float>();
+    a.codes = in.address<int32_t>();
+    a.n = in.next();
+    a.beam = static_cast<int>(in.next());
+    a.threads = static_cast<int>(in.next());
+    if (PyErr_Occurred()) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    aqlm_fit_of(*active).search(a);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject* aqlm_sweep(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, 16)) return nullptr;
+    Arguments in{values};
+    AqlmSweep a;
+    a.books = read_codebooks(in);
+    a.state = in.address<float>();
+    a.weight = in.address<const float>();
+    a.follow = in.address<const float>();
+    a.lower = in.address<const float>();
+    a.to = in.address<const float>();
+    a.codes = in.address<int32_t>();
+    a.rows = in.next();
+    a.columns = in.next();
+    a.out_group = in.next();
+    a.in_group = in.next();
+    a.beam = static_cast<int>(in.next());
+    a.threads = static_cast<int>(in.next());
+    if (PyErr_Occurred()) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    aqlm_fit_of(*active).sweep(a);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject* product(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, 8)) return nullptr;
+    Arguments in{values};
+    Product p;
+    p.a = in.address<const float>();
+    p.b = in.address<const float>();
+    p.out = in.address<float>();
+    p.m = in.next();
+    p.n = in.next();
+    p.k = in.next();
+    p.stride = in.next();
+    p.threads = static_cast<int>(in.next());
+    if (PyErr_Occurred()) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    aqlm_fit_of(*active).product(p);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject* code_sums(PyObject*, PyObject* const* values, Py_ssize_t count) {
+    if (!ready(count, 11)) return nullptr;
+    Arguments in{values};
+    CodeSums s;
+    s.values = in.address<const float>();
+    s.weights = in.address<const float>();
+    s.codes = in.address<const int32_t>();
+    s.sums = in.address<double>();
+    s.totals = in.address<double>();
+    s.n = in.next();
+    s.per_weight = in.next();
+    s.count = in.next();
+    s.size = in.next();
+    s.width = in.next();
+    s.threads = static_cast<int>(in.next());
+    if (PyErr_Occurred()) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    quanto::code_sums(s);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 PyObject* level_names(PyObject*, PyObject*) {
     PyObject* names = PyList_New(0);
     for (int i = 0; names && i < level_count; i++) {
@@ -165,6 +310,8 @@ PyObject* has_kernel(PyObject*, PyObject* name) {
     if (is("quantize")) return PyBool_FromLong(active->quantize != nullptr);
     if (is("linear_int8")) return PyBool_FromLong(active->linear_int8 != nullptr);
     if (is("linear_int8_groups")) return PyBool_FromLong(active->linear_int8_groups != nullptr);
+    if (is("aqlm_linear")) return PyBool_FromLong(active->aqlm_linear != nullptr);
+    if (is("aqlm_dequantize")) return PyBool_FromLong(active->aqlm_dequantize != nullptr);
     return PyBool_FromLong(is("linear") || is("dequantize"));
 }
 
@@ -191,6 +338,12 @@ PyMethodDef methods[] = {
     {"linear_int8_groups", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear_int8_groups)), METH_FASTCALL, "the same for int4 and int2, by 32 columns"},
     {"dequantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(dequantize)), METH_FASTCALL, "rows of a weight as floats"},
     {"quantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(quantize)), METH_FASTCALL, "codes, scale and zero of a float matrix"},
+    {"aqlm_search", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(aqlm_search)), METH_FASTCALL, "better codes for groups of additive codebooks"},
+    {"aqlm_sweep", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(aqlm_sweep)), METH_FASTCALL, "the same with error compensation"},
+    {"product", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(product)), METH_FASTCALL, "a product of matrices that no number of threads changes"},
+    {"code_sums", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(code_sums)), METH_FASTCALL, "sums of the groups of each code"},
+    {"aqlm_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(aqlm_linear)), METH_FASTCALL, "linear for sums of codebook entries"},
+    {"aqlm_dequantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(aqlm_dequantize)), METH_FASTCALL, "such a weight as floats"},
     {"levels", level_names, METH_NOARGS, "names of the levels that this processor can run, best first"},
     {"level", level, METH_NOARGS, "name of the level in use, or None"},
     {"has_kernel", has_kernel, METH_O, "whether the level in use has the kernel of that name"},

@@ -16,6 +16,8 @@ inline uint16x8_t narrow_bf16(F low, F high) {
     __asm__("bfcvtn %0.4h, %1.4s\n\tbfcvtn2 %0.8h, %2.4s" : "=&w"(out) : "w"(low), "w"(high));
     return out;
 }
+// Numbers for products in bfloat16.
+inline void store_factors(uint16_t* p, F v) { vst1_u16(p, vget_low_u16(narrow_bf16(v, v))); }
 
 // Whether these kernels take a weight.
 inline bool has_blocks(const Weight& w) {

@@ -162,6 +162,11 @@ inline F loadn_bf16(const uint16_t* p, int64_t n) { return n >= W ? load_bf16(p)
 inline F load_f16(const uint16_t* p) { return from_half(_mm_loadu_si128((const __m128i*)p)); }
 inline F loadn_f16(const uint16_t* p, int64_t n) { return n >= W ? load_f16(p) : from_half(low_bytes(p, 2 * n)); }
 
+// The W numbers at p. (Wider vectors have more at q.)
+inline F load_runs(const float* p, const float*) { return load(p); }
+inline F load_runs_bf16(const uint16_t* p, const uint16_t*) { return load_bf16(p); }
+inline F load_runs_f16(const uint16_t* p, const uint16_t*) { return load_f16(p); }
+
 // float to bfloat16, round to nearest even; NaN stays NaN
 inline __m128i narrow_bf16(F v) {
     const I bits = _mm256_castps_si256(v);
@@ -177,6 +182,7 @@ inline void store_halves(uint16_t* p, __m128i v, int64_t n) {
     _mm_store_si128((__m128i*)buffer, v);
     std::memcpy(p, buffer, 2 * n);
 }
+inline void store_bf16(uint16_t* p, F v) { _mm_storeu_si128((__m128i*)p, narrow_bf16(v)); }
 inline void storen_bf16(uint16_t* p, F v, int64_t n) { store_halves(p, narrow_bf16(v), n); }
 inline void storen_f16(uint16_t* p, F v, int64_t n) {
     store_halves(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n);

@@ -112,6 +112,16 @@ inline F loadn_bf16(const uint16_t* p, int64_t n) { return widen(mask_load16(p, 
 inline F load_f16(const uint16_t* p) { return from_half(_mm256_loadu_si256((const __m256i*)p)); }
 inline F loadn_f16(const uint16_t* p, int64_t n) { return from_half(mask_load16(p, n)); }
 
+// The 8 numbers at p, then the 8 at q.
+inline F load_runs(const float* p, const float* q) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(p)), _mm256_loadu_ps(q), 1);
+}
+inline __m256i half_runs(const uint16_t* p, const uint16_t* q) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p)), _mm_loadu_si128((const __m128i*)q), 1);
+}
+inline F load_runs_bf16(const uint16_t* p, const uint16_t* q) { return widen(half_runs(p, q)); }
+inline F load_runs_f16(const uint16_t* p, const uint16_t* q) { return from_half(half_runs(p, q)); }
+
 // float to bfloat16, round to nearest even, NaN stays NaN, subnormals are kept (vcvtneps2bf16 would drop them)
 inline __m256i narrow_bf16(F v) {
     const I bits = _mm512_castps_si512(v);
@@ -121,6 +131,7 @@ inline __m256i narrow_bf16(F v) {
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0)));
 }
 inline F round_bf16(F v) { return widen(narrow_bf16(v)); }
+inline void store_bf16(uint16_t* p, F v) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(v)); }
 inline void storen_bf16(uint16_t* p, F v, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(v)); }
 inline void storen_f16(uint16_t* p, F v, int64_t n) {
     _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -104,6 +104,11 @@ inline F loadn_bf16(const uint16_t* p, int64_t n) { return widen(low_halves(p, n
 inline F load_f16(const uint16_t* p) { return from_half(vld1_u16(p)); }
 inline F loadn_f16(const uint16_t* p, int64_t n) { return from_half(low_halves(p, n)); }
 
+// The W numbers at p. (Wider vectors have more at q.)
+inline F load_runs(const float* p, const float*) { return load(p); }
+inline F load_runs_bf16(const uint16_t* p, const uint16_t*) { return load_bf16(p); }
+inline F load_runs_f16(const uint16_t* p, const uint16_t*) { return load_f16(p); }
+
 // float to bfloat16, round to nearest even; NaN stays NaN
 inline uint16x4_t narrow_bf16(F v) {
     const uint32x4_t bits = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
@@ -116,6 +121,7 @@ inline void store_halves(uint16_t* p, uint16x4_t v, int64_t n) {
     const uint64_t bits = vget_lane_u64(vreinterpret_u64_u16(v), 0);
     for (int64_t i = 0; i < n; i++) p[i] = static_cast<uint16_t>(bits >> (16 * i));
 }
+inline void store_bf16(uint16_t* p, F v) { vst1_u16(p, narrow_bf16(v)); }
 inline void storen_bf16(uint16_t* p, F v, int64_t n) { store_halves(p, narrow_bf16(v), n); }
 inline void storen_f16(uint16_t* p, F v, int64_t n) { store_halves(p, vreinterpret_u16_f16(vcvt_f16_f32(v)), n); }
 

@@ -1,0 +1,115 @@
+"""Time of linear layers with AQLM weights on the CPU, beside torch's bfloat16 and the ``aqlm`` package.
+
+    python benchmarks/aqlm.py [--size 4096 4096] [--rows 1 512] [--threads 2] [--repeats 20]
+
+Every kernel is compared with the dequantized weight first. All are called in turns, so that a busy machine slows all of
+them; a number is the median over the turns, ``/ bf16`` the median of the ratios within a turn. The package computes in
+float32 for codes of 8 bits (it takes nothing else), and is left out where it is not installed. Its time is that of the
+same number of threads, with which its results for codes of 8 bits are wrong (tests/ops/test_aqlm_package.py).
+"""
+
+import argparse
+import importlib.util
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from quanto_hf.ops import aqlm_dequantize, aqlm_linear
+from quanto_hf.schemes import Aqlm
+
+# "import aqlm" would find this file
+sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+
+LAYOUTS = (Aqlm(1, 8), Aqlm(2, 8), Aqlm(1, 16))
+# ||made - exact|| / ||exact|| in bfloat16
+ERROR = 6e-3
+
+
+def draw(scheme: Aqlm, size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Random stored tensors."""
+    made = {}
+    for name, spec in scheme.tensors(size, torch.bfloat16).items():
+        if name == "codes":
+            half = 1 << (scheme.nbits - 1)
+            made[name] = torch.randint(-half, half, spec.shape).to(spec.dtype)
+        else:
+            made[name] = (torch.rand(spec.shape) - 0.5).to(spec.dtype)
+    return made
+
+
+def of_package(scheme: Aqlm, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The call of the ``aqlm`` package's layer."""
+    import aqlm
+
+    dtype = torch.float32 if scheme.nbits == 8 else torch.bfloat16
+    size = (tensors["codes"].shape[1] * scheme.in_group, tensors["codes"].shape[0])
+    layer = aqlm.QuantizedLinear(*size, scheme.in_group, 1, scheme.num_codebooks, scheme.nbits, False, dtype=dtype)
+    layer.load_state_dict({name: t if name == "codes" else t.to(dtype) for name, t in tensors.items()})
+    given = x.to(dtype)
+    return lambda: layer(given)
+
+
+def main() -> None:
+    """Check, time, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, nargs=2, default=(4096, 4096), metavar=("OUT", "IN"))
+    parser.add_argument("--rows", type=int, nargs="+", default=(1, 512), help="rows of x")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=20)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    warnings.filterwarnings("ignore")
+    package = importlib.util.find_spec("aqlm") is not None
+    if package:
+        import numba
+
+        numba.set_num_threads(given.threads)
+    rows, columns = given.size
+    dense = torch.randn(rows, columns).bfloat16()
+    weights = {scheme: draw(scheme, (rows, columns)) for scheme in LAYOUTS}
+    for count in given.rows:
+        x = torch.randn(count, columns).bfloat16()
+        calls: dict[str, Callable[[], torch.Tensor]] = {"torch bf16": lambda x=x: F.linear(x, dense)}
+        for scheme, tensors in weights.items():
+            parts = tuple(tensors[name] for name in scheme.names)
+            calls[str(scheme)] = lambda x=x, parts=parts: aqlm_linear(x, *parts, None)
+            exact = F.linear(x.float(), aqlm_dequantize(*parts, torch.float32))
+            error = float((calls[str(scheme)]().float() - exact).norm() / exact.norm())
+            assert error < ERROR, f"{scheme} is wrong by {error:.2g}"
+            if package and count == 1:
+                calls[f"{scheme}, aqlm package"] = of_package(scheme, tensors, x)
+        print(f"{rows} x {columns}, {count} rows of x, {given.threads} threads")
+        for name, times in measure(calls, given.repeats).items():
+            print(f"  {name:28} {statistics.median(times[0]) * 1e3:9.2f} ms {statistics.median(times[1]):8.2f} / bf16")
+
+
+@torch.no_grad()
+def measure(calls: dict[str, Callable[[], torch.Tensor]], repeats: int) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds of each call, and its ratio to the first one in the same turn; the best of 3 in a turn."""
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(repeats):
+        turn = {}
+        for name, call in calls.items():
+            best = float("inf")
+            for _ in range(3):
+                start = time.perf_counter()
+                call()
+                best = min(best, time.perf_counter() - start)
+            turn[name] = best
+        for name, seconds in turn.items():
+            found[name][0].append(seconds)
+            found[name][1].append(seconds / next(iter(turn.values())))
+    return found
+
+
+if __name__ == "__main__":
+    main()

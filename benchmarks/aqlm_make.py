@@ -1,0 +1,111 @@
+"""Errors and times of making additive codebooks, beside int2 and int3 and beside the prototype that they started from.
+
+    python benchmarks/aqlm_make.py [--size 1024] [--model]
+
+relW is ||W - Q|| / ||W||, relY the same of outputs for held-out inputs: synthetic correlated ones with 8 channels that
+are 10 times as large (so relY is not comparable with numbers for other inputs). Weights: N(0, 1), and the same with one
+of a thousand values 10 times as large. ``--model`` evaluates the bundled language model: perplexity and KL to the float
+one on held-out text, and for those "with data" 60 other windows of it for calibration.
+"""
+
+import argparse
+import copy
+import time
+import warnings
+
+import torch
+from gptq import gptq
+
+import quanto_hf
+from quanto_hf.fit.aqlm import Layout, quantize_aqlm
+from quanto_hf.flow import evaluate, freeze, freeze_aqlm, quantize, windows
+from quanto_hf.schemes import make_scheme
+
+# seconds for a million weights: layout, with data -> prototype on 2 cores
+PROTOTYPE = {
+    ("1x8", False): "3-13", ("2x8", False): "10-44", ("3x8", False): "69", ("4x8", False): "121",
+    ("1x8", True): "16-37", ("2x8", True): "14-41", ("3x8", True): "41-46",
+}  # fmt: skip
+
+
+def inputs(rows: int, columns: int, seed: int) -> torch.Tensor:
+    fixed = torch.Generator().manual_seed(7)
+    mixture = torch.randn(columns, columns, generator=fixed) / columns**0.5
+    large = torch.randperm(columns, generator=fixed)[:8]
+    spectrum = torch.arange(1, columns + 1) ** -0.5
+    x = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * spectrum) @ mixture
+    x[:, large] *= 10
+    return x
+
+
+def weights(size: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(size, size, generator=generator)
+    outlier = normal.clone()
+    outlier[torch.rand(size, size, generator=generator) < 0.001] *= 10
+    return {"normal": normal, "outlier": outlier}
+
+
+def errors(size: int) -> None:
+    seen, held_out = inputs(3 * size, size, 1), inputs(size, size, 2)
+    moment = seen.T @ seen / len(seen)
+    print(f"{'weight':9}{'method':18}{'bits':>6}{'relW':>8}{'relY':>8}{'s / M':>8}  prototype, s")
+    for name, weight in weights(size).items():
+
+        def row(
+            method: str, bits: float, made: torch.Tensor, seconds: float, before: str = "", weight=weight, name=name
+        ) -> None:
+            error = weight - made
+            rel_w = float(error.norm() / weight.norm())
+            rel_y = float((held_out @ error.T).norm() / (held_out @ weight.T).norm())
+            per = seconds / weight.numel() * 1e6
+            print(f"{name:9}{method:18}{bits:6.2f}{rel_w:8.3f}{rel_y:8.3f}{per:8.2f}  {before}", flush=True)
+
+        scheme, start = make_scheme("int2"), time.perf_counter()
+        tensors = scheme.quantize(weight, "mse")
+        row("int2 g64 mse", 2.5, scheme.dequantize(tensors, size, torch.float32), time.perf_counter() - start)
+        for order in (False, True):
+            start = time.perf_counter()
+            made = gptq(weight, moment, "int2", act_order=order)
+            row(f"int2 g64 GPTQ{' order' * order}", 2.5, made, time.perf_counter() - start)
+        for books in (1, 2, 3, 4):
+            for hessian in (None, moment):
+                start = time.perf_counter()
+                found = quantize_aqlm(weight, num_codebooks=books, nbits=8, hessian=hessian, dtype=torch.float16)
+                seconds, data = time.perf_counter() - start, hessian is not None
+                bits = Layout(books, 8).bits((size, size))
+                before = PROTOTYPE.get((f"{books}x8", data), "")
+                row(f"aqlm {books}x8{' data' * data}", bits, found.dequantize(), seconds, before)
+
+
+def model() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(quanto_hf.tiny_lm())(quanto_hf.heldout_text(), verbose=False).input_ids
+    text = windows(tokens, 256)
+    data, held_out = [{"input_ids": part} for part in text[100:160].split(8)], text[:60]
+    reference = AutoModelForCausalLM.from_pretrained(quanto_hf.tiny_lm(), dtype=torch.bfloat16).eval()
+    print(f"float perplexity {evaluate(reference, held_out).perplexity:.3f}")
+    print(f"{'weights':18}{'bits':>6}{'perplexity':>12}{'KL':>9}")
+    runs = [("int2", {}, False), ("int2", {"group_size": 32}, False)]
+    runs += [(f"aqlm-{k}x8", {}, calibrated) for k in (2, 3) for calibrated in (False, True)]
+    for name, options, calibrated in runs:
+        made = quantize(copy.deepcopy(reference), name, **options)
+        made = freeze_aqlm(made, data, progress=False) if calibrated else freeze(made)
+        result, bits = evaluate(made, held_out, reference), quanto_hf.report(made).quantized_bits
+        label = name + " g32" * bool(options) + " data" * calibrated
+        print(f"{label:18}{bits:6.2f}{result.perplexity:12.3f}{result.kl:9.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--model", action="store_true")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*codebooks of")
+    quantize_aqlm(torch.randn(16, 16), num_codebooks=1, nbits=2)  # native loops are checked at first use
+    model() if args.model else errors(args.size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The attention that is quantized inside: its projections have int8 weights, the products between them are float."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from quanto_hf.eager.stubs import DeQuantStub, QuantStub
+from quanto_hf.nn.static import FloatFunctional, QConfigError
+
+
+class ObservedMultiheadAttention(nn.Module):
+    """``nn.MultiheadAttention`` with projections that can be observed. ``from_float`` makes it, and prepares what is in
+    it."""
+
+    # nn.TransformerEncoderLayer asks for these before it takes a way of its own around this module
+    _qkv_same_embed_dim = False
+    in_proj_bias = None
+
+    def __init__(self, mod: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads, self.head_dim = mod.embed_dim, mod.num_heads, mod.head_dim
+        self.batch_first, self.dropout, self.add_zero_attn = mod.batch_first, mod.dropout, mod.add_zero_attn
+        if mod._qkv_same_embed_dim:
+            weights: Any = mod.in_proj_weight.chunk(3)
+        else:
+            weights = (mod.q_proj_weight, mod.k_proj_weight, mod.v_proj_weight)
+        biases: Any = (None, None, None) if mod.in_proj_bias is None else mod.in_proj_bias.chunk(3)
+        linears = [_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        self.linear_Q, self.linear_K, self.linear_V = linears
+        self.out_proj = _linear(mod.out_proj.weight, mod.out_proj.bias)
+        self.bias_k, self.bias_v = mod.bias_k, mod.bias_v
+        self.q_scaling_product = FloatFunctional()
+        self.quant_attn_output, self.quant_attn_output_weights = QuantStub(), QuantStub()
+        self.dequant_q, self.dequant_k, self.dequant_v = DeQuantStub(), DeQuantStub(), DeQuantStub()
+
+    @classmethod
+    def from_float(cls, mod: nn.MultiheadAttention) -> nn.Module:
+        """The observed attention, with copies of the weights of ``mod``.
+
+        Raises:
+            QConfigError: ``mod`` has no qconfig.
+        """
+        from quanto_hf.eager.prepare import prepare
+        from quanto_hf.eager.verbs import prepare_qat
+
+        qconfig: Any = getattr(mod, "qconfig", None)
+        if qconfig is None:
+            raise QConfigError("this MultiheadAttention has no qconfig")
+        observed = cls(mod).train(mod.training)
+        observed.qconfig = qconfig
+        if mod.training:
+            return prepare_qat(observed, inplace=True)
+        return prepare(observed, inplace=True)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See ``nn.MultiheadAttention``."""
+        single = query.dim() == 2
+        if single:
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal is a hint about attn_mask; give the mask as well")
+        length, batch, _ = query.shape
+        q = self.q_scaling_product.mul_scalar(self.linear_Q(query), 1 / math.sqrt(self.head_dim))
+        k, v = self.linear_K(key), self.linear_V(value)
+        extra = 0
+        if self.bias_k is not None and self.bias_v is not None:
+            k, v = (
+                torch.cat([x, bias.to(x.dtype).expand(1, batch, -1)])
+                for x, bias in ((k, self.bias_k), (v, self.bias_v))
+            )
+            extra += 1
+        q, k, v = (self._heads(x) for x in (self.dequant_q(q), self.dequant_k(k), self.dequant_v(v)))
+        if self.add_zero_attn:
+            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+            extra += 1
+        scores = q @ k.transpose(-1, -2)
+        for mask in (_shaped(attn_mask, batch, self.num_heads), _padding(key_padding_mask)):
+            if mask is not None:
+                scores = scores + _additive(F.pad(mask, (0, extra)), scores.dtype)
+        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        out = (weights @ v).permute(2, 0, 1, 3).reshape(length, batch, self.embed_dim)
+        out = self.out_proj(self.quant_attn_output(out))
+        weights = self.quant_attn_output_weights(weights)
+        if single:
+            out = out.squeeze(1)
+        elif self.batch_first:
+            out = out.transpose(0, 1)
+        if not need_weights:
+            return out, None
+        weights = weights.mean(1) if average_attn_weights else weights
+        return out, weights.squeeze(0) if single else weights
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(length, batch, embed_dim) to (batch, heads, length, head_dim)."""
+        return x.reshape(x.shape[0], x.shape[1], self.num_heads, self.head_dim).permute(1, 2, 0, 3)
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    return linear
+
+
+def _shaped(mask: torch.Tensor | None, batch: int, heads: int) -> torch.Tensor | None:
+    """A mask of 2 dimensions is that of all heads, one of 3 has a part for each."""
+    if mask is None or mask.dim() == 2:
+        return mask
+    return mask.view(batch, heads, *mask.shape[1:])
+
+
+def _padding(mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if mask is None else mask[:, None, None, :]
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -math.inf)
+
+
+class QuantizedMultiheadAttention(ObservedMultiheadAttention):
+    """Attention whose projections have int8 weights and outputs on grids."""
+
+    @classmethod
+    def from_observed(cls, mod: ObservedMultiheadAttention) -> nn.Module:
+        """What ``convert`` makes of an observed attention."""
+        from quanto_hf.eager.convert import convert
+
+        new = convert(mod, inplace=False)
+        new.__class__ = cls
+        return new

@@ -1,0 +1,162 @@
+"""The loops that take the time: native where they can be, else in torch.
+
+The native ones give the same bits for any number of threads; they are compared with torch once before they are used.
+"""
+
+from functools import cache
+
+import torch
+
+from quanto_hf.fit.aqlm.layout import Layout, decode
+from quanto_hf.fit.aqlm.search import search as torch_search
+from quanto_hf.fit.aqlm.sweep import sweep as torch_sweep
+from quanto_hf.ops.cpu.aqlm_fit import (
+    MAX_BEAM,
+    native_code_sums,
+    native_product,
+    native_search,
+    native_sweep,
+    refuses_aqlm_fit,
+)
+from quanto_hf.ops.cpu.library import NATIVE
+from quanto_hf.ops.cpu.selfcheck import report, undisturbed
+
+# Values that are summed at a time: torch splits longer sums among threads, and their rounding then depends on how many.
+SUMMED = 1 << 14
+# Groups of a small problem whose native distance, or sums, may differ from those in torch by more than this share.
+TOLERANCE = 1e-4
+
+
+def search(targets: torch.Tensor, codebooks: torch.Tensor, codes: torch.Tensor, beam: int) -> None:
+    """See :func:`quanto_hf.fit.aqlm.search.search`."""
+    if _native(targets.device):
+        native_search(targets, codebooks, codes, min(beam, MAX_BEAM))
+    else:
+        torch_search(targets, codebooks, codes, beam)
+
+
+def sweep(
+    state: torch.Tensor,
+    weight: torch.Tensor | None,
+    follow: torch.Tensor,
+    lower: torch.Tensor,
+    to: torch.Tensor,
+    codebooks: torch.Tensor,
+    codes: torch.Tensor,
+    out_group: int,
+    beam: int,
+) -> None:
+    """See :func:`quanto_hf.fit.aqlm.sweep.sweep`."""
+    run = native_sweep if _native(state.device) else torch_sweep
+    run(state, weight, follow, lower, to, codebooks, codes, out_group, min(beam, MAX_BEAM))
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b``, float32 matrices."""
+    return native_product(a, b) if _native(a.device) else a @ b
+
+
+def code_sums(
+    values: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sum, and sum of weights, of the groups of each code.
+
+    Args:
+        values: float32, shape (groups, values).
+        weights: float32, shape (row groups,): as many groups one after another share a weight.
+        codes: int32, shape (groups, K).
+        size: vectors of a codebook.
+
+    Returns:
+        float64, shapes (K, size, values) and (K, size).
+    """
+    if _native(values.device):
+        return native_code_sums(values, weights, codes, size)
+    return _torch_code_sums(values, weights, codes, size)
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum of all values, in an order that no number of threads changes; a tensor without dimensions."""
+    return torch.stack([part.sum() for part in values.flatten().split(SUMMED)]).sum()
+
+
+def row_totals(values: torch.Tensor) -> torch.Tensor:
+    """The same for each row of a matrix."""
+    return torch.stack([part.sum(1) for part in values.split(SUMMED, dim=1)]).sum(0)
+
+
+def _torch_code_sums(
+    values: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    each = weights.double().repeat_interleave(values.shape[0] // weights.shape[0])
+    weighted = values.double() * each[:, None]
+    sums = weighted.new_zeros((codes.shape[1], size, values.shape[1]))
+    totals = weighted.new_zeros((codes.shape[1], size))
+    for k in range(codes.shape[1]):
+        sums[k].index_add_(0, codes[:, k], weighted)
+        totals[k].index_add_(0, codes[:, k], each)
+    return sums, totals
+
+
+def _native(device: torch.device) -> bool:
+    return NATIVE is not None and refuses_aqlm_fit(device) is None and why_wrong(NATIVE.level()) is None
+
+
+@cache
+@undisturbed()
+def why_wrong(level: str) -> str | None:
+    """None if the native loops agree with torch on a small random problem, else the sentence that says so.
+
+    Args:
+        level: the instructions in use (results are kept per level).
+    """
+    error = max(_search_error(), _sweep_error(), _sums_error())
+    return None if error <= TOLERANCE else report(f"{level} loops of additive codebooks", error)
+
+
+def _problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight, codebooks and codes of awkward sizes: 37 row groups of 2 rows, 13 column groups of 5."""
+    generator = torch.Generator().manual_seed(0)
+    codebooks = torch.randn(3, 70, 10, generator=generator)
+    codes = torch.randint(70, (37, 13, 3), generator=generator, dtype=torch.int32)
+    return torch.randn(37 * 13, 10, generator=generator), codebooks, codes
+
+
+def _search_error() -> float:
+    targets, codebooks, start = _problem()
+    errors = []
+    for run in (torch_search, native_search):
+        codes = start.reshape(-1, 3).clone()
+        run(targets, codebooks, codes, 4)
+        errors.append(float((targets - decode(codes, codebooks)).square().sum()))
+    return abs(errors[1] / errors[0] - 1)
+
+
+def _sweep_error() -> float:
+    _, codebooks, start = _problem()
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(200, 65, generator=generator)
+    hessian = inputs.T @ inputs / 200
+    blocks = torch.stack([hessian[i : i + 5, i : i + 5] for i in range(0, 65, 5)])
+    lower = torch.linalg.cholesky(blocks).contiguous()
+    inverse = torch.linalg.inv(lower).transpose(1, 2).contiguous()
+    layout, weight = Layout(3, 7, 2, 5), torch.randn(74, 65, generator=generator)
+    worst = 0.0
+    for ahead in (False, True):
+        errors = []
+        for run, multiply in ((torch_sweep, torch.mm), (native_sweep, native_product)):
+            codes = start.clone()
+            # what a pass starts from need not mean anything here
+            state = multiply(weight - layout.to_weight(decode(codes, codebooks)), hessian)
+            run(state, weight if ahead else None, hessian, lower, inverse, codebooks, codes, 2, 4)
+            error = weight - layout.to_weight(decode(codes, codebooks))
+            errors.append(float((error @ hessian * error).sum()))
+        worst = max(worst, abs(errors[1] / errors[0] - 1))
+    return worst
+
+
+def _sums_error() -> float:
+    values, _, codes = _problem()
+    codes, weights = codes.reshape(-1, 3), torch.rand(37, generator=torch.Generator().manual_seed(2))
+    made, exact = (run(values, weights, codes, 70) for run in (native_code_sums, _torch_code_sums))
+    return max(float((a - b).abs().max()) for a, b in zip(made, exact, strict=True))

@@ -1,0 +1,91 @@
+"""Second moments of the inputs of layers: what the error of a weight does to the outputs."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from quanto_hf.flow.batches import call
+
+
+class _Moment:
+    """The running mean of x x^T over the rows x that pass."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.rows, self.mean = width, 0, torch.zeros(0)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach().reshape(-1, self.width)
+        if x.shape[0] == 0:
+            return
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            if self.rows == 0:
+                self.mean = x.new_zeros(self.width, self.width)
+            self.rows += x.shape[0]
+            # a mean, not a sum, so that no number of rows is too many for float32
+            self.mean += (x.T @ x - x.shape[0] * self.mean) / self.rows
+
+
+@torch.no_grad()
+def collect_moments(
+    model: nn.Module, data: Iterable[Any], modules: Iterable[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """Run a model over data and note the second moment of the inputs of its linear layers.
+
+    The model computes as it is, in evaluation mode and without gradients; its state is not changed. Where rows are
+    padding they count like others: give texts without padding.
+
+    Args:
+        model: on any device.
+        data: batches: a DataLoader, a list ... A batch is a dict of keyword arguments, a tuple of positional ones, or
+            one argument. Tensors are moved to the device of the model.
+        modules: names of linear layers; None means all.
+
+    Returns:
+        Name -> ``X.T @ X / n`` for the n rows X that reached the layer: float32, shape (in_features, in_features), on
+        the device of the inputs. Layers that no data reached are left out.
+
+    Raises:
+        ValueError: there is no batch, or a name is not that of a linear layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        >>> collect_moments(model, [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0]])], ["0"])["0"]
+        tensor([[5., 1.],
+                [1., 2.]])
+    """
+    named = dict(model.named_modules())
+    wanted = [name for name, m in named.items() if isinstance(m, nn.Linear)] if modules is None else list(modules)
+    if wrong := [name for name in wanted if not isinstance(named.get(name), nn.Linear)]:
+        raise ValueError(f"not a linear layer of this model: {', '.join(wrong)}")
+    moments = {name: _Moment(named[name].in_features) for name in wanted}
+    training = {module: module.training for module in model.modules()}
+    hooks = [named[name].register_forward_pre_hook(moment) for name, moment in moments.items()]
+    batches = 0
+    model.eval()
+    try:
+        for batch in data:
+            call(model, batch)
+            batches += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    if not batches:
+        raise ValueError("there is no batch to calibrate with: the data is empty, or an ended iterator")
+    return {name: moment.mean for name, moment in moments.items() if moment.rows}
+
+
+def tensors_of(batch: Any) -> list[torch.Tensor]:
+    """The tensors of a batch."""
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    parts: Iterable[Any] = ()
+    if isinstance(batch, Mapping):
+        parts = batch.values()
+    elif isinstance(batch, tuple | list):
+        parts = batch
+    return [tensor for part in parts for tensor in tensors_of(part)]

@@ -1,0 +1,92 @@
+"""The config of published AQLM checkpoints: AqlmConfig."""
+
+from typing import Any, ClassVar
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quanto_hf.flow import Choice
+from quanto_hf.schemes import Aqlm
+
+AQLM_METHOD = "aqlm"
+
+SIZES = ("in_group_size", "out_group_size", "num_codebooks", "nbits_per_codebook")
+
+
+class AqlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a checkpoint in the AQLM format, with the arguments and errors of transformers'.
+
+    Args:
+        in_group_size: columns that share a code.
+        out_group_size: rows that share a code.
+        num_codebooks: codes of a block.
+        nbits_per_codebook: bits of a code.
+        linear_weights_not_to_quantize: what stays float: names of parameters ("lm_head.weight"), as published
+            checkpoints have, or names or patterns of modules ("lm_head").
+        kwargs: other keys of a config.json, which are not looked at.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: ``linear_weights_not_to_quantize`` is not a list, or a size is out of range.
+
+    Example:
+        >>> AqlmConfig(num_codebooks=2, nbits_per_codebook=8, linear_weights_not_to_quantize=["lm_head.weight"]).weights
+        'aqlm-2x8'
+    """
+
+    # what a QuantoConfig can ask for, and this format cannot say
+    activations: ClassVar[None] = None
+    modules_to_not_convert: ClassVar[None] = None
+    overrides: ClassVar[dict[str, Any]] = {}
+    default_skips: ClassVar[bool] = True
+    dequantize: ClassVar[bool] = False
+    static_activations: ClassVar[bool] = False
+    qat: ClassVar[bool] = False
+    learn_scales: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        in_group_size: int = 8,
+        out_group_size: int = 1,
+        num_codebooks: int = 1,
+        nbits_per_codebook: int = 16,
+        linear_weights_not_to_quantize: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = AQLM_METHOD
+        self.in_group_size = in_group_size
+        self.out_group_size = out_group_size
+        self.num_codebooks = num_codebooks
+        self.nbits_per_codebook = nbits_per_codebook
+        self.linear_weights_not_to_quantize = linear_weights_not_to_quantize
+        self.post_init()
+
+    def post_init(self) -> None:
+        """Check the values."""
+        for name in SIZES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, not {value!r}")
+        names = self.linear_weights_not_to_quantize
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"linear_weights_not_to_quantize must be a list of strings, not {names!r}")
+        self.linear_weights_not_to_quantize = names or []
+        self.scheme()
+
+    def scheme(self) -> Aqlm:
+        """How each weight is stored."""
+        return Aqlm(self.num_codebooks, self.nbits_per_codebook, self.out_group_size, self.in_group_size)
+
+    def choice(self) -> Choice:
+        """What every module gets that is quantized."""
+        return Choice(self.scheme())
+
+    @property
+    def weights(self) -> str:
+        """The name of the layout, as a QuantoConfig takes it."""
+        return f"aqlm-{self.num_codebooks}x{self.nbits_per_codebook}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config in JSON types, with the keys of published checkpoints."""
+        names = list(self.linear_weights_not_to_quantize or [])
+        sizes = {name: getattr(self, name) for name in SIZES}
+        return {"quant_method": self.quant_method, **sizes, "linear_weights_not_to_quantize": names}

@@ -1,0 +1,122 @@
+"""Convolutions of the eager mode."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from quanto_hf.nn.qconv import (
+    QConv1d,
+    QConv2d,
+    QConv3d,
+    QConvTranspose1d,
+    QConvTranspose2d,
+    QConvTranspose3d,
+)
+from quanto_hf.nn.static.weighted import Stored, Weighted
+
+
+class StoredConv(Stored):
+    """Mixin of convolutions with stored weights."""
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See :class:`Stored`."""
+        out: torch.Tensor = self._conv_forward(x, weight, bias)  # type: ignore[operator]
+        return out
+
+
+class StoredConvTranspose(Stored):
+    """Mixin of transposed convolutions with stored weights."""
+
+    def product(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_size: list[int] | None = None
+    ) -> torch.Tensor:
+        """See :class:`Stored`."""
+        mod: Any = self
+        dims = len(mod.kernel_size)
+        padding = mod._output_padding(x, output_size, mod.stride, mod.padding, mod.kernel_size, dims, mod.dilation)
+        function: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        out: torch.Tensor = function(x, weight, bias, mod.stride, mod.padding, padding, mod.groups, mod.dilation)
+        return out
+
+
+class StoredConv1d(StoredConv, nn.Conv1d):
+    """``nn.Conv1d`` whose weight is float16, or has a zero point, or that is a reference."""
+
+
+class Conv1d(Weighted, QConv1d):
+    """``nn.Conv1d`` with an int8 weight, whose output is on the grid of an observer."""
+
+    stored = StoredConv1d
+
+
+class ConvReLU1d(Conv1d):
+    """A convolution and a ReLU, of which only the output of the second is rounded."""
+
+    relu = True
+
+
+class StoredConvTranspose1d(StoredConvTranspose, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` whose weight is float16, or has a zero point, or that is a reference."""
+
+
+class ConvTranspose1d(Weighted, QConvTranspose1d):
+    """``nn.ConvTranspose1d`` with an int8 weight, whose output is on the grid of an observer."""
+
+    stored = StoredConvTranspose1d
+    row_axis = 1
+
+
+class StoredConv2d(StoredConv, nn.Conv2d):
+    """``nn.Conv2d`` whose weight is float16, or has a zero point, or that is a reference."""
+
+
+class Conv2d(Weighted, QConv2d):
+    """``nn.Conv2d`` with an int8 weight, whose output is on the grid of an observer."""
+
+    stored = StoredConv2d
+
+
+class ConvReLU2d(Conv2d):
+    """A convolution and a ReLU, of which only the output of the second is rounded."""
+
+    relu = True
+
+
+class StoredConvTranspose2d(StoredConvTranspose, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` whose weight is float16, or has a zero point, or that is a reference."""
+
+
+class ConvTranspose2d(Weighted, QConvTranspose2d):
+    """``nn.ConvTranspose2d`` with an int8 weight, whose output is on the grid of an observer."""
+
+    stored = StoredConvTranspose2d
+    row_axis = 1
+
+
+class StoredConv3d(StoredConv, nn.Conv3d):
+    """``nn.Conv3d`` whose weight is float16, or has a zero point, or that is a reference."""
+
+
+class Conv3d(Weighted, QConv3d):
+    """``nn.Conv3d`` with an int8 weight, whose output is on the grid of an observer."""
+
+    stored = StoredConv3d
+
+
+class ConvReLU3d(Conv3d):
+    """A convolution and a ReLU, of which only the output of the second is rounded."""
+
+    relu = True
+
+
+class StoredConvTranspose3d(StoredConvTranspose, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` whose weight is float16, or has a zero point, or that is a reference."""
+
+
+class ConvTranspose3d(Weighted, QConvTranspose3d):
+    """``nn.ConvTranspose3d`` with an int8 weight, whose output is on the grid of an observer."""
+
+    stored = StoredConvTranspose3d
+    row_axis = 1

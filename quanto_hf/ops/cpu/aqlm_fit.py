@@ -1,0 +1,135 @@
+"""The native loops that make additive codebooks (csrc/aqlm_fit.h), called with tensors, after every check.
+
+All tensors are plain, contiguous and on the CPU, floats are float32, codes int32 from 0.
+"""
+
+import torch
+
+from quanto_hf.ops.cpu.library import NATIVE, REASON
+from quanto_hf.ops.registry import reference_only
+
+# csrc/aqlm_fit.h
+MAX_BEAM = 64
+
+
+def refuses_aqlm_fit(device: torch.device) -> str | None:
+    """Why additive codebooks are not made natively for tensors of this device, or None."""
+    if NATIVE is None:
+        return REASON
+    if reference_only():
+        return "QUANTO_HF_REFERENCE is set"
+    if device.type != "cpu":
+        return "it runs on CPU only"
+    return None
+
+
+def native_search(targets: torch.Tensor, codebooks: torch.Tensor, codes: torch.Tensor, beam: int) -> None:
+    """Better codes, in place (:func:`quanto_hf.fit.aqlm.search.search`).
+
+    Args:
+        targets: shape (groups, values).
+        codebooks: shape (K, vectors, values).
+        codes: shape (groups, K).
+        beam: 1 to ``MAX_BEAM``.
+    """
+    assert NATIVE is not None
+    NATIVE.aqlm_search(
+        codebooks.data_ptr(),
+        *codebooks.shape,
+        targets.data_ptr(),
+        codes.data_ptr(),
+        targets.shape[0],
+        beam,
+        torch.get_num_threads(),
+    )
+
+
+def native_sweep(
+    state: torch.Tensor,
+    weight: torch.Tensor | None,
+    follow: torch.Tensor,
+    lower: torch.Tensor,
+    to: torch.Tensor,
+    codebooks: torch.Tensor,
+    codes: torch.Tensor,
+    out_group: int,
+    beam: int,
+) -> None:
+    """Better codes, column group after column group, in place (:func:`quanto_hf.fit.aqlm.sweep.sweep`).
+
+    Args:
+        state: shape (out_features, in_features); overwritten.
+        weight: the same, or None.
+        follow: shape (in_features, in_features).
+        lower: shape (column groups, in_group, in_group).
+        to: the same.
+        codebooks: shape (K, vectors, values).
+        codes: shape (row groups, column groups, K).
+        out_group: rows of a group.
+        beam: 1 to ``MAX_BEAM``.
+    """
+    assert NATIVE is not None
+    NATIVE.aqlm_sweep(
+        codebooks.data_ptr(),
+        *codebooks.shape,
+        state.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        follow.data_ptr(),
+        lower.data_ptr(),
+        to.data_ptr(),
+        codes.data_ptr(),
+        *codes.shape[:2],
+        out_group,
+        lower.shape[-1],
+        beam,
+        torch.get_num_threads(),
+    )
+
+
+def native_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b`` for matrices, equal to the last bit for any number of threads.
+
+    Args:
+        a: shape (m, k).
+        b: shape (k, n); its rows need not lie side by side.
+    """
+    assert NATIVE is not None
+    out = a.new_empty(a.shape[0], b.shape[1])
+    NATIVE.product(
+        a.data_ptr(), b.data_ptr(), out.data_ptr(), *out.shape, a.shape[1], b.stride(0), torch.get_num_threads()
+    )
+    return out
+
+
+def native_code_sums(
+    values: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sum, and sum of weights, of the groups of each code, in float64.
+
+    Args:
+        values: shape (groups, values).
+        weights: shape (row groups,): as many groups one after another share a weight.
+        codes: shape (groups, K).
+        size: vectors of a codebook.
+
+    Returns:
+        Shapes (K, size, values) and (K, size).
+    """
+    assert NATIVE is not None
+    groups, count = codes.shape
+    sums = values.new_zeros((count, size, values.shape[1]), dtype=torch.float64)
+    totals = values.new_zeros((count, size), dtype=torch.float64)
+    NATIVE.code_sums(
+        values.data_ptr(),
+        weights.data_ptr(),
+        codes.data_ptr(),
+        sums.data_ptr(),
+        totals.data_ptr(),
+        groups,
+        groups // weights.shape[0],
+        count,
+        size,
+        values.shape[1],
+        torch.get_num_threads(),
+    )
+    return sums, totals
