@@ -25,7 +25,7 @@ def run(*arguments: str, cwd: Path) -> str:
 # every page with Python in it
 PAGES = [
     "README.md",
-    *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md") if "```python" in page.read_text()),
+    *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md") if "quanto_hf" in python_blocks(page)),
 ]
 
 

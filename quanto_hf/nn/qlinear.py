@@ -125,13 +125,17 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
             if self.is_frozen:
                 return self.scheme.linear(x, self.tensors(), bias)
             return F.linear(x, self.round_weight(self.sources()).to(x.dtype), bias)
-        if self.is_frozen and (self.activations is None or not torch.is_grad_enabled()):
+        if self.is_frozen and self.activations is None:
+            return self.scheme.linear(x, self.tensors(), bias)
+        if self.is_frozen and not torch.is_grad_enabled():
             return self.multiply(x, self.tensors(), bias)
         return straight_through(self, x, bias)
 
     def multiply(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
         """The product with a packed weight: one kernel that rounds x as well, or one step after the other."""
-        call = self._prepare(tensors)
+        # preparing takes 50 us, and of a FROZEN layer it has been done
+        bound: Bound | None = self._bound
+        call = bound[2] if self.is_frozen and bound is not None else self._prepare(tensors)
         out = None if call is None else call(x, bias)
         if out is None:
             out = self.scheme.linear(self.round_input(x, self.static_scale), tensors, bias)

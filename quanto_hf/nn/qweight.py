@@ -190,6 +190,8 @@ class QuantizedWeight(nn.Module):
 
     def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Hold these stored tensors."""
+        # one that was prepared while there were none would say so for ever
+        self._bound = None
         for name, tensor in tensors.items():
             self._parameters[self.prefix + name] = nn.Parameter(tensor, requires_grad=False)
         # the others last, as in a module that was made frozen

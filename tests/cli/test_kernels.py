@@ -39,7 +39,8 @@ def test_every_op_of_every_type_has_a_kernel_and_a_sentence_for_each_other_one()
             in_torch = {"torch_blocks", "torch_rows", "each_expert"} & {row["runs"], *row["others"]}
             assert len(in_torch) == 1 and "reference" in row["others"]
         assert all(len(said.split()) > 2 for said in row["others"].values())
-    assert {row["op"] for row in rows} == {*OPS, "linear, int8 x"}
+    # those of additive codebooks have no number type
+    assert {row["op"] for row in rows} == {op for op in OPS if not op.startswith("aqlm")} | {"linear, int8 x"}
     assert {count for row in rows for count in row["rows"]} == {1, 128}
 
 

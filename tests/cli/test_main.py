@@ -98,4 +98,4 @@ def test_the_commands_of_the_guide_run(tmp_path, monkeypatch):
         words = shlex.split(line.replace("$MODEL", quanto_hf.tiny_lm()))
         result = run(*words[1:])
         assert (words[0], result.exit_code) == ("quanto-hf", 0), (line, result.stderr)
-    assert sorted(os.listdir(tmp_path)) == ["demo.png", "out-int4"]
+    assert sorted(os.listdir(tmp_path)) == ["demo.png", "layers.png", "out-int4"]

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
-from tiny_models import TINY, output, qlinears, save, tokens
+from tiny_models import TINY, lively, llama_config, output, qlinears, save, tokens
 
 import quanto_hf
 from quanto_hf import Calibration, QuantoConfig, calibrate, freeze, quantize
@@ -212,9 +212,10 @@ def test_what_could_not_be_loaded_is_not_saved(change, text, llama, tmp_path):
     assert not any(file.suffix == ".safetensors" for file in tmp_path.iterdir())
 
 
-def test_one_graph_of_a_static_model_under_torch_compile(llama):
+def test_one_graph_of_a_static_model_under_torch_compile():
     torch._dynamo.reset()
-    model = calibrate(load(llama, QuantoConfig("int8", activations="int8")), [tokens()], progress=False)
+    model = lively(transformers.LlamaForCausalLM(llama_config(num_hidden_layers=1)))
+    calibrate(freeze(quantize(model, "int8", "int8")), [tokens()], progress=False)
     wanted = output(model, "llama")
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -36,10 +36,10 @@ class NativeFit:
 
 def refuses_quantize(rows: torch.Tensor, out: dict[str, torch.Tensor], group_size: int) -> str | None:
     """Why these rows are not quantized natively, or None."""
-    if reference_only():
-        return "QUANTO_HF_REFERENCE is set"
     if NATIVE is None:
         return REASON
+    if reference_only():
+        return "QUANTO_HF_REFERENCE is set"
     if not rows.is_cpu:
         return "it runs on CPU only"
     # also under torch.compile and FakeTensorMode, where there is no memory to point at

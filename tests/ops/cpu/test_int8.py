@@ -287,7 +287,7 @@ def test_a_layer_gives_what_the_definition_gives_with_and_without_the_kernel(
         x = torch.randn(*lead, 200).to(dtype)
         assert (layer._fast_forward(x) is not None) == bool(x.numel())
         made = layer(x)
-        layer._bound = ([], None)  # no prepared call
+        layer._bound = ([], None, None)  # no prepared call
         plain = layer(x)
         layer._bound = None
         assert made.shape == plain.shape == (*lead, 33)

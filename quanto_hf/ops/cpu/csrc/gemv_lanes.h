@@ -1,6 +1,5 @@
 // Five to eight rows of bfloat16 x and looked-up codes: lanes are W rows of the weight, and a pair of columns of x is
-// broadcast to all of them. Included after
-// row_lanes.h, and before gemv_bf16.h, which calls them.
+// broadcast to all of them. Included after row_lanes.h, and before gemv_bf16.h, which calls them.
 //
 // What costs here is operations. With columns in the lanes, the table of each group of each row, and the steps between
 // chunks of x, cost as much as six rows of x: 28 cycles per 64 weights of 4 bits at 8 rows, of which the products take 16.
