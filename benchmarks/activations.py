@@ -42,7 +42,7 @@ def rounded(activations: str | None = None, observer: str | None = None, alpha: 
         quanto_hf.quantize(model, activations=activations, static_activations=static, **options)
         quanto_hf.freeze(model)
         if observer is not None:
-            quanto_hf.calibrate(model, data.split(BATCH), observer, progress=False)
+            quanto_hf.calibrate(model, list(data.split(BATCH)), observer, progress=False)
         return model
 
     return run

@@ -35,6 +35,7 @@ def linear(
     activations: Annotated[
         list[str] | None, typer.Option(help="Also with x rounded to int8 or float8, with commas or repeated.")
     ] = None,
+    static: Annotated[bool, typer.Option("--static", help="Rounded x also with one scale for all of it.")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="Also torchao, bitsandbytes and optimum-quanto.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -51,9 +52,9 @@ def linear(
     from quanto_hf.cli.bench_linear import bench_linear
 
     with threads(threads_) as used, progress() as bar:
-        task = bar.add_task("linear", total=len(chosen) * (1 + len(rounded)) * len(counts))
+        task = bar.add_task("linear", total=len(chosen) * (1 + len(rounded) * (1 + static)) * len(counts))
         found = []
-        for row in bench_linear(chosen, shape, counts, kind, repeat, peers, rounded):
+        for row in bench_linear(chosen, shape, counts, kind, repeat, peers, rounded, static):
             found.append(row)
             bar.advance(task)
     if as_json:

@@ -35,6 +35,7 @@ def bench_linear(
     rounds: int,
     peers: bool,
     activations: list[QType] | None = None,
+    static: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """A row for each layer and number of rows of x, with ``seconds``, ``torch_seconds``, ``ratio`` (above 1: faster
     than torch), ``error`` (against the reference on the same quantized weight; None for peers), ``distance`` (from the
@@ -42,6 +43,7 @@ def bench_linear(
 
     Args:
         activations: number types of x; each scheme is timed with each of them too.
+        static: also with one scale for all of x, besides a scale per token.
     """
     generator = torch.Generator().manual_seed(0)
     plain = nn.Linear(shape[1], shape[0], bias=False, dtype=dtype, device="meta")
@@ -51,9 +53,12 @@ def bench_linear(
     inputs = {count: torch.randn(count, shape[1], generator=generator).to(dtype) for count in counts}
     exact = {count: x.float() @ plain.weight.float().T for count, x in inputs.items()}
     floats = rotation(partial(copy.deepcopy, plain), plain.weight.nbytes)
-    for scheme, kind in itertools.product(schemes, [None, *(activations or [])]):
+    ways = [(kind, fixed) for kind in activations or [] for fixed in ((False, True) if static else (False,))]
+    for scheme, (kind, fixed) in itertools.product(schemes, [(None, False), *ways]):
         layer = QLinear.from_module(plain, scheme, kind)
         layer.freeze()
+        if kind is not None and fixed:
+            layer.make_static(max(float(x.abs().max()) for x in inputs.values()) / kind.qmax)
         copies = rotation(partial(copy.deepcopy, layer), sum(t.nbytes for t in layer.tensors().values()))
         stored = layer.tensors()
         args = (stored["packed"], stored["scale"], stored.get("zero"))
@@ -62,8 +67,8 @@ def bench_linear(
             row: dict[str, Any] = {"layer": str(scheme), "rows": count, "kernel": chosen_kernel(x, scheme, args)}
             rounded = x.float()
             if kind is not None:
-                rounded = round_activations(x, kind, scheme.activation_group(kind))
-                row["layer"] += f", {kind} x"
+                rounded = round_activations(x, kind, scheme.activation_group(kind), layer.static_scale)
+                row["layer"] += f", {'static ' if fixed else ''}{kind} x"
                 if why_not_activations(scheme, shape, dtype, count, kind) is None:
                     row["kernel"] = "native_int8"
                 else:

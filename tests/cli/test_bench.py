@@ -44,6 +44,17 @@ def test_activations_are_timed_beside_the_same_weights_without():
     assert all(row["kernel"].startswith("rounding, ") for row in rows[6:])
 
 
+def test_static_scales_are_timed_beside_those_of_tokens():
+    result = bench("linear", *TINY, "--weights", "int8", "--activations", "int8,float8", "--static", "--json")
+    assert result.exit_code == 0, result.stdout
+    rows = json.loads(result.stdout)["rows"]
+    names = ["int8", "int8, int8 x", "int8, static int8 x", "int8, float8_e4m3fn x", "int8, static float8_e4m3fn x"]
+    assert [row["layer"] for row in rows] == [name for name in names for _ in range(2)]
+    assert all(row["ratio"] > 0 and row["error"] < 0.005 < row["distance"] for row in rows[2:])
+    # one scale is another rounding than that of each token
+    assert all(rows[i]["distance"] != rows[i + 2]["distance"] for i in (2, 3, 6, 7))
+
+
 def test_the_table():
     result = bench("linear", *TINY, "--weights", "int4", "--threads", "1")
     assert result.exit_code == 0, result.stderr

@@ -72,7 +72,7 @@ def test_the_net_has_learned(net, digits):
 @pytest.mark.parametrize("observer", ["moving_average", "minmax", "percentile", "histogram", "mse"])
 def test_static_int8_costs_at_most_half_a_point_of_accuracy(net, digits, observer):
     model = freeze(quantize(copy.deepcopy(net), "int8", activations="int8", static_activations=True))
-    calibrate(model, digits[0][:200].split(50), observer, progress=False)
+    calibrate(model, list(digits[0][:200].split(50)), observer, progress=False)
     assert sum(isinstance(module, QConv2d) and module.is_static for module in model.modules()) == 7
     assert accuracy(model, digits) >= accuracy(net, digits) - 0.5
 

@@ -57,11 +57,11 @@ def test_static_int8_with_smoothing_costs_less_than_two_percent(data, inputs, ex
     model = load()
     assert len(quanto_hf.smooth(model, data)) == 6
     quanto_hf.quantize(model, "int8", activations="int8", static_activations=True)
-    quanto_hf.calibrate(quanto_hf.freeze(model), data.split(8), progress=False)
+    quanto_hf.calibrate(quanto_hf.freeze(model), list(data.split(8)), progress=False)
     assert rise(model, inputs, exact) < 0.02
 
 
 def test_the_mse_observer_costs_less_than_one_percent_without_smoothing(data, inputs, exact):
     model = load(activations="int8", static_activations=True)
-    quanto_hf.calibrate(model, data.split(8), "mse", progress=False)
+    quanto_hf.calibrate(model, list(data.split(8)), "mse", progress=False)
     assert rise(model, inputs, exact) < 0.01
