@@ -13,7 +13,8 @@ def batches(data: Any) -> Iterator[Any]:
 
     Args:
         data: a tensor, a tuple (positional arguments) or a mapping (keyword arguments) is one batch. Any other
-            iterable, such as a list or a DataLoader, has batches as its items.
+            iterable, such as a list or a DataLoader, has batches as its items, and so has what ``Tensor.split`` gives:
+            a tuple, but of views of one tensor.
 
     Raises:
         TypeError: it is none of these.
@@ -22,7 +23,7 @@ def batches(data: Any) -> Iterator[Any]:
         >>> len(list(batches({"input_ids": torch.ones(1, 2)}))), len(list(batches([torch.ones(1), torch.ones(1)])))
         (1, 2)
     """
-    if isinstance(data, torch.Tensor | tuple | Mapping):
+    if _is_one(data):
         yield data
     elif isinstance(data, Iterable) and not isinstance(data, str | bytes):
         yield from data
@@ -34,9 +35,16 @@ def batches(data: Any) -> Iterator[Any]:
 
 def count_of(data: Any) -> int | None:
     """How many batches that are, or None: it cannot be known."""
-    if isinstance(data, torch.Tensor | tuple | Mapping):
+    if _is_one(data):
         return 1
     return len(data) if isinstance(data, Sized) else None
+
+
+def _is_one(data: Any) -> bool:
+    if isinstance(data, tuple) and len(data) > 1 and all(isinstance(item, torch.Tensor) for item in data):
+        # pieces of a split would go to the model as arguments: the second one as the attention mask, without a word
+        return len({item.untyped_storage().data_ptr() for item in data}) > 1
+    return isinstance(data, torch.Tensor | tuple | Mapping)
 
 
 def call(model: nn.Module, batch: Any) -> Any:
