@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from native_weights import LEVELS, needs_native
 
 from quanto_hf.ops.cpu.library import LEVELS as EVERY_LEVEL
