@@ -4,6 +4,7 @@ import os
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,15 @@ class Build(build_ext):
             self.compiler.compile = one_after_another
 
 
+# By this tests/native/run knows whether a built module is that of its sources.
+digest = sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.*")))).hexdigest()
 # One binary for all versions of Python, but for builds without a global lock, which have no stable interface yet.
 stable = not sysconfig.get_config_var("Py_GIL_DISABLED")
 native = Extension(
     "quanto_hf.ops.cpu._native",
     sources=sorted(path.as_posix() for path in SOURCES.glob("*.cpp")),
     depends=sorted(path.as_posix() for path in SOURCES.glob("*.h")),
+    define_macros=[("QUANTO_SOURCES", f"0x{digest[:15]}")],
     language="c++",
     # wheels for others must have it: there a mistake in the build is an error
     optional=os.environ.get("QUANTO_HF_NATIVE") != "required",

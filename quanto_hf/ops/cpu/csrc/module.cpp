@@ -4,9 +4,11 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "aqlm_fit.h"
-#include "dispatch.h"
-#include "experts.h"
+#include "entry_points.h"
+
+#if !defined(QUANTO_SOURCES)
+#define QUANTO_SOURCES 0  // not built by setup.py
+#endif
 
 namespace {
 
@@ -339,6 +341,11 @@ PyObject* level(PyObject*, PyObject*) {
     return PyUnicode_FromString(active->name);
 }
 
+PyObject* entry_points(PyObject*, PyObject*) {
+    static const EntryPoints all = {QUANTO_SOURCES, available_levels, quanto::expert_linear, aqlm_fit_of, quanto::code_sums};
+    return PyLong_FromVoidPtr(const_cast<EntryPoints*>(&all));
+}
+
 PyMethodDef methods[] = {
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear)), METH_FASTCALL, "out = x @ weight.T + bias"},
     {"linear_int8", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear_int8)), METH_FASTCALL, "the same with x rounded to int8"},
@@ -358,6 +365,7 @@ PyMethodDef methods[] = {
     {"level", level, METH_NOARGS, "name of the level in use, or None"},
     {"has_kernel", has_kernel, METH_O, "whether the level in use has the kernel of that name"},
     {"use_level", use_level, METH_O, "choose a level by name"},
+    {"entry_points", entry_points, METH_NOARGS, "address of the C++ functions, for tests/native (csrc/entry_points.h)"},
     {nullptr, nullptr, 0, nullptr},
 };
 
