@@ -93,7 +93,8 @@ def least_squares(
     if metric is None:
         diagonal = code_sums(targets.reshape(flat.shape[0], -1), weights, flat, layout.size)[1].unsqueeze(-1)
     else:
-        curvature = metric.diagonal(layout).expand(codes.shape[0], -1, -1).reshape(flat.shape[0], -1)
+        # with a single column group this would stay a view of one row
+        curvature = metric.diagonal(layout).expand(codes.shape[0], -1, -1).reshape(flat.shape[0], -1).contiguous()
         diagonal = code_sums(curvature, weights, flat, layout.size)[0]
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
     solution = codebooks.double()

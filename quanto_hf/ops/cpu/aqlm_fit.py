@@ -1,6 +1,7 @@
-"""The native loops that make additive codebooks (csrc/aqlm_fit.h), called with tensors, after every check.
+"""The native loops that make additive codebooks (csrc/aqlm_fit.h), called with tensors.
 
-All tensors are plain, contiguous and on the CPU, floats are float32, codes int32 from 0.
+All tensors are plain and on the CPU, floats are float32, codes int32 from 0. Those of another dtype, or whose values do
+not lie side by side, are refused: the loops see addresses only, and would read what lies behind them.
 """
 
 import torch
@@ -23,6 +24,18 @@ def refuses_aqlm_fit(device: torch.device) -> str | None:
     return None
 
 
+def _address(tensor: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+    """Where the values of a tensor begin, 0 for None."""
+    if tensor is None:
+        return 0
+    if tensor.dtype is not dtype or not tensor.is_contiguous():
+        raise ValueError(
+            f"the native loops take contiguous {dtype} tensors, but this one of shape {list(tensor.shape)} has strides "
+            f"{tensor.stride()} and dtype {tensor.dtype}"
+        )
+    return tensor.data_ptr()
+
+
 def native_search(targets: torch.Tensor, codebooks: torch.Tensor, codes: torch.Tensor, beam: int) -> None:
     """Better codes, in place (:func:`quanto_hf.fit.aqlm.search.search`).
 
@@ -34,10 +47,10 @@ def native_search(targets: torch.Tensor, codebooks: torch.Tensor, codes: torch.T
     """
     assert NATIVE is not None
     NATIVE.aqlm_search(
-        codebooks.data_ptr(),
+        _address(codebooks),
         *codebooks.shape,
-        targets.data_ptr(),
-        codes.data_ptr(),
+        _address(targets),
+        _address(codes, torch.int32),
         targets.shape[0],
         beam,
         torch.get_num_threads(),
@@ -70,14 +83,14 @@ def native_sweep(
     """
     assert NATIVE is not None
     NATIVE.aqlm_sweep(
-        codebooks.data_ptr(),
+        _address(codebooks),
         *codebooks.shape,
-        state.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        follow.data_ptr(),
-        lower.data_ptr(),
-        to.data_ptr(),
-        codes.data_ptr(),
+        _address(state),
+        _address(weight),
+        _address(follow),
+        _address(lower),
+        _address(to),
+        _address(codes, torch.int32),
         *codes.shape[:2],
         out_group,
         lower.shape[-1],
@@ -94,9 +107,11 @@ def native_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         b: shape (k, n); its rows need not lie side by side.
     """
     assert NATIVE is not None
+    if b.dtype is not torch.float32 or (b.stride(1) != 1 and b.shape[1] > 1):
+        raise ValueError(f"the rows of b are not contiguous float32 values: strides {b.stride()}, dtype {b.dtype}")
     out = a.new_empty(a.shape[0], b.shape[1])
     NATIVE.product(
-        a.data_ptr(), b.data_ptr(), out.data_ptr(), *out.shape, a.shape[1], b.stride(0), torch.get_num_threads()
+        _address(a), b.data_ptr(), out.data_ptr(), *out.shape, a.shape[1], b.stride(0), torch.get_num_threads()
     )
     return out
 
@@ -120,9 +135,9 @@ def native_code_sums(
     sums = values.new_zeros((count, size, values.shape[1]), dtype=torch.float64)
     totals = values.new_zeros((count, size), dtype=torch.float64)
     NATIVE.code_sums(
-        values.data_ptr(),
-        weights.data_ptr(),
-        codes.data_ptr(),
+        _address(values),
+        _address(weights),
+        _address(codes, torch.int32),
         sums.data_ptr(),
         totals.data_ptr(),
         groups,

@@ -7,7 +7,7 @@ import torch
 from native_weights import needs_native
 
 from quanto_hf.fit.aqlm import loops, quantize_aqlm
-from quanto_hf.ops.cpu.aqlm_fit import native_code_sums, native_product
+from quanto_hf.ops.cpu.aqlm_fit import native_code_sums, native_product, native_search
 from quanto_hf.ops.cpu.library import NATIVE
 
 
@@ -60,6 +60,21 @@ def test_sums_by_code_are_those_of_torch_for_any_number_of_threads(groups, rows,
         torch.set_num_threads(threads)
         made = native_code_sums(values, weights, codes, size)
         assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(made, exact, strict=True))
+
+
+@needs_native
+def test_tensors_that_a_loop_would_read_past_are_refused():
+    row, codes = torch.randn(1, 4), torch.zeros(6, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"contiguous torch.float32 .* shape \[6, 4\] has strides \(0, 1\)"):
+        native_code_sums(row.expand(6, 4), torch.ones(6), codes, 3)
+    with pytest.raises(ValueError, match=r"dtype torch.float64"):
+        native_code_sums(torch.randn(6, 4).double(), torch.ones(6), codes, 3)
+    with pytest.raises(ValueError, match=r"contiguous torch.int32 .* dtype torch.int64"):
+        native_search(torch.randn(6, 4), torch.randn(1, 3, 4), codes.long(), 1)
+    with pytest.raises(ValueError, match="strides"):
+        native_product(torch.randn(4, 6).T, torch.randn(4, 5))
+    with pytest.raises(ValueError, match="rows of b are not contiguous"):
+        native_product(torch.randn(6, 4), torch.randn(5, 4).T)
 
 
 @pytest.mark.parametrize("count", [0, 1, loops.SUMMED + 3, 5 * loops.SUMMED])

@@ -52,6 +52,23 @@ def test_the_result_is_the_same_to_the_last_bit_for_any_number_of_threads(calibr
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("out_group, in_group, shape", [(1, 8, (16, 8)), (2, 4, (20, 4)), (1, 16, (1, 16))])
+def test_a_weight_of_one_column_group_gives_the_same_bits_again(out_group, in_group, shape):
+    # the moment of constant inputs has rank 1, so that errors of rounding would decide which codes are chosen
+    weight, hessian = torch.randn(shape), torch.ones(shape[1], shape[1])
+
+    def made():
+        # memory that is free for the next call has other values
+        del [torch.randn(size + 1, 7) for size in range(torch.randint(20, ()))][:]
+        return quantize_aqlm(
+            weight, num_codebooks=1, nbits=3, out_group=out_group, in_group=in_group, hessian=hessian
+        )  # fmt: skip
+
+    first = made()
+    for _ in range(30):
+        assert all(torch.equal(a, b) for a, b in zip(first, made(), strict=True))
+
+
 def test_a_seed_decides():
     weight = torch.randn(40, 64)
     first, again, other = (quantize_aqlm(weight, num_codebooks=2, nbits=4, seed=seed).codes for seed in (1, 1, 2))
