@@ -1,24 +1,27 @@
 """Errors and times of making additive codebooks, beside int2 and int3 and beside the prototype that they started from.
 
-    python benchmarks/aqlm_make.py [--size 1024] [--model]
+    python benchmarks/aqlm_make.py [--size 1024] [--model [--weights int2 aqlm-2x8 ...]]
 
 relW is ||W - Q|| / ||W||, relY the same of outputs for held-out inputs: synthetic correlated ones with 8 channels that
 are 10 times as large (so relY is not comparable with numbers for other inputs). Weights: N(0, 1), and the same with one
 of a thousand values 10 times as large. ``--model`` evaluates the bundled language model: perplexity and KL to the float
-one on held-out text, and for those "with data" 60 other windows of it for calibration.
+one on held-out text. Rows with "data" see 60 other windows of it: all of them the second moments of the float model's
+inputs. int3 is rounded here; the library has no such type.
 """
 
 import argparse
 import copy
 import time
 import warnings
+from dataclasses import dataclass
 
 import torch
-from gptq import gptq
+from gptq import TYPES, gptq, rounded
 
 import quanto_hf
+from quanto_hf import QLinear
 from quanto_hf.fit.aqlm import Layout, quantize_aqlm
-from quanto_hf.flow import evaluate, freeze, freeze_aqlm, quantize, windows
+from quanto_hf.flow import collect_moments, evaluate, freeze, freeze_aqlm, quantize, windows
 from quanto_hf.schemes import make_scheme
 
 # seconds for a million weights: layout, with data -> prototype on 2 cores
@@ -78,33 +81,80 @@ def errors(size: int) -> None:
                 row(f"aqlm {books}x8{' data' * data}", bits, found.dequantize(), seconds, before)
 
 
-def model() -> None:
+@dataclass(frozen=True)
+class Method:
+    """A way to quantize the layers of a model; "int3" is of this benchmark alone."""
+
+    weights: str
+    data: bool = False
+    fit: str = "mse_gain"
+    act_order: bool = False
+    group_size: int = 64
+
+    def __str__(self) -> str:
+        if self.weights.startswith("aqlm"):
+            return self.weights + " data" * self.data
+        method = f"GPTQ{' order' * self.act_order} {self.fit} data" if self.data else self.fit
+        return f"{self.weights} g{self.group_size} {method}"
+
+    def __call__(self, model: torch.nn.Module, data: list, moments: dict[str, torch.Tensor]) -> float:
+        """Quantize in place; the bits per weight."""
+        if self.weights.startswith("aqlm"):
+            quantize(model, self.weights)
+            freeze_aqlm(model, data, progress=False) if self.data else freeze(model)
+            return quanto_hf.report(model).quantized_bits
+        for name, moment in moments.items():
+            parameter = model.get_submodule(name).weight
+            weight = parameter.detach().float()
+            if self.data:
+                made = gptq(weight, moment, self.weights, self.group_size, self.act_order, self.fit)
+            else:
+                made = rounded(weight, self.weights, self.fit, self.group_size)
+            parameter.data = made.to(parameter.dtype)
+        return TYPES[self.weights].bits + 32 / self.group_size
+
+
+METHODS = [
+    Method("int2"), Method("int2", group_size=32), Method("aqlm-2x8"),
+    *(Method("int2", True, fit, order) for order in (False, True) for fit in ("mse", "mse_gain")),
+    Method("aqlm-2x8", True),
+    Method("int3", fit="mse"), Method("int3"), Method("aqlm-3x8"),
+    *(Method("int3", True, fit, order) for order in (False, True) for fit in ("mse", "mse_gain")),
+    Method("aqlm-3x8", True),
+]  # fmt: skip
+
+
+def model(wanted: list[str] | None) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(quanto_hf.tiny_lm())(quanto_hf.heldout_text(), verbose=False).input_ids
     text = windows(tokens, 256)
     data, held_out = [{"input_ids": part} for part in text[100:160].split(8)], text[:60]
     reference = AutoModelForCausalLM.from_pretrained(quanto_hf.tiny_lm(), dtype=torch.bfloat16).eval()
+    layers = [name for name, m in quantize(copy.deepcopy(reference), "int2").named_modules() if isinstance(m, QLinear)]
+    moments = collect_moments(reference, data, layers)
     print(f"float perplexity {evaluate(reference, held_out).perplexity:.3f}")
-    print(f"{'weights':18}{'bits':>6}{'perplexity':>12}{'KL':>9}")
-    runs = [("int2", {}, False), ("int2", {"group_size": 32}, False)]
-    runs += [(f"aqlm-{k}x8", {}, calibrated) for k in (2, 3) for calibrated in (False, True)]
-    for name, options, calibrated in runs:
-        made = quantize(copy.deepcopy(reference), name, **options)
-        made = freeze_aqlm(made, data, progress=False) if calibrated else freeze(made)
-        result, bits = evaluate(made, held_out, reference), quanto_hf.report(made).quantized_bits
-        label = name + " g32" * bool(options) + " data" * calibrated
-        print(f"{label:18}{bits:6.2f}{result.perplexity:12.3f}{result.kl:9.4f}", flush=True)
+    print(f"{'weights':34}{'bits':>6}{'perplexity':>12}{'KL':>9}")
+    for method in METHODS:
+        if wanted and not any(str(method).startswith(name) for name in wanted):
+            continue
+        made = copy.deepcopy(reference)
+        bits = method(made, data, moments)
+        result = evaluate(made, held_out, reference)
+        print(f"{method!s:34}{bits:6.2f}{result.perplexity:12.3f}{result.kl:9.4f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--model", action="store_true")
+    parser.add_argument(
+        "--weights", nargs="+", help="with --model: beginnings of the names of the rows; all by default"
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*codebooks of")
     quantize_aqlm(torch.randn(16, 16), num_codebooks=1, nbits=2)  # native loops are checked at first use
-    model() if args.model else errors(args.size)
+    model(args.weights) if args.model else errors(args.size)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,10 @@ def _show(name: str, found: Any) -> None:
         lines.append(
             f"on an accelerator, quantizing {found.transient.layer} takes {size(found.transient.nbytes)} for a moment"
         )
+    if found.transient.cpu_nbytes:
+        lines.append(
+            f"on the CPU, quantizing {found.transient.cpu_layer} takes {size(found.transient.cpu_nbytes)} for a while"
+        )
     lines += [f"with {weights}: {size(total)}" for weights, (total, _) in found.others.items()]
     for line in [*lines, *found.notes, found.verdict()]:
         out.print(line, markup=False)

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from quanto_hf.fit.aqlm import Layout, quantize_aqlm
+from quanto_hf.fit.aqlm.memory import fit_bytes
 from quanto_hf.fit.aqlm.work import products, products_per_second
 from quanto_hf.flow.layer_store import LayerStore, digest
 from quanto_hf.flow.moments import collect_moments, tensors_of
 from quanto_hf.nn import QuantizedWeight
+from quanto_hf.ops.cpu.aqlm_fit import refuses_aqlm_fit
 from quanto_hf.schemes import Aqlm
 
 # Moments that are held at a time. Each set of layers costs a run over the data; an MLP of a 7B model takes 0.6 GB.
@@ -73,7 +75,7 @@ def freeze_aqlm(
     store = None if folder is None else LayerStore(folder)
     settings = [seed, iterations]
     read = "" if data is None or store is None else digest(t for batch in data for t in tensors_of(batch))
-    bar = _Bar(layers, data is not None, progress)
+    bar = _Bar(layers, None if data is None else moment_bytes, progress)
     rounding = {name: module.rounding for name, module in layers.items()}
     try:
         for part in _parts(layers, moment_bytes if data is not None else None):
@@ -160,9 +162,10 @@ def _warn_unseen(names: list[str]) -> None:
 class _Bar:
     """An estimate before the start, and a bar in products, which all take about the same time."""
 
-    def __init__(self, layers: dict[str, QuantizedWeight], calibrated: bool, shown: bool) -> None:
+    def __init__(self, layers: dict[str, QuantizedWeight], moment_bytes: int | None, shown: bool) -> None:
         from tqdm import tqdm
 
+        calibrated = moment_bytes is not None
         self.work: dict[str, float] = {}
         self.done = 0.0
         seconds = 0.0
@@ -179,7 +182,8 @@ class _Bar:
             weights = sum(layer.matrix_shape[0] * layer.matrix_shape[1] for layer in layers.values())
             print(
                 f"{len(layers)} layers with {weights / 1e6:.1f} M weights to {', '.join(map(_name, speeds))}: about "
-                f"{_time(seconds)} with {torch.get_num_threads()} threads",
+                f"{_time(seconds)} with {torch.get_num_threads()} threads, and "
+                f"{max(1, round(_memory(layers, moment_bytes) / 1e6))} MB of memory besides the model",
                 file=sys.stderr,
             )
         form = "{l_bar}{bar}| {elapsed} done, {remaining} left{postfix}"
@@ -201,6 +205,21 @@ class _Bar:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def _memory(layers: dict[str, QuantizedWeight], moment_bytes: int | None) -> int:
+    """Most bytes that are taken at a time: by moments, and by making one layer."""
+    most = 0
+    for part in _parts(layers, moment_bytes):
+        moments = sum(4 * layer.matrix_shape[1] ** 2 for layer in part.values()) if moment_bytes is not None else 0
+        for layer in part.values():
+            assert isinstance(layer.scheme, Aqlm)
+            made = fit_bytes(
+                layer.matrix_shape, layout_of(layer.scheme), layer.weight.dtype, calibrated=moment_bytes is not None,
+                native=refuses_aqlm_fit(layer.weight.device) is None,
+            )  # fmt: skip
+            most = max(most, moments + made)
+    return most
 
 
 def _name(layout: Layout) -> str:

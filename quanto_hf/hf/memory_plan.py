@@ -159,6 +159,9 @@ class MemoryPlan:
         if self.transient.nbytes:
             said = f"{self.transient.nbytes:,} bytes"
             lines.append(f"quantizing {self.transient.layer} on an accelerator takes {said} for a moment")
+        if self.transient.cpu_nbytes:
+            said = f"{self.transient.cpu_nbytes:,} bytes"
+            lines.append(f"quantizing {self.transient.cpu_layer} on the CPU takes {said} for a while")
         for reason, dtype, count, nbytes, _ in self.left_in_float():
             lines.append(f"float: {count} tensors in {dtype}, {nbytes:,} bytes: {reason}")
         return "\n".join([*lines, *self.notes, self.verdict()])

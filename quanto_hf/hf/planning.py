@@ -21,7 +21,7 @@ from quanto_hf.hf.places import (
     quiet_maps,
     read_max_memory,
 )
-from quanto_hf.hf.sizes import as_loaded
+from quanto_hf.hf.sizes import as_loaded, transient_on
 
 # what is tried where a model does not fit, the most exact first
 OTHERS = ("int8", "int4", "int2")
@@ -110,7 +110,7 @@ def _plan(empty: Empty, limits: dict[Device, int] | None, device_map: Any, conte
     devices = []
     for device in sorted({*weights, *cached}, key=order):
         held, limit = weights.get(device, 0), limits.get(device) if device != "disk" else None
-        transient = quantizer.transient.nbytes if held and device not in ("cpu", "disk") else 0
+        transient = transient_on(quantizer.transient, device) if held else 0
         devices.append(DevicePlan(device, limit, held, cached.get(device, 0), transient))
     table, note = report(model), codebooks_of(model)
     return MemoryPlan(

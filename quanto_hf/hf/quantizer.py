@@ -175,8 +175,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         """Room on each accelerator for the float weight and the temporaries of the largest layer, if weights are
-        quantized there on arrival."""
-        return lower_by_transient(max_memory, self.transient.nbytes)
+        quantized there on arrival; on the CPU for what AQLM weights are made in."""
+        return lower_by_transient(max_memory, self.transient)
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Bytes per element once the model is loaded, for device maps; the float placeholder does not count."""

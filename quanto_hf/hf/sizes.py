@@ -12,10 +12,13 @@ import torch
 from torch import nn
 
 from quanto_hf.fit import Fit, fit_by_name
+from quanto_hf.fit.aqlm import Layout
+from quanto_hf.fit.aqlm.memory import fit_bytes
 from quanto_hf.flow import replace_modules
 from quanto_hf.hf.loading import split_name, waits_for_weight
 from quanto_hf.nn import QuantizedWeight
-from quanto_hf.schemes import Grouped, Scheme
+from quanto_hf.ops.cpu.aqlm_fit import refuses_aqlm_fit
+from quanto_hf.schemes import Aqlm, Grouped, Scheme
 from quanto_hf.schemes.quantizing import BLOCK_VALUES
 
 # Bytes per value of a block that is quantized in torch: reused buffers (values, scaled, numbers, cells: 4 each; codes:
@@ -81,11 +84,20 @@ def loaded_element_size(
 
 @dataclass(frozen=True)
 class Transient:
-    """What the quantization of the most demanding layer takes on its device besides the result: the float weight, and
-    the temporaries. ``layer`` is empty where nothing is quantized."""
+    """What the quantization of the most demanding layer takes on its device besides the result.
+
+    Args:
+        nbytes: on an accelerator: the float weight, and the temporaries.
+        layer: its name; empty where nothing is quantized.
+        cpu_nbytes: on the CPU, where the float weight is a mapped page of its file: what AQLM weights are made in.
+            Others are quantized there in a few MB.
+        cpu_layer: the most demanding one there.
+    """
 
     nbytes: int = 0
     layer: str = ""
+    cpu_nbytes: int = 0
+    cpu_layer: str = ""
 
 
 def largest_transient(model: nn.Module, dtype: torch.dtype, kept: Kept) -> Transient:
@@ -95,28 +107,45 @@ def largest_transient(model: nn.Module, dtype: torch.dtype, kept: Kept) -> Trans
         dtype: in which the model is loaded; the float weight arrives in it.
         kept: of :func:`kept_dtypes`.
     """
-    found = Transient()
+    found, on_cpu = (0, ""), (0, "")
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedWeight) or "weight" not in module._parameters:
             continue
         weight = f"{name}.weight" if name else "weight"
         arrives = loaded_dtype(model, weight, dtype, kept)
         shape = module.matrix_shape
-        nbytes = shape[0] * shape[1] * arrives.itemsize + workspace_bytes(module.scheme, module.fit, shape)
-        if nbytes > found.nbytes:
-            found = Transient(nbytes, name)
-    return found
+        nbytes = shape[0] * shape[1] * arrives.itemsize + workspace_bytes(module.scheme, module.fit, shape, arrives)
+        if nbytes > found[0]:
+            found = nbytes, name
+        # as for 16 bits, with a copy in float32: a weight that arrives in float32 is mostly a copy of one in 16 bits
+        if (
+            isinstance(module.scheme, Aqlm)
+            and (most := aqlm_bytes(module.scheme, shape, torch.bfloat16, "cpu")) > on_cpu[0]
+        ):
+            on_cpu = most, name
+    return Transient(*found, *on_cpu)
 
 
-def workspace_bytes(scheme: Scheme, fit: Fit | str | None, shape: tuple[int, int]) -> int:
+def aqlm_bytes(scheme: Aqlm, shape: tuple[int, int], dtype: torch.dtype, device: str) -> int:
+    """Most bytes of temporaries that making one AQLM weight takes, by the loops that serve on a type of device."""
+    if not shape[0] or not shape[1]:
+        return 0
+    layout = Layout(scheme.num_codebooks, scheme.nbits, scheme.out_group, scheme.in_group)
+    return fit_bytes(shape, layout, dtype, native=refuses_aqlm_fit(torch.device(device)) is None)
+
+
+def workspace_bytes(scheme: Scheme, fit: Fit | str | None, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """Most bytes of temporaries that quantizing one weight in torch takes, as on an accelerator; an upper bound within
-    a few MB.
+    a few MB, and for AQLM about what is measured.
 
     Args:
         fit: what finds scale and zero; None is the default of the scheme.
         shape: of the weight, (out_features, in_features).
+        dtype: of the weight.
     """
     rows, columns = shape
+    if isinstance(scheme, Aqlm):
+        return aqlm_bytes(scheme, shape, dtype, "cuda")
     if not rows or not columns:
         return 0
     known = fit if fit is not None or not isinstance(scheme, Grouped) else scheme.default_fit()
@@ -128,9 +157,8 @@ def workspace_bytes(scheme: Scheme, fit: Fit | str | None, shape: tuple[int, int
     return each * block + ERROR_BYTES * min(rows, ERROR_ROWS) * columns + table
 
 
-def lower_by_transient(max_memory: dict[Any, Any], transient: int) -> dict[Any, Any]:
-    """``max_memory`` in bytes, with room for the transient on every device but the CPU and the disk: there the float
-    weight is a mapped page of its file.
+def lower_by_transient(max_memory: dict[Any, Any], transient: Transient) -> dict[Any, Any]:
+    """``max_memory`` in bytes, with room for the transient on every device but the disk.
 
     Args:
         max_memory: device -> bytes as an int or float, or a size such as "1.5GiB".
@@ -138,7 +166,12 @@ def lower_by_transient(max_memory: dict[Any, Any], transient: int) -> dict[Any, 
     from accelerate.utils.modeling import convert_file_size_to_int
 
     sizes = {d: convert_file_size_to_int(size) if isinstance(size, str) else size for d, size in max_memory.items()}
-    return {d: size if d in ("cpu", "disk") else max(0, size - transient) for d, size in sizes.items()}
+    return {d: size if d == "disk" else max(0, size - transient_on(transient, d)) for d, size in sizes.items()}
+
+
+def transient_on(transient: Transient, device: Any) -> int:
+    """Bytes that quantizing takes on a device; what goes to disk is quantized on the CPU."""
+    return 0 if device == "disk" else transient.cpu_nbytes if device == "cpu" else transient.nbytes
 
 
 def as_loaded(model: Any, kept: Kept, pre_quantized: bool, dequantize: bool) -> None:

@@ -93,5 +93,5 @@ def refuse_write() -> None:
     """
     raise RuntimeError(
         "the weight of a frozen QLinear cannot be written: it is held quantized. Replace the layer by an nn.Linear, or "
-        "dequantize the model first (quanto_hf.dequantize(model), or model.dequantize())"
+        "dequantize the model first (quanto_hf.dequantize(model), or model.dequantize()): adapters can be merged then"
     )

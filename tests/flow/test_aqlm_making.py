@@ -149,6 +149,7 @@ def test_the_estimate_comes_first_and_the_bar_tells_the_time_left(net, data, cap
     freeze_aqlm(net, data)
     err = capsys.readouterr().err
     assert err.startswith("3 layers with 0.0 M weights to aqlm 2x4: about ")
+    assert "threads, and 1 MB of memory besides the model" in err
     assert "left" in err and "100%" in err
 
 

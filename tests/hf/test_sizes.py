@@ -2,6 +2,10 @@
 
 import copy
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.integrations import accelerate as maps
 from transformers.integrations.accelerate import _get_device_map, compute_module_sizes
 
-from quanto_hf import QLinear, QuantoConfig
+from quanto_hf import QLinear, QuantoConfig, plan
+from quanto_hf.fit.aqlm import loops
 from quanto_hf.hf.loading import quantize_into
 from quanto_hf.hf.sizes import largest_transient
 from quanto_hf.hf.skeleton import build_skeleton
@@ -306,3 +311,80 @@ def test_quantizing_a_layer_in_torch_takes_no_more_than_the_transient(weights, s
     stored = scheme.nbytes(shape, torch.bfloat16)
     real = measured_peak(lambda: quantize_into(layer, weight, "weight")) - stored + weight.nbytes
     assert real <= planned <= real + (28 << 20)
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (64, 1024)], ids=str)
+@pytest.mark.parametrize("weights", ["aqlm-2x3", "aqlm-1x8"])
+def test_making_an_aqlm_layer_takes_about_the_transient(weights, shape, monkeypatch):
+    monkeypatch.setattr(loops, "_native", lambda device: False)
+    scheme = make_scheme(weights)
+    skeleton = nn.Sequential(QLinear(shape[1], shape[0], False, scheme=scheme, device="meta", dtype=torch.bfloat16))
+    layer, weight = skeleton[0], torch.randn(shape, dtype=torch.bfloat16)
+    layer._parameters["weight"] = nn.Parameter(weight.to("meta"), requires_grad=False)
+    planned = largest_transient(skeleton, torch.bfloat16, [])
+    real = measured_peak(lambda: quantize_into(layer, weight, "weight")) + weight.nbytes
+    assert planned.layer == planned.cpu_layer == "0"
+    assert planned.nbytes == pytest.approx(real, rel=0.2)
+
+
+AQLM_CHILD = """
+import sys, threading, time
+import torch, transformers, quanto_hf
+from quanto_hf import QuantoConfig
+
+torch.set_num_threads(2)
+
+def anonymous():
+    # without the pages of mapped files
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+def load(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", quantization_config=QuantoConfig("aqlm-2x2")
+    )
+
+# what is imported and checked at the first load is no part of the model
+load(sys.argv[2])
+peak, stop = [0], threading.Event()
+
+def watch():
+    while not stop.is_set():
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.001)
+
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+model = load(sys.argv[1])
+stop.set()
+thread.join()
+print(peak[0] - before - model.get_memory_footprint())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is read from /proc")
+def test_loading_to_aqlm_on_the_cpu_takes_what_the_plan_says_and_a_map_leaves_it(tmp_path):
+    for name, shape in (("large", {"hidden_size": 512, "intermediate_size": 2048}), ("tiny", {})):
+        config = llama_config(num_hidden_layers=1, **shape)
+        tf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "-c", AQLM_CHILD, str(tmp_path / "large"), str(tmp_path / "tiny")],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    planned = plan(tmp_path / "large", QuantoConfig("aqlm-2x2"), device_map="cpu")
+    (cpu,) = planned.devices
+    # five copies of a layer in float32, and codes
+    assert cpu.transient == planned.transient.cpu_nbytes > 20 * 512 * 2048
+    assert planned.transient.cpu_layer == "model.layers.0.mlp.gate_proj"
+    assert f"on the CPU takes {cpu.transient:,} bytes" in str(planned)
+    assert cpu.transient == pytest.approx(int(done.stdout), rel=0.2)
+
+    skeleton = build_skeleton(str(tmp_path / "large"), QuantoConfig("aqlm-2x2"))
+    assert skeleton.quantizer.adjust_max_memory({"cpu": "1GB", "disk": 5}) == {"cpu": 10**9 - cpu.transient, "disk": 5}
+    need = planned.nbytes + cpu.transient
+    assert set(the_map(skeleton, "auto", {"cpu": need}).values()) == {"cpu"}
+    assert "disk" in the_map(skeleton, "auto", {"cpu": need - 1}).values()
+    assert plan(tmp_path / "large", QuantoConfig("aqlm-2x2"), need, device_map="cpu", context=0).fits
+    assert not plan(tmp_path / "large", QuantoConfig("aqlm-2x2"), need - 1, device_map="cpu", context=0).fits

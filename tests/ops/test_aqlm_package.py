@@ -3,7 +3,11 @@
 Skipped where it is not installed: ``pip install --no-deps aqlm==1.1.7 numba llvmlite``.
 """
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,17 +84,38 @@ def test_b5_the_gradient_of_16_bits_agrees():
     assert off(*grads) <= 1e-6
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="takes two threads at a time")
-def test_where_it_is_wrong_codes_of_8_bits_with_two_threads(threads):
+# More threads than cores, and a layer that takes them milliseconds: they meet on a busy machine too. The number of
+# threads that numba may use is fixed when it starts.
+RACE = """
+import json, time, warnings
+warnings.simplefilter("ignore")
+import torch
+from test_aqlm_package import off, pair
+
+theirs, ours = pair(1, 8, 4096, 4096)
+x = torch.randn(1, 4096)
+with torch.no_grad():
+    wanted = ours(x)
+    same, calls, worst, end = all(torch.equal(ours(x), wanted) for _ in range(20)), 0, 0.0, time.monotonic() + 60
+    while worst <= 1e-3 and time.monotonic() < end:
+        worst, calls = max(worst, off(theirs(x), wanted)), calls + 1
+print(json.dumps({"ours": same, "calls": calls, "worst": worst}))
+"""
+
+
+def test_where_it_is_wrong_codes_of_8_bits_with_more_than_one_thread():
     # numba's prange over input groups adds to one output from all threads
-    theirs, ours = pair(1, 8, 1024, 1024)
-    x = torch.randn(1, 1024)
-    threads(2)
-    with torch.no_grad():
-        wanted = ours(x)
-        assert all(torch.equal(ours(x), wanted) for _ in range(20))
-        if not any(off(theirs(x), wanted) > 1e-3 for _ in range(2000)):
-            pytest.skip("its two threads never met: the machine is busy")
+    folder = str(Path(__file__).parent)
+    environment = {**os.environ, "NUMBA_NUM_THREADS": str(4 * (os.cpu_count() or 1))}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-c", RACE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    print(found)
+    assert found["ours"]
+    if found["worst"] <= 1e-3:
+        pytest.skip(f"its threads did not meet in {found['calls']} calls: the race is there, but did not show today")
 
 
 def test_where_it_is_wrong_a_forward_pass_turns_the_codes_around():
