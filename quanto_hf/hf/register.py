@@ -14,6 +14,9 @@ from quanto_hf.hf.config import METHOD, SKELETON_METHOD, QuantoConfig
 # Importing it takes 0.9 s, so it is patched when somebody else imports it, which from_pretrained does.
 AUTO = "transformers.quantizers.auto"
 
+# what a config may ask of a checkpoint that was saved without it
+ASKED = ("learn_scales", "static_activations")
+
 OVERRIDES = ("quanto", AQLM_METHOD)
 
 _overrides: set[str] = set()
@@ -109,7 +112,15 @@ def _merge(saved: Any, given: QuantoConfig) -> QuantoConfig:
             f"the checkpoint is quantized already, with {pairs}. Load it without a quantization_config, or quantize "
             f"the original float checkpoint"
         )
+    if given.qat and not saved.qat:
+        raise ValueError(
+            "qat=True trains float weights, and the checkpoint has packed ones, which are frozen. Load the original "
+            "float checkpoint with this config; or load this one with QuantoConfig(dequantize=True), and let "
+            "quanto_hf.quantize(model, ...) round its weights anew"
+        )
     saved.dequantize = given.dequantize
+    # what the checkpoint has no tensors for, and can begin now
+    saved.asked = tuple(flag for flag in ASKED if getattr(given, flag) and not getattr(saved, flag))
     if given.quant_method == SKELETON_METHOD:
         saved.quant_method = SKELETON_METHOD
     return saved
