@@ -9,6 +9,8 @@ from typing import Any
 from quanto_hf.hf.aqlm_config import AQLM_METHOD, AqlmConfig
 from quanto_hf.hf.config import SKELETON_METHOD, QuantoConfig
 
+# what a config may ask of a checkpoint that was saved without it
+ASKED = ("learn_scales", "static_activations")
 # a list may name every layer of a model
 SHORT = Repr()
 SHORT.maxlist, SHORT.maxstring = 3, 80
@@ -25,7 +27,15 @@ def merge_saved(saved: Any, given: QuantoConfig) -> QuantoConfig:
     # QuantoConfig(dequantize=True) alone asks for no scheme
     if not (given.dequantize and not QuantoConfig(dequantize=True).conflicts(given)):
         _refuse(saved, given, saved.conflicts(given))
+    if given.qat and not saved.qat:
+        raise ValueError(
+            "qat=True trains float weights, and the checkpoint has packed ones, which are frozen. Load the original "
+            "float checkpoint with this config; or load this one with QuantoConfig(dequantize=True), and let "
+            "quanto_hf.quantize(model, ...) round its weights anew"
+        )
     saved.dequantize = given.dequantize
+    # what the checkpoint has no tensors for, and can begin now
+    saved.asked = tuple(flag for flag in ASKED if getattr(given, flag) and not getattr(saved, flag))
     if given.quant_method == SKELETON_METHOD:
         saved.quant_method = SKELETON_METHOD
     return saved

@@ -13,6 +13,7 @@ from quanto_hf.nn.autocast import autocasts
 from quanto_hf.nn.bound_call import Call
 from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.nn.prepared import straight_through
+from quanto_hf.nn.prepared_op import linear_in_graph
 from quanto_hf.nn.qweight import QuantizedWeight
 from quanto_hf.nn.registry import register_qmodule
 from quanto_hf.ops.watched import transformed
@@ -117,6 +118,8 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
             bias = bias.to(x.dtype)
         if not self.is_frozen and not self.rounding:
             return F.linear(x, self.weight.to(x.dtype), bias)
+        if torch.compiler.is_compiling() and not self.is_frozen and not transformed():
+            return linear_in_graph(self, x, bias)
         # torch cannot follow a function with a gradient of its own through these
         if torch.compiler.is_compiling() or transformed():
             x = self.round_input(x, self.static_scale)
