@@ -34,8 +34,8 @@ def merge_saved(saved: Any, given: QuantoConfig) -> QuantoConfig:
             "quanto_hf.quantize(model, ...) round its weights anew"
         )
     saved.dequantize = given.dequantize
-    # what the checkpoint has no tensors for, and can begin now
-    saved.asked = tuple(flag for flag in ASKED if getattr(given, flag) and not getattr(saved, flag))
+    # what the checkpoint has no tensors for, and can begin now; not a field of the config, so it is not saved
+    vars(saved)["asked"] = tuple(flag for flag in ASKED if getattr(given, flag) and not getattr(saved, flag))
     if given.quant_method == SKELETON_METHOD:
         saved.quant_method = SKELETON_METHOD
     return saved
