@@ -33,11 +33,12 @@ def merge_saved(saved: Any, given: QuantoConfig) -> QuantoConfig:
             "float checkpoint with this config; or load this one with QuantoConfig(dequantize=True), and let "
             "quanto_hf.quantize(model, ...) round its weights anew"
         )
-    saved.dequantize = given.dequantize
-    # what the checkpoint has no tensors for, and can begin now; not a field of the config, so it is not saved
-    vars(saved)["asked"] = tuple(flag for flag in ASKED if getattr(given, flag) and not getattr(saved, flag))
+    merged: Any = saved
+    merged.dequantize = given.dequantize
+    # what the checkpoint has no tensors for, and can begin now; the class has the default, and it is not saved
+    merged.asked = tuple(flag for flag in ASKED if getattr(given, flag) and not getattr(saved, flag))
     if given.quant_method == SKELETON_METHOD:
-        saved.quant_method = SKELETON_METHOD
+        merged.quant_method = SKELETON_METHOD
     return saved
 
 
