@@ -1,16 +1,16 @@
 """Time of linear layers with AQLM weights on the CPU, beside torch's bfloat16 and the ``aqlm`` package.
 
-    python benchmarks/aqlm.py [--size 4096 4096] [--rows 1 512] [--threads 2] [--repeats 20]
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/aqlm.py [--size 4096 4096] [--rows 1 512] [--threads 1 2] [--repeats 20]
 
-Every kernel is compared with the dequantized weight first. All are called in turns, so that a busy machine slows all of
-them; a number is the median over the turns, ``/ bf16`` the median of the ratios within a turn. The package computes in
-float32 for codes of 8 bits (it takes nothing else), and is left out where it is not installed. Its time is that of the
-same number of threads, with which its results for codes of 8 bits are wrong (tests/ops/test_aqlm_package.py).
+A line for each number of rows of x: milliseconds, and their ratio to those of torch. Every kernel is compared with the
+dequantized weight first. All are called in turns, so that a busy machine slows all of them, and a number is that of the
+fastest call. The package computes in float32 for codes of 8 bits (it takes nothing else), for one row here, and is left
+out where it is not installed. Its time is that of the same number of threads; with two its results for codes of 8
+bits are wrong (tests/ops/test_aqlm_package.py).
 """
 
 import argparse
 import importlib.util
-import statistics
 import sys
 import time
 import warnings
@@ -59,55 +59,49 @@ def main() -> None:
     """Check, time, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=2, default=(4096, 4096), metavar=("OUT", "IN"))
-    parser.add_argument("--rows", type=int, nargs="+", default=(1, 512), help="rows of x")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rows", type=int, nargs="+", default=(1, 2, 4, 8, 16, 32, 64, 128, 512), help="rows of x")
+    parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--repeats", type=int, default=20)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")
     package = importlib.util.find_spec("aqlm") is not None
-    if package:
-        import numba
-
-        numba.set_num_threads(given.threads)
     rows, columns = given.size
     dense = torch.randn(rows, columns).bfloat16()
     weights = {scheme: draw(scheme, (rows, columns)) for scheme in LAYOUTS}
-    for count in given.rows:
-        x = torch.randn(count, columns).bfloat16()
-        calls: dict[str, Callable[[], torch.Tensor]] = {"torch bf16": lambda x=x: F.linear(x, dense)}
-        for scheme, tensors in weights.items():
-            parts = tuple(tensors[name] for name in scheme.names)
-            calls[str(scheme)] = lambda x=x, parts=parts: aqlm_linear(x, *parts, None)
-            exact = F.linear(x.float(), aqlm_dequantize(*parts, torch.float32))
-            error = float((calls[str(scheme)]().float() - exact).norm() / exact.norm())
-            assert error < ERROR, f"{scheme} is wrong by {error:.2g}"
-            if package and count == 1:
-                calls[f"{scheme}, aqlm package"] = of_package(scheme, tensors, x)
-        print(f"{rows} x {columns}, {count} rows of x, {given.threads} threads")
-        for name, times in measure(calls, given.repeats).items():
-            print(f"  {name:28} {statistics.median(times[0]) * 1e3:9.2f} ms {statistics.median(times[1]):8.2f} / bf16")
+    for threads in given.threads:
+        torch.set_num_threads(threads)
+        print(f"{rows} x {columns}, {threads} threads")
+        for count in given.rows:
+            x = torch.randn(count, columns).bfloat16()
+            calls: dict[str, Callable[[], torch.Tensor]] = {"torch bf16": lambda x=x: F.linear(x, dense)}
+            for scheme, tensors in weights.items():
+                parts = tuple(tensors[name] for name in scheme.names)
+                calls[str(scheme)] = lambda x=x, parts=parts: aqlm_linear(x, *parts, None)
+                exact = F.linear(x.float(), aqlm_dequantize(*parts, torch.float32))
+                error = float((calls[str(scheme)]().float() - exact).norm() / exact.norm())
+                assert error < ERROR, f"{scheme} is wrong by {error:.2g}"
+                if package and count == 1:
+                    import numba
+
+                    numba.set_num_threads(threads)
+                    calls[f"{scheme}, aqlm package"] = of_package(scheme, tensors, x)
+            times = fastest(calls, given.repeats)
+            first = times["torch bf16"]
+            told = (f"{name} {seconds * 1e3:.2f} ({seconds / first:.2f})" for name, seconds in times.items())
+            print(f"  {count:4} rows:  {'   '.join(told)}", flush=True)
 
 
 @torch.no_grad()
-def measure(calls: dict[str, Callable[[], torch.Tensor]], repeats: int) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds of each call, and its ratio to the first one in the same turn; the best of 3 in a turn."""
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
-    for call in calls.values():
-        call()
+def fastest(calls: dict[str, Callable[[], torch.Tensor]], repeats: int) -> dict[str, float]:
+    """Seconds of the fastest call of each, over turns of 3 calls of each."""
+    found = dict.fromkeys(calls, float("inf"))
     for _ in range(repeats):
-        turn = {}
         for name, call in calls.items():
-            best = float("inf")
             for _ in range(3):
                 start = time.perf_counter()
                 call()
-                best = min(best, time.perf_counter() - start)
-            turn[name] = best
-        for name, seconds in turn.items():
-            found[name][0].append(seconds)
-            found[name][1].append(seconds / next(iter(turn.values())))
+                found[name] = min(found[name], time.perf_counter() - start)
     return found
 
 

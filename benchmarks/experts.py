@@ -1,24 +1,30 @@
 """Experts and embedding rows beside torch's own: ratios above 1 are faster than what stands at the head of the column.
 
     python benchmarks/experts.py [--shape 2048x1024 4096x14336] [--experts 8 128] [--threads 2] [--types int4 int8]
+    python benchmarks/experts.py --embedding
+    python benchmarks/experts.py --calls
 
 ``ours`` is ``expert_linear`` with ids in no order, ``sorted`` the same with ids in order. ``linear`` is one call of the
 quantized ``linear`` for each expert that has rows; ``loop`` is ``F.linear`` with bfloat16 experts in a loop, as
 transformers' eager experts do; neither gathers nor scatters here. ``grouped`` is torch's ``grouped_mm`` on sorted rows,
 where there is one. All of them take turns, and no call reads the experts that the call before has read. Results are
-compared with the reference before they are timed.
+compared with the reference before they are timed. ``--calls`` shows what a call costs beside its work: one row, and
+weights so small that there is none.
 """
 
 import argparse
 import random
 import statistics
 import time
+import timeit
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from quanto_hf.nn import QEmbedding, QLinear
+from quanto_hf.nn.expert_product import ExpertProduct
 from quanto_hf.ops import dequantize, embedding, expert_linear, linear
 from quanto_hf.schemes import make_scheme
 
@@ -144,6 +150,39 @@ def bench_embedding(shape: tuple[int, int], types: list[str], rounds: int) -> No
             print(f"{name:7}{count:8} rows of {shape[1]}{found['ours'] * 1e3:10.4f} ms{ratio:8.2f}", flush=True)
 
 
+@torch.no_grad()
+def bench_calls(types: list[str]) -> None:
+    """Print a row for each way to call something. The smallest of many short series, in turns: what is measured is
+    Python, and whatever disturbs it makes it longer."""
+    x, ids = torch.randn(1, 64), torch.tensor([0])
+    for name in types:
+        scheme = make_scheme(name)
+        stored = scheme.quantize(torch.randn(4, 8, 64))
+        product = ExpertProduct(scheme, 64)
+        linear_layer = QLinear.from_module(torch.nn.Linear(64, 8), scheme)
+        table = QEmbedding.from_module(torch.nn.Embedding(4, 64), scheme)
+        rows = table.quantized()
+        for layer in (linear_layer, table):
+            layer.freeze()
+        assert torch.equal(product(x, ids, stored), scheme.expert_linear(x, ids, stored, None))
+        assert torch.equal(table.forward(ids), scheme.rows(rows, ids, 64, torch.float32))
+        ways: dict[str, Callable[[], Any]] = {
+            "new_empty of the result": lambda: x.new_empty((1, 8)),
+            "expert_linear": lambda: scheme.expert_linear(x, ids, stored, None),  # noqa: B023
+            "ExpertProduct": lambda: product(x, ids, stored),  # noqa: B023
+            "embedding": lambda: scheme.rows(rows, ids, 64, torch.float32),  # noqa: B023
+            "QEmbedding.forward": lambda: table.forward(ids),  # noqa: B023
+            "F.embedding": lambda: F.embedding(ids, x),
+            "QLinear.forward": lambda: linear_layer.forward(x),  # noqa: B023
+        }
+        best = dict.fromkeys(ways, float("inf"))
+        for _ in range(400):
+            for way, run in ways.items():
+                best[way] = min(best[way], timeit.timeit(run, number=50) / 50)
+        for way, seconds in best.items():
+            print(f"{name:7}{way:28}{seconds * 1e6:8.2f} us", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", default=["2048x1024", "4096x14336"], metavar="OUTxIN")
@@ -152,8 +191,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="fewer for many tokens")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--embedding", action="store_true", help="embedding rows instead of experts")
+    parser.add_argument("--calls", action="store_true", help="what a call costs, instead of experts")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.calls:
+        bench_calls(args.types)
+        return
     if args.embedding:
         print(f"{'':32}ours and times torch's, {args.threads} threads")
         bench_embedding((65536, 4096), args.types, args.rounds)

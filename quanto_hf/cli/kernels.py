@@ -5,25 +5,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quanto_hf.cli.aqlm_kernels import Asked, aqlm_ops, check_aqlm_kernels
 from quanto_hf.cli.machine import lines, machine
-from quanto_hf.cli.options import features, float_dtype, schemes, whole_numbers
+from quanto_hf.cli.options import WrongUsage, aqlm_schemes, features, float_dtype, schemes, whole_numbers, words
 from quanto_hf.cli.show import console, table
 
 if TYPE_CHECKING:
     import torch
 
     from quanto_hf.qtypes import QType
-    from quanto_hf.schemes import Grouped
+    from quanto_hf.schemes import Aqlm, Grouped
 
 # not an op: a layer asks for it with activations="int8"
 INT8_LINEAR = "linear, int8 x"
 # columns that are two groups at least
 TWO_GROUPS = 512
+# the ops that rows of the input mean nothing to
+WITHOUT_X = ("dequantize", "embedding", "aqlm_dequantize")
 
 
 def kernels(
     weights: Annotated[
-        list[str] | None, typer.Option(help="Number types, with commas or repeated. Default: all of them.")
+        list[str] | None,
+        typer.Option(
+            help="Number types, and AQLM layouts such as aqlm-2x8, with commas or repeated. Default: all of them."
+        ),
     ] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Columns that share a scale; -1 is whole rows. Default: that of the type.")
@@ -40,10 +46,19 @@ def kernels(
     Example: `quanto-hf kernels --weights int4`
     """
     kind, shape, counts = float_dtype(dtype), features(size), whole_numbers("--rows", [rows])
-    chosen = schemes(weights, group_size)
+    layouts, names = aqlm_schemes(weights, group_size)
+    chosen = schemes(names, group_size) if names or not words(weights) else []
+    if words(weights):
+        for reason in filter(None, (layout.refuses(shape) for layout in layouts)):
+            raise WrongUsage(f"--features {size}: {reason}")
+    layouts = [layout for layout in layouts if layout.refuses(shape) is None]
     found = machine()
-    choices = [row for scheme in chosen for row in explain(scheme, kind, shape, counts)]
-    checks = [check(scheme, kind) for scheme in chosen] if found["native"] else []
+    asked: list[Grouped | Aqlm] = [*chosen, *layouts]
+    choices = [row for scheme in asked for row in explain(scheme, kind, shape, counts)]
+    checks: list[dict[str, Any]] = []
+    if found["native"]:
+        checks += [check(scheme, kind) for scheme in chosen]
+        checks += [check_aqlm_kernels(layout, kind) for layout in layouts]
     if as_json:
         print(json.dumps({"machine": found, "kernels": choices, "checks": checks}, indent=2))
     else:
@@ -59,43 +74,26 @@ def kernels(
         raise typer.Exit(1)
 
 
-def explain(scheme: "Grouped", dtype: "torch.dtype", shape: tuple[int, int], counts: list[int]) -> list[dict[str, Any]]:
+def explain(
+    scheme: "Grouped | Aqlm", dtype: "torch.dtype", shape: tuple[int, int], counts: list[int]
+) -> list[dict[str, Any]]:
     """A row for each op, and for linear layers with int8 activations, and for each number of rows of x if it makes a
     difference."""
-    import torch
-
-    from quanto_hf.ops import (
-        dequantize,
-        embedding_op,
-        expert_linear_grad_input,
-        expert_linear_op,
-        linear_grad_input,
-        linear_op,
-    )
     from quanto_hf.qtypes import qint8
+    from quanto_hf.schemes import Aqlm
 
-    def stored(shape: tuple[int, ...]) -> tuple["torch.Tensor | None", ...]:
-        # only shapes and dtypes are looked at
-        made = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in scheme.tensors(shape, dtype).items()}
-        return made["packed"], made["scale"], made.get("zero")
-
-    weight, weights = stored(shape), stored((2, *shape))
-    rest = (scheme.qtype, scheme.group_size)
     found: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
     for count in counts:
-        x, grad = (torch.empty(count, width, dtype=dtype) for width in (shape[1], shape[0]))
-        ids = torch.zeros(count, dtype=torch.int64)
         asked = (
-            (linear_op, (x, *weight, None, *rest)),
-            (dequantize, (*weight, *rest, shape[1], dtype)),
-            (embedding_op, (ids, *weight, *rest, shape[1], dtype)),
-            (linear_grad_input, (grad, *weight, *rest, shape[1])),
-            (expert_linear_op, (x, ids, *weights, None, *rest)),
-            (expert_linear_grad_input, (grad, ids, *weights, *rest, shape[1])),
+            aqlm_ops(scheme, dtype, shape, count)
+            if isinstance(scheme, Aqlm)
+            else grouped_ops(scheme, dtype, shape, count)
         )
         for op, arguments in asked:
             op.check(*arguments)
             found.setdefault((op.name, tuple(op.explain(*arguments))), []).append(count)
+        if isinstance(scheme, Aqlm):
+            continue
         reason = why_not_activations(scheme, shape, dtype, count, qint8)
         said = [("native_int8", reason or "runs")]
         said += [("rounding, linear", "runs" if reason else "a kernel before it runs")]
@@ -106,11 +104,43 @@ def explain(scheme: "Grouped", dtype: "torch.dtype", shape: tuple[int, int], cou
         {
             "weights": str(scheme),
             "op": name,
-            "rows": [] if name in ("dequantize", "embedding") else rows,
+            "rows": [] if name in WITHOUT_X else rows,
             "runs": next(kernel for kernel, said in said_of if said == "runs"),
             "others": {kernel: said for kernel, said in said_of if said != "runs"},
         }
         for (name, said_of), rows in sorted(found.items(), key=lambda item: order.index(item[0][0]))
+    ]
+
+
+def grouped_ops(scheme: "Grouped", dtype: "torch.dtype", shape: tuple[int, int], count: int) -> list[Asked]:
+    """The ops of a number type, as :func:`aqlm_ops` has those of a layout."""
+    import torch
+
+    from quanto_hf.ops import (
+        dequantize,
+        embedding_op,
+        expert_linear_grad_input,
+        expert_linear_op,
+        linear_grad_input,
+        linear_op,
+    )
+
+    def stored(shape: tuple[int, ...]) -> tuple["torch.Tensor | None", ...]:
+        # only shapes and dtypes are looked at
+        made = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in scheme.tensors(shape, dtype).items()}
+        return made["packed"], made["scale"], made.get("zero")
+
+    weight, weights = stored(shape), stored((2, *shape))
+    rest = (scheme.qtype, scheme.group_size)
+    x, grad = (torch.empty(count, width, dtype=dtype) for width in (shape[1], shape[0]))
+    ids = torch.zeros(count, dtype=torch.int64)
+    return [
+        (linear_op, (x, *weight, None, *rest)),
+        (dequantize, (*weight, *rest, shape[1], dtype)),
+        (embedding_op, (ids, *weight, *rest, shape[1], dtype)),
+        (linear_grad_input, (grad, *weight, *rest, shape[1])),
+        (expert_linear_op, (x, ids, *weights, None, *rest)),
+        (expert_linear_grad_input, (grad, ids, *weights, *rest, shape[1])),
     ]
 
 

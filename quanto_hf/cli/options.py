@@ -8,9 +8,10 @@ if TYPE_CHECKING:
     import torch
 
     from quanto_hf.qtypes import QType
-    from quanto_hf.schemes import Grouped
+    from quanto_hf.schemes import Aqlm, Grouped
 
 TYPES = ("int8", "float8", "int4", "nf4", "fp4", "int2")
+PUBLISHED_AQLM = ("aqlm-1x8", "aqlm-2x8", "aqlm-1x16")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -77,6 +78,29 @@ def schemes(weights: list[str] | None, group_size: int | None = None) -> "list[G
     if not found:
         raise WrongUsage(f"--group-size {group_size}: no number type has groups of this size")
     return found
+
+
+def aqlm_schemes(weights: list[str] | None, group_size: int | None = None) -> "tuple[list[Aqlm], list[str]]":
+    """The AQLM layouts among the names, and the other names. With neither names nor a group size: what is published.
+
+    Example:
+        >>> aqlm_schemes(["int4,aqlm-2x8"])
+        ([Aqlm(num_codebooks=2, nbits=8, out_group=1, in_group=8)], ['int4'])
+    """
+    from quanto_hf.schemes import Aqlm, is_aqlm_name, make_scheme
+
+    found, others = [], []
+    for name in words(weights) or (PUBLISHED_AQLM if group_size is None else ()):
+        if not is_aqlm_name(name):
+            others.append(name)
+            continue
+        try:
+            scheme = make_scheme(name, group_size)
+        except ValueError as error:
+            raise WrongUsage(f"--weights {name}: {error}") from None
+        assert isinstance(scheme, Aqlm)
+        found.append(scheme)
+    return found, others
 
 
 def activation_types(activations: list[str] | None) -> "list[QType]":

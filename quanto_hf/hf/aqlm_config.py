@@ -80,6 +80,12 @@ class AqlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """What every module gets that is quantized."""
         return Choice(self.scheme())
 
+    def conflicts(self, other: "AqlmConfig") -> list[str]:
+        """Names of the values in which another config contradicts this one; an empty list of names contradicts none."""
+        mine, others = (set(config.linear_weights_not_to_quantize or []) for config in (self, other))
+        names = ["linear_weights_not_to_quantize"] if others and others != mine else []
+        return [name for name in SIZES if getattr(self, name) != getattr(other, name)] + names
+
     @property
     def weights(self) -> str:
         """The name of the layout, as a QuantoConfig takes it."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -35,10 +35,12 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
             those of a quantized product. A scale belongs to a token; where int4 or int2 weights meet int8, to 32
             columns of it. docs/speed.md says where this is faster.
         static_activations: round inputs with one scale per layer, which :class:`quanto_hf.Calibration` finds; the model
-            refuses to run before. Calibrating a model without it sets it.
+            refuses to run before. Calibrating a model without it sets it. May be given for a quantized checkpoint that
+            was saved without.
         qat: load float weights into layers that give what the packed ones would give, for quantization-aware training;
-            :func:`quanto_hf.freeze` packs them.
-        learn_scales: with ``qat``, train the scales as well.
+            :func:`quanto_hf.freeze` packs them. A quantized checkpoint has no float weights, and is refused.
+        learn_scales: with ``qat``, train the scales as well. May be given for a checkpoint of training that was saved
+            without.
         modules_to_not_convert: patterns of modules that stay float, besides the defaults (output and task heads, tied
             weights, what the model keeps in float32). A pattern is a run of whole name segments or a glob: ``fc1``
             does not match ``fc10``, ``*.down_proj`` does what it says.
@@ -81,6 +83,8 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     schemes: list[dict[str, Any]] | None = None
     # keyword only: the base class has it first, but the first argument is the weights, as in transformers' QuantoConfig
     quant_method: str = field(default=METHOD, kw_only=True)
+    # flags that a config given for a quantized checkpoint has beyond the saved one: for after loading, and not saved
+    asked: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         self.overrides = {} if self.overrides is None else self.overrides

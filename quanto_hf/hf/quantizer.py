@@ -250,6 +250,9 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
 
     def _finish_layers(self, model: Any) -> None:
         absent, config = [], self.quantization_config
+        # only now: until here they said what the checkpoint holds
+        for flag in config.asked:
+            setattr(config, flag, True)
         for name, module in model.named_modules():
             if not isinstance(module, QuantizedWeight):
                 continue

@@ -9,7 +9,8 @@ from types import ModuleType
 from typing import Any
 
 from quanto_hf.hf.aqlm_config import AQLM_METHOD, AqlmConfig
-from quanto_hf.hf.config import METHOD, SKELETON_METHOD, QuantoConfig
+from quanto_hf.hf.config import METHOD, QuantoConfig
+from quanto_hf.hf.saved_config import merge_saved, merge_saved_aqlm
 
 # Importing it takes 0.9 s, so it is patched when somebody else imports it, which from_pretrained does.
 AUTO = "transformers.quantizers.auto"
@@ -32,7 +33,7 @@ def install(override: str) -> None:
 
     Args:
         override: "quanto": ``transformers.QuantoConfig`` then quantizes with quanto_hf. "aqlm": checkpoints in the AQLM
-            format are loaded by quanto_hf, and :class:`quanto_hf.AqlmConfig` makes them.
+            format are loaded by quanto_hf. (:class:`quanto_hf.AqlmConfig` does that without it where it is given.)
 
     Raises:
         ValueError: the method cannot be overridden.
@@ -83,33 +84,22 @@ def _register(auto: Any) -> None:
         return
 
     def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        if not isinstance(quantization_config_from_args, QuantoConfig):
-            return merge(quantization_config, quantization_config_from_args)
-        return _merge(merge(quantization_config, None), quantization_config_from_args)
+        given = quantization_config_from_args
+        if isinstance(given, QuantoConfig):
+            return merge_saved(merge(quantization_config, None), given)
+        if isinstance(given, AqlmConfig):
+            return merge_saved_aqlm(quantization_config, given)
+        return merge(quantization_config, given)
 
     merge_quantization_configs.checks_quanto_hf = True  # type: ignore[attr-defined]
     auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)
+    from_config = auto.AutoHfQuantizer.from_config
 
+    def quantizer_from_config(quantization_config: Any, **kwargs: Any) -> Any:
+        # who gives our class means us, also where transformers serves the method
+        theirs = auto.AUTO_QUANTIZER_MAPPING[AQLM_METHOD].__module__.startswith("transformers.")
+        if isinstance(quantization_config, AqlmConfig) and theirs:
+            return importlib.import_module("quanto_hf.hf.aqlm").AqlmQuantizer(quantization_config, **kwargs)
+        return from_config(quantization_config, **kwargs)
 
-def _merge(saved: Any, given: QuantoConfig) -> QuantoConfig:
-    """The config of a quantized checkpoint, if a given one does not contradict it. transformers itself would use the
-    saved one with no more than a warning."""
-    if not isinstance(saved, QuantoConfig):
-        method = getattr(saved, "quant_method", saved)
-        raise ValueError(
-            # the methods of transformers are an enum
-            f"the checkpoint is quantized already, with {getattr(method, 'value', method)}; "
-            f"load it without a QuantoConfig, or quantize the original float checkpoint"
-        )
-    different = saved.conflicts(given)
-    # QuantoConfig(dequantize=True) alone asks for no scheme
-    if different and not (given.dequantize and not QuantoConfig(dequantize=True).conflicts(given)):
-        pairs = ", ".join(f"{n}={getattr(saved, n)!r} (you gave {getattr(given, n)!r})" for n in different)
-        raise ValueError(
-            f"the checkpoint is quantized already, with {pairs}. Load it without a quantization_config, or quantize "
-            f"the original float checkpoint"
-        )
-    saved.dequantize = given.dequantize
-    if given.quant_method == SKELETON_METHOD:
-        saved.quant_method = SKELETON_METHOD
-    return saved
+    auto.AutoHfQuantizer.from_config = staticmethod(quantizer_from_config)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quanto_hf.nn.bound_call import BoundCall
 from quanto_hf.ops import TOKEN, round_activations, scale_gradient
 from quanto_hf.qtypes import QType
 
@@ -66,7 +67,7 @@ class QuantizedInput(nn.Module):
     # the scale that was found to be calibrated, and its version then: looking at it costs a wait for a GPU
     _checked: tuple[torch.Tensor, int] | None = None
     # a prepared call, which must not outlive a change of how inputs are rounded
-    _bound: Any
+    _bound: BoundCall | None
 
     @property
     def static_scale(self) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from quanto_hf.nn.activation import INPUT_SCALE, QuantizedInput
+from quanto_hf.nn.prepared_op import weight_in_graph
 from quanto_hf.nn.qweight import QuantizedWeight
 
 SCALE, ZERO = "learned_scale", "learned_zero"
@@ -93,12 +94,23 @@ class LearnedScales(QuantizedWeight):
         """
         if self.is_frozen:
             return self.dequantized()
-        weight, scale, zero = sources["weight"], sources.get(SCALE), sources.get(ZERO)
+        matrix = self.to_matrix(sources["weight"])
+        if torch.compiler.is_compiling():
+            return self.from_matrix(weight_in_graph(self, matrix, sources))
+        return self.from_matrix(self.round_matrix(matrix, sources))
+
+    def round_matrix(self, matrix: torch.Tensor, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """:meth:`round_weight` of a PREPARED module for the weight as a matrix.
+
+        Args:
+            matrix: of :meth:`to_matrix`.
+            sources: learned scales and zeros, if there are any, by their names.
+        """
+        scale, zero = sources.get(SCALE), sources.get(ZERO)
         if scale is not None:
-            rounded = self.scheme.fake_quantize(self.to_matrix(weight), positive(scale), zero)
-            return self.from_matrix(rounded).to(weight.dtype)
+            return self.scheme.fake_quantize(matrix, positive(scale), zero).to(matrix.dtype)
         with torch.no_grad():
-            stored = self.scheme.quantize(self.to_matrix(weight), self.fit)
-            rounded = self.from_matrix(self.scheme.dequantize(stored, self.matrix_shape[1], weight.dtype))
+            stored = self.scheme.quantize(matrix, self.fit)
+            rounded = self.scheme.dequantize(stored, matrix.shape[1], matrix.dtype)
         # the difference is exactly 0: the result is the same number with and without a gradient
-        return rounded + (weight - weight.detach()) if weight.requires_grad else rounded
+        return rounded + (matrix - matrix.detach()) if matrix.requires_grad else rounded

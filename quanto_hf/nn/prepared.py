@@ -1,5 +1,6 @@
 """Products of rounded numbers with gradients: of PREPARED layers, and of FROZEN ones that round their input."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,22 +42,45 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Maybe, ...]:
-        saved, layer = ctx.saved_tensors, ctx.layer
-        needs_bias, needs = ctx.needs_input_grad[2], [ctx.needs_input_grad[1], *ctx.needs_input_grad[3:]]
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        # leaves of a graph of their own: the one that is being walked is not touched
-        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(saved, needs, strict=True)]
-        with torch.enable_grad():
-            x, named = leaves[0], dict(zip(ctx.names, leaves[1:], strict=True))
-            rounded = x if ctx.observing else layer.round_input(x, named.get("input_scale"))
-            weight = layer.round_weight(named)
-        ends = []
-        if rounded.requires_grad:
-            ends.append((rounded, (grad @ weight.detach().to(grad.dtype)).view_as(rounded)))
-        if weight.requires_grad:
-            ends.append((weight, (grad.T @ rounded.detach().reshape(-1, layer.in_features)).to(weight.dtype)))
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        if ends:
-            torch.autograd.backward([end for end, _ in ends], [into for _, into in ends], inputs=wanted)
-        grad_x, *others = [leaf.grad for leaf in leaves]
-        return None, grad_x, grad.sum(0) if needs_bias else None, *others
+        (x, *sources), layer = ctx.saved_tensors, ctx.layer
+        needs = [ctx.needs_input_grad[1], *ctx.needs_input_grad[3:], ctx.needs_input_grad[2]]
+        named = dict(zip(ctx.names, sources, strict=True))
+        grad_x, *others, grad_bias = gradients(layer, grads[0], x, named, needs, ctx.observing)
+        return None, grad_x, grad_bias, *others
+
+
+def gradients(
+    layer: "QLinear",
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    sources: Mapping[str, torch.Tensor],
+    needs: Sequence[bool],
+    observing: bool = False,
+) -> list[Maybe]:
+    """The gradients of :func:`straight_through` to x, each of the sources, and the bias; None where none is needed.
+
+    Args:
+        grad: of the product, shape (..., out_features).
+        x: as it came.
+        sources: of :meth:`quanto_hf.nn.learned.LearnedScales.sources`.
+        needs: whether x, each of the sources, and the bias want a gradient.
+        observing: whether the layer was being calibrated, and did not round x.
+    """
+    grad = grad.reshape(-1, grad.shape[-1])
+    *needs_leaf, needs_bias = needs
+    # leaves of a graph of their own: the one that is being walked is not touched
+    given = zip((x, *sources.values()), needs_leaf, strict=True)
+    leaves = [tensor.detach().requires_grad_(need) for tensor, need in given]
+    with torch.enable_grad():
+        leaf, named = leaves[0], dict(zip(sources, leaves[1:], strict=True))
+        rounded = leaf if observing else layer.round_input(leaf, named.get("input_scale"))
+        weight = layer.round_weight(named)
+    ends = []
+    if rounded.requires_grad:
+        ends.append((rounded, (grad @ weight.detach().to(grad.dtype)).view_as(rounded)))
+    if weight.requires_grad:
+        ends.append((weight, (grad.T @ rounded.detach().reshape(-1, layer.in_features)).to(weight.dtype)))
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    if ends:
+        torch.autograd.backward([end for end, _ in ends], [into for _, into in ends], inputs=wanted)
+    return [*(leaf.grad for leaf in leaves), grad.sum(0) if needs_bias else None]

@@ -1,5 +1,6 @@
 """Embeddings whose weight is quantized: only the rows that are read are dequantized."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quanto_hf.fit import Fit
+from quanto_hf.nn.bound_call import Call
 from quanto_hf.nn.registry import register_qmodule
 from quanto_hf.nn.rounded import RoundedModule
 from quanto_hf.qtypes import QType
@@ -50,7 +52,16 @@ class QuantizedTable(RoundedModule):
 
     def _read(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of the FROZEN weight, shape (*index.shape, embedding_dim)."""
+        if not torch.compiler.is_compiling():
+            call = self.bound_call()
+            out = None if call is None else call(index, self.weight_dtype)
+            if out is not None:
+                return out
         return self.scheme.rows(self.tensors(), index, self.embedding_dim, self.weight_dtype)
+
+    def _prepare(self, tensors: Mapping[str, torch.Tensor]) -> Call | None:
+        """The call that reads rows of these stored tensors, or None where there is none."""
+        return self.scheme.bind_rows(tensors, self.embedding_dim)
 
 
 @register_qmodule(nn.Embedding)

@@ -1,25 +1,24 @@
 """A linear layer whose weight is quantized, and is an ``nn.Linear`` to everybody else."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from quanto_hf.fit import Fit
-from quanto_hf.nn.activation import INPUT_SCALE, QuantizedInput, fake_quantize
+from quanto_hf.nn.activation import QuantizedInput, fake_quantize
 from quanto_hf.nn.autocast import autocasts
+from quanto_hf.nn.bound_call import Call
 from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.nn.prepared import straight_through
+from quanto_hf.nn.prepared_op import linear_in_graph
 from quanto_hf.nn.qweight import QuantizedWeight
 from quanto_hf.nn.registry import register_qmodule
 from quanto_hf.ops.watched import transformed
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
-
-# the stored parameters by name, the static scale of the input, and the call that was prepared for them
-Bound = tuple[list[tuple[str, torch.Tensor]], torch.Tensor | None, Callable[..., torch.Tensor | None] | None]
 
 
 @register_qmodule(nn.Linear)
@@ -119,6 +118,8 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
             bias = bias.to(x.dtype)
         if not self.is_frozen and not self.rounding:
             return F.linear(x, self.weight.to(x.dtype), bias)
+        if torch.compiler.is_compiling() and not self.is_frozen and not transformed():
+            return linear_in_graph(self, x, bias)
         # torch cannot follow a function with a gradient of its own through these
         if torch.compiler.is_compiling() or transformed():
             x = self.round_input(x, self.static_scale)
@@ -134,8 +135,7 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
     def multiply(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
         """The product with a packed weight: one kernel that rounds x as well, or one step after the other."""
         # preparing takes 50 us, and of a FROZEN layer it has been done
-        bound: Bound | None = self._bound
-        call = bound[2] if self.is_frozen and bound is not None else self._prepare(tensors)
+        call = self.bound_call() if self.is_frozen else self._prepare(tensors)
         out = None if call is None else call(x, bias)
         if out is None:
             out = self.scheme.linear(self.round_input(x, self.static_scale), tensors, bias)
@@ -157,24 +157,12 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
     def _fast_forward(self, x: torch.Tensor) -> torch.Tensor | None:
         """The call that the scheme has prepared for the tensors that are held, or None if it does not serve: each
         layer of each token pays for what stands here (3 us)."""
-        bound: Bound | None = self._bound
-        parameters = self._parameters
-        if (
-            bound is None
-            or any(parameters.get(name) is not tensor for name, tensor in bound[0])
-            or self._buffers.get(INPUT_SCALE) is not bound[1]
-        ):
-            bound = self._bound = self._bind()
-        if bound[2] is None or torch.is_autocast_enabled("cpu"):
+        call = self.bound_call()
+        if call is None or torch.is_autocast_enabled("cpu"):
             return None
-        return bound[2](x, parameters["bias"])
+        return call(x, self._parameters["bias"])
 
-    def _bind(self) -> Bound:
-        tensors = self.tensors()
-        held = [(self.prefix + name, tensor) for name, tensor in tensors.items()]
-        return held, self._buffers.get(INPUT_SCALE), self._prepare(tensors) if tensors else None
-
-    def _prepare(self, tensors: Mapping[str, torch.Tensor]) -> Callable[..., torch.Tensor | None] | None:
+    def _prepare(self, tensors: Mapping[str, torch.Tensor]) -> Call | None:
         """The call for these stored tensors, with x rounded as the layer says, or None where there is none."""
         if self.activations is None:
             return self.scheme.bind(tensors, self.in_features)
@@ -182,10 +170,6 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
             return None
         self._check_calibrated()
         return self.scheme.bind(tensors, self.in_features, self.activations.name, self.static_scale)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the prepared call, which knows addresses in memory."""
-        return {**self.__dict__, "_bound": None}
 
     def extra_repr(self) -> str:
         """Features, bias, the scheme, and what happens to the input."""

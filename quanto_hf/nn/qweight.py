@@ -1,6 +1,6 @@
 """What every module with a quantized weight has in common: its states, its stored tensors, its ``weight``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, ClassVar, TypeVar
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from quanto_hf.fit import Fit
 from quanto_hf.nn.activation import INPUT_SCALE
+from quanto_hf.nn.bound_call import BoundCall, Call
 from quanto_hf.nn.weight_view import WeightView, refuse_write
 from quanto_hf.schemes import Scheme
 
@@ -49,8 +50,8 @@ class QuantizedWeight(nn.Module):
     weight_error: float | None
     # whether a float weight is rounded in the forward pass
     rounding: bool
-    # a prepared call, or None; it must not outlive the tensors that it was made for
-    _bound: Any
+    # it must not outlive the tensors that it was made for
+    _bound: BoundCall | None
 
     def _setup(self, scheme: Scheme, dtype: torch.dtype | None, fit: Fit | str | None = None) -> None:
         """What a constructor sets after nn.Module's, before there are parameters."""
@@ -160,6 +161,24 @@ class QuantizedWeight(nn.Module):
             if (tensor := self._parameters.get(self.prefix + name)) is not None
         }
 
+    def bound_call(self) -> Call | None:
+        """The call that is prepared for the stored tensors that are held, or None where there is none."""
+        bound, scale = self._bound, self._buffers.get(INPUT_SCALE)
+        if bound is None or bound.input_scale is not scale or not bound.fits(self._parameters):
+            tensors = self.tensors()
+            call = self._prepare(tensors) if tensors else None
+            held = BoundCall.holding(self.stored_names, self._parameters)
+            bound = self._bound = BoundCall(call, held, scale)
+        return bound.call
+
+    def _prepare(self, tensors: Mapping[str, torch.Tensor]) -> Call | None:
+        """What :meth:`bound_call` keeps for these stored tensors; a module type that has such a call makes it here."""
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the prepared call, which knows addresses in memory."""
+        return {**self.__dict__, "_bound": None}
+
     def quantized(self) -> dict[str, torch.Tensor]:
         """What :meth:`freeze` would store for the float weight."""
         return self.scheme.quantize(self.to_matrix(self.weight.detach()), self.fit)
@@ -190,7 +209,7 @@ class QuantizedWeight(nn.Module):
 
     def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Hold these stored tensors."""
-        # one that was prepared while there were none would say so for ever
+        # lets go of the tensors that were held before
         self._bound = None
         for name, tensor in tensors.items():
             self._parameters[self.prefix + name] = nn.Parameter(tensor, requires_grad=False)

@@ -9,6 +9,8 @@ from quanto_hf.ops.cpu import embedding as _native_embedding  # noqa: F401  the 
 from quanto_hf.ops.cpu.aqlm_bound import bind_aqlm
 from quanto_hf.ops.cpu.bound import BoundLinear
 from quanto_hf.ops.cpu.bound import bind as bind_linear
+from quanto_hf.ops.cpu.embedding_bound import BoundEmbedding, bind_embedding
+from quanto_hf.ops.cpu.experts_bound import BoundExperts, bind_experts
 
 from quanto_hf.ops import torch_aqlm, torch_experts, torch_kernels  # noqa: F401  isort: skip
 from quanto_hf.ops.aqlm import (
@@ -34,6 +36,8 @@ __all__ = [
     "MAX_BITS",
     "OPS",
     "TOKEN",
+    "BoundEmbedding",
+    "BoundExperts",
     "BoundLinear",
     "activation_group",
     "aqlm_dequantize",
@@ -42,6 +46,8 @@ __all__ = [
     "aqlm_linear_grad_input",
     "aqlm_linear_op",
     "bind_aqlm",
+    "bind_embedding",
+    "bind_experts",
     "bind_linear",
     "check_index",
     "code_dtype",

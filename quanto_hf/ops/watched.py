@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 # Looked up once: this is asked in every call of every layer. Names with an underscore have been there since torch 2.1.
 _modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
+_level = torch._C._functorch.maybe_current_level
 _tracer = torch._C._get_tracing_state
 
 
@@ -18,8 +19,9 @@ def watched() -> bool:
 
 
 def transformed() -> bool:
-    """True inside a transform of torch.func, which cannot follow a gradient that is registered for an operator."""
-    return _transform() is not None
+    """True inside a transform of torch.func, which cannot follow a gradient that is registered for an operator. A
+    graph of torch.compile holds it for False, and one of a transform cannot hold it, and breaks here."""
+    return _level() is not None
 
 
 def dispatched() -> bool:

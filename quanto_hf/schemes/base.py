@@ -147,6 +147,29 @@ class Scheme(ABC):
             IndexError: there is no such row; negative numbers do not count from the end.
         """
 
+    def bind_rows(
+        self, tensors: Tensors, in_features: int
+    ) -> Callable[[torch.Tensor, torch.dtype], torch.Tensor | None] | None:
+        """``call(index, dtype)``, the same as :meth:`rows`; see :meth:`bind`."""
+        return None
+
+    def expert_linear(
+        self, x: torch.Tensor, experts: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Each row of ``x`` times the weight of its own expert, as :func:`quanto_hf.ops.expert_linear` says, for a
+        weight of shape (experts, out_features, in_features).
+
+        Raises:
+            ValueError: the scheme has no such product.
+        """
+        raise ValueError(f"{self} weights are not multiplied by expert; choose int8, int4, int2, float8, nf4 or fp4")
+
+    def bind_experts(
+        self, tensors: Tensors, in_features: int
+    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor | None] | None:
+        """``call(x, experts, bias)``, the same as :meth:`expert_linear`; see :meth:`bind`."""
+        return None
+
     def at_ends(self, tensors: Tensors, in_features: int) -> torch.Tensor | None:
         """Which weights have the smallest or the largest code there is, bool of shape (..., out_features, in_features);
         None if codes have no order."""

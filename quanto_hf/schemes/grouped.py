@@ -7,11 +7,16 @@ import torch
 
 from quanto_hf.fit import Fit, Grid, fit_by_name
 from quanto_hf.ops import (
+    BoundEmbedding,
+    BoundExperts,
     BoundLinear,
     activation_group,
+    bind_embedding,
+    bind_experts,
     bind_linear,
     dequantize,
     embedding,
+    expert_linear,
     groups,
     linear,
     packed_width,
@@ -156,6 +161,23 @@ class Grouped(Scheme):
         """See :class:`Scheme`."""
         packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
         return bind_linear(packed, scale, zero, self.qtype, self.group_size, in_features, activations, x_scale)
+
+    def bind_rows(self, tensors: Tensors, in_features: int) -> BoundEmbedding | None:
+        """See :class:`Scheme`."""
+        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
+        return bind_embedding(packed, scale, zero, self.qtype, self.group_size, in_features)
+
+    def expert_linear(
+        self, x: torch.Tensor, experts: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See :class:`Scheme`."""
+        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
+        return expert_linear(x, experts, packed, scale, zero, bias, self.qtype, self.group_size)
+
+    def bind_experts(self, tensors: Tensors, in_features: int) -> BoundExperts | None:
+        """See :class:`Scheme`."""
+        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
+        return bind_experts(packed, scale, zero, self.qtype, self.group_size, in_features)
 
     def at_ends(self, tensors: Tensors, in_features: int) -> torch.Tensor:
         """See :class:`Scheme`."""

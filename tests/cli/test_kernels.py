@@ -1,5 +1,6 @@
 """quanto-hf kernels: with the native library, and without."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,10 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 from quanto_hf.cli.app import app
+from quanto_hf.cli.options import PUBLISHED_AQLM
 from quanto_hf.ops import OPS
 from quanto_hf.ops.cpu import selfcheck
 from quanto_hf.ops.cpu.library import NATIVE
-from quanto_hf.schemes import DEFAULTS
+from quanto_hf.schemes import DEFAULTS, make_scheme
 
 native = pytest.mark.skipif(NATIVE is None, reason="there are no native kernels")
 
@@ -30,7 +32,7 @@ def found(*words: str) -> dict:
 
 def test_every_op_of_every_type_has_a_kernel_and_a_sentence_for_each_other_one():
     rows = found()["kernels"]
-    assert len({row["weights"] for row in rows}) == len(DEFAULTS)
+    assert len({row["weights"] for row in rows}) == len(DEFAULTS) + len(PUBLISHED_AQLM)
     for row in rows:
         assert row["runs"] not in row["others"]
         if row["op"] == "linear, int8 x":
@@ -39,8 +41,7 @@ def test_every_op_of_every_type_has_a_kernel_and_a_sentence_for_each_other_one()
             in_torch = {"torch_blocks", "torch_rows", "each_expert"} & {row["runs"], *row["others"]}
             assert len(in_torch) == 1 and "reference" in row["others"]
         assert all(len(said.split()) > 2 for said in row["others"].values())
-    # those of additive codebooks have no number type
-    assert {row["op"] for row in rows} == {op for op in OPS if not op.startswith("aqlm")} | {"linear, int8 x"}
+    assert {row["op"] for row in rows} == {*OPS, "linear, int8 x"}
     assert {count for row in rows for count in row["rows"]} == {1, 128}
 
 
@@ -82,6 +83,34 @@ def test_a_kernel_that_disagrees_is_told_and_exits_with_1(monkeypatch):
     assert "torch_blocks" in result.stdout
 
 
+@native
+@pytest.mark.parametrize("weights", ["aqlm-2x8", "aqlm-1x16", "aqlm-3x5"])
+def test_aqlm_layouts_are_shown_and_checked_like_number_types(weights):
+    result = found("--weights", weights)
+    assert {row["op"] for row in result["kernels"]} == {op for op in OPS if op.startswith("aqlm")}
+    assert {row["op"]: row["runs"] for row in result["kernels"]}["aqlm_linear"] == "native"
+    (check,) = result["checks"]
+    assert check["passed"] and check["weights"] == str(make_scheme(weights)) and check["int8_activations_error"] is None
+    assert 0 < check["many_rows_error"] <= check["tolerance"] and 0 < check["few_rows_error"] <= check["tolerance"]
+    assert check["weights"] in kernels("--weights", weights).stdout
+
+
+@native
+def test_an_aqlm_kernel_that_disagrees_exits_with_1(monkeypatch):
+    cache = importlib.import_module("quanto_hf.ops.cpu.aqlm").why_aqlm_wrong
+    cache.cache_clear()
+    monkeypatch.setitem(selfcheck.TOLERANCE, torch.bfloat16, 0.0)
+    result = kernels("--weights", "int8,aqlm-1x8")
+    cache.cache_clear()
+    selfcheck.why_wrong.cache_clear()
+    assert result.exit_code == 1 and "aqlm 1x8 g8" in result.stdout and "FAIL" in result.stdout
+
+
+def test_layouts_and_number_types_may_be_asked_for_together():
+    rows = found("--weights", "int4,aqlm-2x8")["kernels"]
+    assert {row["weights"] for row in rows} == {"int4 g64 asym", "aqlm 2x8 g8"}
+
+
 def test_a_group_size_leaves_out_types_that_cannot_have_it():
     names = {row["weights"].split()[0] for row in found("--group-size", "32")["kernels"]}
     assert "int4" in names and not any(name.startswith("float8") for name in names)
@@ -92,6 +121,11 @@ def test_a_group_size_leaves_out_types_that_cannot_have_it():
     [
         (["--weights", "int3"], "--weights int3: 'int3' is not a number type; choose one of"),
         (["--weights", "float8", "--group-size", "32"], "--weights float8: group_size=32 does not work"),
+        (["--weights", "aqlm-2x32"], "--weights aqlm-2x32: nbits=32 does not work"),
+        (
+            ["--weights", "aqlm-2x8", "--group-size", "64"],
+            "--features 96x160: in_features=160 is not a multiple of the 64",
+        ),
         (["--group-size", "7"], "--group-size 7: no number type"),
         (["--dtype", "int8"], "--dtype int8 is not known; choose one of float32"),
         (["--rows", "0"], "--rows 0 is not a list of whole numbers above 0"),

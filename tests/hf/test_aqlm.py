@@ -102,6 +102,40 @@ def test_b1_transformers_keeps_its_own_method_until_it_is_taken_over():
     assert done.stdout.split() == ["transformers.quantizers.quantizer_aqlm", "quanto_hf.hf.aqlm"]
 
 
+OWN_CONFIG = """
+import sys, torch, quanto_hf, transformers
+from quanto_hf import AqlmConfig, QuantoConfig
+load = transformers.AutoModelForCausalLM.from_pretrained
+config = dict(num_codebooks=1, nbits_per_codebook=4)
+made = load(quanto_hf.tiny_lm(), quantization_config=AqlmConfig(**config))
+made.save_pretrained(sys.argv[1])
+again = load(sys.argv[1], quantization_config=AqlmConfig(**config))
+ids = torch.arange(8)[None]
+assert torch.equal(made(ids).logits, again(ids).logits)
+assert type(again.config.quantization_config) is AqlmConfig
+for wrong in (AqlmConfig(), QuantoConfig("int4"), AqlmConfig(**config, linear_weights_not_to_quantize=["lm_head"])):
+    try:
+        load(sys.argv[1], quantization_config=wrong)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_b1_our_config_means_us_without_taking_the_method_over(tmp_path):
+    done = subprocess.run([sys.executable, "-c", OWN_CONFIG, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second, third = done.stdout.splitlines()
+    assert first.startswith(
+        "ValueError the checkpoint is quantized already, with nbits_per_codebook=4 (you gave 16). Load it without"
+    )
+    assert second.startswith(
+        "ValueError the checkpoint is quantized already, with aqlm; load it without a QuantoConfig"
+    )
+    assert (
+        "linear_weights_not_to_quantize=['model.embed_tokens.weight', " in third and "(you gave ['lm_head'])" in third
+    )
+
+
 # ------------------------------------------------------------------------------------------------------- B2: loading
 
 

@@ -212,6 +212,78 @@ def test_what_could_not_be_loaded_is_not_saved(change, text, llama, tmp_path):
     assert not any(file.suffix == ".safetensors" for file in tmp_path.iterdir())
 
 
+# ------------------------------------------------------------------------------ a config for a quantized checkpoint
+
+
+@pytest.fixture(scope="module")
+def frozen(llama, tmp_path_factory):
+    """A quantized checkpoint that was never calibrated."""
+    folder = tmp_path_factory.mktemp("frozen")
+    load(llama, QuantoConfig("int4", activations="int8")).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("learn_scales", [False, True])
+def test_training_of_packed_weights_is_refused(learn_scales, frozen):
+    config = QuantoConfig("int4", activations="int8", qat=True, learn_scales=learn_scales)
+    with pytest.raises(ValueError, match=r"packed ones, which are frozen.*dequantize=True\).*quanto_hf.quantize"):
+        load(frozen, config)
+
+
+def test_what_the_refusal_advises_works(frozen):
+    model = quantize(load(frozen, QuantoConfig(dequantize=True)), "int4", "int8")
+    assert {layer.state for layer in qlinears(model).values()} == {State.PREPARED}
+    losses = train(model)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("places", ["memory", "disk"])
+def test_a_quantized_checkpoint_can_be_calibrated_with_static_scales(places, frozen, tmp_path):
+    way, static = {"activations": "int8"}, QuantoConfig("int4", activations="int8", static_activations=True)
+    options = {}
+    if places == "disk":
+        device_map = {name: "disk" if name == "model.layers.1" else "cpu" for name in LAYERS}
+        options = {"device_map": device_map, "offload_folder": tmp_path / "offload"}
+    model = load(frozen, static, **options)
+    assert model.hf_quantizer.quantization_config.static_activations
+    with pytest.raises(RuntimeError, match="was never calibrated"):
+        output(model, "llama")
+    calibrate(model, [tokens()], progress=False)
+    # as if the same had been asked for without the flag, which calibration sets
+    wanted = output(calibrate(load(frozen, QuantoConfig("int4", **way)), [tokens()], progress=False), "llama")
+    assert torch.equal(output(model, "llama"), wanted)
+    again = reloaded(model, tmp_path / "again")
+    assert torch.equal(output(again, "llama"), wanted)
+    # a config that says what is saved changes nothing
+    assert torch.equal(output(load(tmp_path / "again", static), "llama"), wanted)
+
+
+def test_learning_of_scales_begins_in_the_middle_of_training(llama, tmp_path):
+    model = prepared(llama)
+    train(model)
+    wanted = output(model, "llama")
+    model.save_pretrained(tmp_path / "middle")
+    config = QuantoConfig("int4", qat=True, learn_scales=True)
+    learning = load(tmp_path / "middle", config)
+    assert all(layer.learns for layer in qlinears(learning).values())
+    # the scales that the fit finds are where it begins
+    assert torch.equal(output(learning, "llama"), wanted)
+    names = [name for name, p in learning.named_parameters() if name.endswith("learned_scale") and p.requires_grad]
+    before = {name: learning.get_parameter(name).detach().clone() for name in names}
+    train(learning)
+    assert names and all(not torch.equal(learning.get_parameter(name), before[name]) for name in names)
+    wanted = output(learning, "llama")
+    assert torch.equal(output(reloaded(learning, tmp_path / "again"), "llama"), wanted)
+    assert torch.equal(output(load(tmp_path / "again", config), "llama"), wanted)
+
+
+def test_both_begin_at_once(llama, tmp_path):
+    prepared(llama, activations="int8").save_pretrained(tmp_path)
+    way = {"activations": "int8", "static_activations": True, "learn_scales": True}
+    model = calibrate(load(tmp_path, QuantoConfig("int4", qat=True, **way)), [tokens()], progress=False)
+    assert torch.equal(output(model, "llama"), output(prepared(llama, **way), "llama"))
+
+
 def test_one_graph_of_a_static_model_under_torch_compile():
     torch._dynamo.reset()
     model = lively(transformers.LlamaForCausalLM(llama_config(num_hidden_layers=1)))

@@ -56,10 +56,10 @@ def test_the_import_says_nothing_and_starts_nothing():
     assert (out, err) == ("", "")
 
 
-def test_the_import_takes_less_than_300_ms_beyond_torch_and_transformers():
+def test_the_import_takes_less_than_300_ms_of_cpu_beyond_torch_and_transformers():
     code = (
-        "import time, torch, transformers\nstart = time.perf_counter()\nimport quanto_hf\n"
-        "print(time.perf_counter() - start)"
+        "import time, torch, transformers\nstart = time.process_time()\nimport quanto_hf\n"
+        "print(time.process_time() - start)"
     )
     assert min(float(run(code)[0]) for _ in range(3)) < 0.3
 

@@ -101,7 +101,8 @@ void check_aqlm(const std::vector<const Level*>& levels, bool small) {
     };
     const Layout layouts[] = {{2, 8, 1, 8, 45, 67}, {1, 8, 1, 8, 13, 1}, {1, 16, 1, 8, 33, 65}, {1, 16, 1, 16, 1, 3},
                               {3, 5, 2, 16, 7, 9},  {8, 8, 8, 8, 3, 5},  {1, 12, 1, 24, 9, 22}, {1, 8, 1, 3, 5, 171},
-                              {2, 1, 1, 8, 4, 2},   {2, 17, 1, 4, 3, 2}};
+                              {2, 1, 1, 8, 4, 2},   {2, 17, 1, 4, 3, 2},  {3, 8, 1, 8, 33, 5},   {9, 7, 1, 8, 5, 3},
+                              {1, 6, 1, 8, 98, 63}, {2, 8, 1, 8, 17, 129}, {2, 9, 1, 8, 7, 66},  {8, 8, 1, 8, 9, 64}};
     int turn = 0;
     for (const Layout& l : layouts) {
         if (small && l.bits > 12 && l.in_group != 16) continue;
@@ -110,8 +111,8 @@ void check_aqlm(const std::vector<const Level*>& levels, bool small) {
             if (!level->aqlm_linear) continue;
             for (int type : {F32, BF16, F16}) {
                 check_aqlm_dequantize(*level, e, type);
-                for (int64_t m : {1, 2, 3, 4, 5, 8, 9, 17})
-                    if (!small || m % 2 || type == BF16) check_aqlm_linear(*level, e, type, m);
+                for (int64_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64})
+                    if (small ? m < 18 && (m % 2 || type == BF16) : m < 18 || e.n * e.k < 20000) check_aqlm_linear(*level, e, type, m);
             }
         }
     }

@@ -238,20 +238,6 @@ def test_a_compiled_frozen_layer_with_a_static_scale_is_one_graph(weights):
         torch.testing.assert_close(made, packed(x), rtol=1e-5, atol=1e-5)
 
 
-# the fit is traced with the rest: 10 s for int8 with absmax, 30 s for the search of int4
-def test_a_compiled_prepared_layer_gives_numbers_and_gradients_of_the_eager_one():
-    torch._dynamo.reset()
-    layer, grad = prepared("int8", "int8", static=True), torch.randn(3, N)
-    one, two = (torch.linspace(-3, 3, 3 * K).reshape(3, K).requires_grad_() for _ in range(2))
-    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager")
-    made, wanted = compiled(one), layer(two)
-    made.backward(grad)
-    wanted.backward(grad)
-    torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(one.grad, two.grad, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(compiled.weight.grad, layer.weight.grad, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_torch_func_sees_the_gradients_of_a_prepared_layer(weights):
     layer, x = prepared(weights, "int8"), torch.randn(K)

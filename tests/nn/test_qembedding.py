@@ -1,12 +1,15 @@
 """Quantized embeddings: the rows of the weight that they show."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_weights import needs_native
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quanto_hf import Calibration
 from quanto_hf.nn import QEmbedding, QEmbeddingBag
@@ -115,3 +118,96 @@ def test_one_graph_under_torch_compile():
     torch._dynamo.reset()
     _, packed = both(QEmbedding, nn.Embedding(ROWS, WIDTH), "int4")
     assert torch.equal(torch.compile(packed, fullgraph=True, backend="aot_eager")(INDEX), packed(INDEX))
+
+
+# ---------------------------------------------------------------------------------------------------- prepared calls
+
+
+def frozen(weights: str = "int4", seed: int = 0) -> QEmbedding:
+    torch.manual_seed(seed)
+    return both(QEmbedding, nn.Embedding(ROWS, WIDTH), weights)[1]
+
+
+def served(layer: QEmbedding) -> bool:
+    """Whether the prepared call answers."""
+    return layer.bound_call()(INDEX, layer.weight_dtype) is not None
+
+
+@needs_native
+@every_weight
+def test_the_call_is_prepared_once(weights, monkeypatch):
+    layer, made = frozen(weights), []
+    right = type(layer.scheme).bind_rows
+    monkeypatch.setattr(type(layer.scheme), "bind_rows", lambda *args: made.append(args) or right(*args))
+    for _ in range(3):
+        assert torch.equal(layer(INDEX), layer.dequantized()[INDEX])
+    assert len(made) == 1 and served(layer)
+
+
+@needs_native
+def test_numbers_of_another_type_are_rows_too():
+    layer = frozen()
+    expected = layer(INDEX)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert torch.equal(layer(INDEX.to(dtype)), expected)
+    assert torch.equal(layer(INDEX.T), expected.transpose(0, 1))
+
+
+@needs_native
+@pytest.mark.parametrize("way", ["data", "set_tensors", "state dict", "assigned state dict"])
+def test_another_weight_is_followed(way):
+    layer, other = frozen(), frozen(seed=1)
+    assert not torch.equal(layer(INDEX), other(INDEX))
+    tensors = {name: tensor.data.clone() for name, tensor in other.tensors().items()}
+    if way == "data":
+        for name, tensor in layer.tensors().items():
+            tensor.data = tensors[name]
+    elif way == "set_tensors":
+        layer.set_tensors(tensors)
+    else:
+        layer.load_state_dict({f"weight_{name}": t for name, t in tensors.items()}, assign="assigned" in way)
+    assert torch.equal(layer(INDEX), other(INDEX))
+    assert served(layer) is (way != "data")
+
+
+def test_a_weight_of_another_size_is_an_error_not_a_read_behind_its_end():
+    for name in ("weight_packed", "weight_scale", "weight_zero"):
+        layer = frozen()
+        layer(INDEX)
+        tensor = getattr(layer, name)
+        tensor.data = tensor.data[:-1]
+        with pytest.raises((ValueError, IndexError)):
+            layer(INDEX)
+
+
+@needs_native
+def test_a_layer_in_another_dtype_gives_rows_in_that():
+    layer = frozen()
+    layer(INDEX)
+    layer.bfloat16()
+    made = layer(INDEX)
+    assert made.dtype is torch.bfloat16 and torch.equal(made, layer.dequantized()[INDEX]) and served(layer)
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "pickle"]
+)
+def test_a_copy_has_a_call_of_its_own(way):
+    layer = frozen()
+    expected = layer(INDEX)
+    other = way(layer)
+    for tensor in layer.tensors().values():
+        tensor.data.zero_()
+    assert torch.equal(other(INDEX), expected)
+
+
+def test_torch_may_look_on():
+    torch._dynamo.reset()
+    layer = frozen()
+    expected = layer(INDEX)
+    assert torch.equal(torch.func.vmap(layer)(INDEX), expected)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(INDEX), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(INDEX).shape == expected.shape
+    assert torch.equal(layer(INDEX), expected)

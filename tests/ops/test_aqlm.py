@@ -70,12 +70,21 @@ def test_dequantizing_is_exact_on_every_level(weight, on_level):
 
 @every_level
 @needs_native
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 33])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 17, 33, 64])
 @every_float
 def test_b3_products_are_those_of_the_dequantized_weight(rows, dtype, on_level):
-    # tables, gathers and panels; chunks of 512 columns and a rest, rows of the weight that fill no tile
+    # tables, rows and panels; chunks of 512 columns and a rest, rows of the weight that fill no tile
     bound = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
-    for layout in ((45, 131, 2, 8), (45, 131, 1, 8), (33, 131, 1, 11), (7, 67, 3, 8, 2, 16), (9, 30, 2, 5, 1, 24)):
+    layouts = [(45, 131, 2, 8), (45, 131, 1, 8), (33, 131, 1, 11), (7, 67, 3, 8, 2, 16), (9, 30, 2, 5, 1, 24)]
+    for layout in [
+        *layouts,
+        (31, 63, 3, 8),
+        (29, 66, 2, 6),
+        (53, 1, 1, 8),
+        (3, 129, 9, 8),
+        (3, 65, 2, 9),
+        (27, 65, 1, 7),
+    ]:
         weight = draw(*layout)
         x = torch.randn(rows, features(*weight[:2])[1], generator=torch.Generator().manual_seed(rows)).to(dtype)
         made, (wanted, size) = aqlm_linear(x, *weight, None), exact(x, *weight)
@@ -83,7 +92,7 @@ def test_b3_products_are_those_of_the_dequantized_weight(rows, dtype, on_level):
 
 
 @needs_native
-@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 20])
 @pytest.mark.parametrize("layout", [(256, 64, 2, 8), (256, 64, 1, 8), (256, 64, 1, 16), (32, 64, 2, 8, 8)], ids=str)
 @every_float
 def test_b3_any_number_of_threads_gives_the_same_bits(layout, rows, dtype):
@@ -93,7 +102,7 @@ def test_b3_any_number_of_threads_gives_the_same_bits(layout, rows, dtype):
     try:
         for threads in (1, 2, 4, 8):
             torch.set_num_threads(threads)
-            made += [aqlm_linear(x, *weight, None) for _ in range(25)]
+            made += [aqlm_linear(x, *weight, None) for _ in range(25 if rows < 8 else 5)]
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, made[0]) for one in made)
@@ -101,22 +110,56 @@ def test_b3_any_number_of_threads_gives_the_same_bits(layout, rows, dtype):
 
 @needs_native
 @pytest.mark.parametrize("big, small", [(1e38, 1e-37), (1e-38, 1e37), (1e30, 1e-20)])
-@pytest.mark.parametrize("rows", [1, 4])
-def test_b3_no_number_leaves_the_range_of_float32_on_the_way(big, small, rows):
-    codes, books, scales = draw(19, 40, 2, 8)
-    x = torch.randn(rows, 320, generator=torch.Generator().manual_seed(3)).clamp(-3, 3) * big
-    made, (wanted, size) = aqlm_linear(x, codes, books, scales * small, None), exact(x, codes, books, scales * small)
-    assert torch.isfinite(made).all() and ((made.double() - wanted).abs() <= 1e-5 * size).all()
+@pytest.mark.parametrize("rows", [1, 4, 8, 20])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_b3_no_number_leaves_the_range_of_float32_on_the_way(big, small, rows, count):
+    codes, books, scales = draw(19, 40, count, 8)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 6e-3)):
+        x = (torch.randn(rows, 320, generator=torch.Generator().manual_seed(3)).clamp(-3, 3) * big).to(dtype)
+        made, (wanted, size) = (
+            aqlm_linear(x, codes, books, scales * small, None),
+            exact(x, codes, books, scales * small),
+        )
+        assert torch.isfinite(made).all() and ((made.double() - wanted).abs() <= bound * size).all()
 
 
 @needs_native
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_b3_what_is_not_finite_reaches_the_outputs_that_it_belongs_to(bad):
-    codes, books, scales = draw(5, 6, 2, 8)
-    x = torch.randn(2, 48)
+@pytest.mark.parametrize("rows", [2, 8, 9, 33])
+@pytest.mark.parametrize("layout", [(5, 6, 2, 8), (5, 6, 1, 8), (5, 6, 1, 12), (5, 6, 3, 8)], ids=str)
+@every_float
+def test_b3_what_is_not_finite_reaches_the_outputs_that_it_belongs_to(bad, rows, layout, dtype):
+    codes, books, scales = draw(*layout)
+    x = torch.randn(rows, 48).to(dtype)
     x[1, 7] = bad
     made = aqlm_linear(x, codes, books, scales, None)
-    assert torch.isfinite(made[0]).all() and not torch.isfinite(made[1]).any()
+    others = torch.arange(rows) != 1
+    assert torch.isfinite(made[others]).all() and not torch.isfinite(made[1]).any()
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 3, 9, 33])
+@every_float
+def test_b3_an_entry_or_a_scale_that_is_not_finite_stays_in_its_rows(rows, dtype):
+    codes, books, scales = draw(40, 13, 2, 8)
+    books[0, 5, 0, 3], scales[7] = torch.inf, torch.nan
+    hit = (codes[..., 0] & 255 == 5).any(1)
+    hit[7] = True
+    assert not hit.all()
+    made = aqlm_linear(torch.rand(rows, 104).to(dtype) + 1, codes, books, scales, None)
+    assert torch.isfinite(made[:, ~hit]).all() and not torch.isfinite(made[:, hit]).any()
+
+
+@needs_native
+@pytest.mark.parametrize("book", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_b3_codebooks_of_another_dtype_than_x_are_multiplied(book, count):
+    codes, books, scales = draw(37, 21, count, 8, dtype=book)
+    for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 6e-3)):
+        for rows in (1, 4, 16):
+            x = torch.randn(rows, 168, generator=torch.Generator().manual_seed(rows)).to(dtype)
+            made, (wanted, size) = aqlm_linear(x, codes, books, scales, None), exact(x, codes, books, scales)
+            assert ((made.double() - wanted).abs() <= bound * size + 1e-30).all(), (dtype, rows)
 
 
 @every_weight

@@ -20,9 +20,11 @@ from quanto_hf.ops.dequantize import block_rows
 from quanto_hf.ops.scratch import scratch
 from quanto_hf.ops.watched import watched
 
-# csrc/aqlm.h: with two codebooks, one row of x goes through tables of products where codes have at most 8 bits, so many
-# rows through gathers, and more than GEMV_ROWS through panels.
-GATHER_ROWS = 5
+# csrc/aqlm.h: one row of x may go through tables of products, so may three with one codebook, and five are multiplied
+# with each row of the weight. Above GEMV_ROWS there are panels; csrc/gemm.h multiplies the last tile of x another way.
+FEW_ROWS, MANY_ROWS = (1, 3, 5), (GEMV_ROWS + 1, 2 * GEMV_ROWS + 3)
+# One codebook, two, and more are decoded differently.
+KNOWN_COUNTS = 3
 
 
 def aqlm_arguments(codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor) -> tuple[int, ...]:
@@ -78,12 +80,12 @@ def native_aqlm_linear(
 
 @undisturbed()
 def aqlm_errors(
-    nbits: int, book_dtype: torch.dtype, dtype: torch.dtype, out_group: int, in_group: int, many: bool
+    count: int, nbits: int, book_dtype: torch.dtype, dtype: torch.dtype, out_group: int, in_group: int, many: bool
 ) -> tuple[float, float]:
     """How far the native kernels are off the reference: dequantize, over the largest weight, and linear, over
     |x| @ |weight|; on a random weight with awkward sizes."""
     generator = torch.Generator().manual_seed(nbits)
-    count, groups, lines = 2, 560 // in_group + 3, 37
+    groups, lines = 560 // in_group + 3, 37
     kind = code_dtype(nbits)
     low, high = torch.iinfo(kind).min, torch.iinfo(kind).max + 1
     codes = torch.randint(low, high, (lines, groups, count), generator=generator).to(kind)
@@ -92,10 +94,10 @@ def aqlm_errors(
     weight = aqlm_dequantize_op.reference(codes, books, scales, torch.float32)
     made = native_aqlm_dequantize(codes, books, scales, torch.empty_like(weight))
     worst = float((made - weight).abs().max()) / float(weight.abs().max())
-    inputs = torch.randn((2 * GEMV_ROWS + 3, weight.shape[1]), generator=generator).to(dtype)
+    inputs = torch.randn((MANY_ROWS[-1], weight.shape[1]), generator=generator).to(dtype)
     bias = torch.ones(weight.shape[0], dtype=dtype)
     error = 0.0
-    for x in (inputs,) if many else (inputs[:1], inputs[:GATHER_ROWS]):
+    for x in [inputs[:rows] for rows in (MANY_ROWS if many else FEW_ROWS)]:
         got = native_aqlm_linear(x, codes, books, scales, bias).float()
         size, exact = x.float().abs() @ weight.abs().T + 1, x.float() @ weight.T + 1
         error = max(error, float(((got - exact).abs() / size).nan_to_num(nan=torch.inf).max()))
@@ -105,11 +107,18 @@ def aqlm_errors(
 @cache
 @undisturbed()
 def why_aqlm_wrong(
-    level: str, nbits: int, book_dtype: torch.dtype, dtype: torch.dtype, out_group: int, in_group: int, many: bool
+    level: str,
+    count: int,
+    nbits: int,
+    book_dtype: torch.dtype,
+    dtype: torch.dtype,
+    out_group: int,
+    in_group: int,
+    many: bool,
 ) -> str | None:
     """None if the native kernels agree with the reference for such calls, else the sentence that says how they fail."""
     assert NATIVE is not None and NATIVE.level() == level
-    weight_error, error = aqlm_errors(nbits, book_dtype, dtype, out_group, in_group, many)
+    weight_error, error = aqlm_errors(count, nbits, book_dtype, dtype, out_group, in_group, many)
     if weight_error <= WEIGHT_TOLERANCE and error <= TOLERANCE[dtype]:
         return None
     if not weight_error <= WEIGHT_TOLERANCE:
@@ -134,10 +143,14 @@ def refuses_aqlm(codes: Any, codebooks: Any, scales: Any, dtype: Any, many: bool
         return "it runs on CPU only"
     if watched():
         return "torch follows every operator here: a dispatch mode, a transform or a trace is active"
+    return why_aqlm_wrong(NATIVE.level(), *check_of(codebooks), dtype, *codebooks.shape[2:], many)
+
+
+def check_of(codebooks: torch.Tensor) -> tuple[int, int, torch.dtype]:
+    """Codebooks, bits and dtype of the check that speaks for such codebooks."""
     nbits = codebooks.shape[1].bit_length() - 1
     # more bits than 16 are read by the same code, and the tables of the check would be large
-    known = nbits if nbits <= 16 else 17
-    return why_aqlm_wrong(NATIVE.level(), known, codebooks.dtype, dtype, *codebooks.shape[2:], many)
+    return min(codebooks.shape[0], KNOWN_COUNTS), nbits if nbits <= 16 else 17, codebooks.dtype
 
 
 def _dequantize_refuses(codes: Any, codebooks: Any, scales: Any, dtype: Any) -> str | None:
@@ -165,7 +178,7 @@ def _linear_refuses(x: Any, codes: Any, codebooks: Any, scales: Any, bias: Any) 
 def _linear(
     x: torch.Tensor, codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Tables of products for codes of 8 bits and a few rows of x, gathers for others, panels for many rows."""
+    """Tables of products for codes of 8 bits and a row of x, else rows or panels of the decoded weight."""
     return native_aqlm_linear(plain(x), plain(codes), plain(codebooks), plain(scales), optional(bias))
 
 

@@ -55,18 +55,15 @@ def bind(
         check_scale(x_scale)
         if activations is None:
             raise ValueError("x_scale is the scale of rounded activations, and activations=None rounds none; name both")
-    stored = [tensor for tensor in (packed, scale, zero, x_scale) if tensor is not None]
-    if reference_only() or NATIVE is None or not packed.numel():
+    if not may_bind(packed, scale, zero, x_scale):
         return None
-    if watched() or not all(map(is_plain, stored)):
-        return None
+    assert NATIVE is not None
     if activations is not None and refuses_int8(qtype, group_size, zero is not None, in_features, activations):
         return None
     level, asymmetric, scale_dtype = NATIVE.level(), zero is not None, scale.dtype
     weight = weight_arguments(packed, scale, zero, qtype, group_size, in_features)
     rows, bias_shape = packed.shape[0], packed.shape[:1]
-    packed_at, scale_at, zero_at = weight[:3]
-    packed_size, scale_size = packed.numel(), scale.numel()
+    unmoved = whereabouts(packed, scale, zero)
     x_scale_arguments = scale_argument(activations, x_scale)
     trusted: set[tuple[torch.dtype, bool]] = set()
     run, why = getattr(NATIVE, linear_name(qtype, activations)), why_wrong if activations is None else why_int8_wrong
@@ -79,12 +76,7 @@ def bind(
             or not x.is_contiguous()
             or watched()
             or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-            # another tensor behind the same Parameter: param.data = ..., as offload does
-            or packed.data_ptr() != packed_at
-            or scale.data_ptr() != scale_at
-            or packed.numel() != packed_size
-            or scale.numel() != scale_size
-            or (zero is not None and (zero.data_ptr() != zero_at or zero.numel() != scale_size))
+            or not unmoved()
             or (x_scale is not None and ((x_scale.data_ptr(),) != x_scale_arguments or not x_scale.numel()))
         ):
             return None
@@ -109,6 +101,44 @@ def bind(
         return out
 
     return call
+
+
+def may_bind(*stored: torch.Tensor | None) -> bool:
+    """Whether there are native kernels to call, which can read these tensors, None aside, as they lie."""
+    if reference_only() or NATIVE is None or watched():
+        return False
+    return all(tensor is None or (tensor.numel() > 0 and is_plain(tensor)) for tensor in stored)
+
+
+def whereabouts(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> Callable[[], bool]:
+    """A function that says whether these tensors still are the memory that they are now. Another tensor may come behind
+    the same Parameter: ``param.data = ...``, as offload does."""
+    packed_at, packed_shape, packed_dtype = packed.data_ptr(), packed.shape, packed.dtype
+    scale_at, scale_shape, scale_dtype = scale.data_ptr(), scale.shape, scale.dtype
+    zero_at = 0 if zero is None else zero.data_ptr()
+
+    def unmoved() -> bool:
+        return (
+            packed.data_ptr() == packed_at
+            and scale.data_ptr() == scale_at
+            and packed.shape == packed_shape
+            and scale.shape == scale_shape
+            and packed.dtype is packed_dtype
+            and scale.dtype is scale_dtype
+            and packed.is_contiguous()
+            and scale.is_contiguous()
+            and (
+                zero is None
+                or (
+                    zero.data_ptr() == zero_at
+                    and zero.shape == scale_shape
+                    and zero.dtype is scale_dtype
+                    and zero.is_contiguous()
+                )
+            )
+        )
+
+    return unmoved
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

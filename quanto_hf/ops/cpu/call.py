@@ -58,14 +58,19 @@ def native_dequantize(
     """Dequantize into ``out``, shape (rows, in_features): all rows of the weight, or those that ``rows`` names.
 
     Args:
-        rows: None or int64, contiguous; every number is below ``packed.shape[0]``.
+        rows: None or int64, contiguous.
+
+    Raises:
+        IndexError: there is no such row. Nothing but the row numbers has been read then.
     """
     assert NATIVE is not None
     weight = weight_arguments(packed, scale, zero, qtype, group_size, out.shape[1])
     index, count = (0, packed.shape[0]) if rows is None else (rows.data_ptr(), rows.numel())
     # one row of an embedding is done before a second thread is awake
     threads = min(torch.get_num_threads(), 1 + out.numel() // THREAD_VALUES)
-    NATIVE.dequantize(*weight, index, count, out.data_ptr(), FLOAT_TYPES[out.dtype], threads)
+    found: bool = NATIVE.dequantize(*weight, index, count, out.data_ptr(), FLOAT_TYPES[out.dtype], threads)
+    if not found:
+        raise IndexError(f"a row number is not one of 0 to {packed.shape[0] - 1}")
     return out
 
 

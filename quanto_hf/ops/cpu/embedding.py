@@ -9,9 +9,10 @@ from quanto_hf.ops.cpu.kernels import on_cpu, plain, refuses_weight
 from quanto_hf.ops.embedding import embedding_op
 
 
-def _refuses(
+def refuses_embedding(
     index: Any, packed: Any, scale: Any, zero: Any, qtype: str, group_size: int, columns: int, dtype: Any
 ) -> str | None:
+    """Why the native kernel does not take these arguments, or None."""
     if not index.numel() or not packed.numel():
         return "there is nothing to dequantize"
     if not on_cpu(index):
@@ -22,7 +23,7 @@ def _refuses(
     return refuses_weight(packed, scale, zero, qtype, group_size, dtype, False)
 
 
-@embedding_op.kernel("native", _refuses)
+@embedding_op.kernel("native", refuses_embedding)
 def _embedding(
     index: torch.Tensor,
     packed: torch.Tensor,

@@ -11,9 +11,10 @@ from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS, why_experts_wrong
 from quanto_hf.ops.expert_linear import expert_linear_op
 
 
-def _refuses(
+def refuses_experts(
     x: Any, experts: Any, packed: Any, scale: Any, zero: Any, bias: Any, qtype: str, group_size: int
 ) -> str | None:
+    """Why the native kernel does not take these arguments, or None."""
     if not x.numel() or not packed.numel():
         return "there is nothing to multiply"
     if not on_cpu(x, experts, bias):
@@ -30,7 +31,7 @@ def _refuses(
     return why_experts_wrong(NATIVE.level())
 
 
-@expert_linear_op.kernel("native", _refuses)
+@expert_linear_op.kernel("native", refuses_experts)
 def _expert_linear(
     x: torch.Tensor,
     experts: torch.Tensor,

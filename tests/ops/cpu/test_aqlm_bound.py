@@ -19,7 +19,7 @@ def weight():
 
 
 @every_float
-@pytest.mark.parametrize("shape", [(160,), (1, 160), (2, 3, 160), (20, 160)], ids=str)
+@pytest.mark.parametrize("shape", [(160,), (1, 160), (2, 3, 160), (8, 160), (9, 160), (20, 160)], ids=str)
 def test_it_gives_the_bits_of_the_op(weight, dtype, shape):
     x, bias, call = torch.randn(shape).to(dtype), torch.randn(24).to(dtype), bind_aqlm(*weight)
     assert torch.equal(call(x, bias), aqlm_linear(x, *weight, bias))

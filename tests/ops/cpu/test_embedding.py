@@ -5,7 +5,7 @@ import torch
 from native_weights import Kind, every_float, make_weight, native, needs_native
 
 from quanto_hf.ops import dequantize, embedding, embedding_op
-from quanto_hf.ops.cpu import selfcheck
+from quanto_hf.ops.cpu import call, selfcheck
 from quanto_hf.ops.cpu.library import NATIVE
 
 pytestmark = needs_native
@@ -36,11 +36,21 @@ def test_no_index_is_nothing_to_do(level: str):
     assert embedding(*args).shape == (0, 2, 40)
 
 
+@pytest.mark.parametrize("wrong", [-1, 5, 2**40, -(2**63)])
+def test_the_library_refuses_a_row_that_python_did_not_see(level: str, wrong: int):
+    packed, scale, zero, *rest, columns = make_weight(KINDS[2], 5, 40).rest()
+    out = torch.full((3, columns), 7.0)
+    with pytest.raises(IndexError, match="a row number is not one of 0 to 4"):
+        call.native_dequantize(packed, scale, zero, *rest, out, torch.tensor([1, wrong, 0]))
+    # before anything is written
+    assert (out == 7).all()
+
+
 def test_a_library_that_takes_other_rows_is_found(level: str, monkeypatch):
     right = NATIVE.dequantize
 
-    def spoiled(*args: int) -> None:
-        right(*args[:9], 0, *args[10:])  # the first rows, whichever were asked for
+    def spoiled(*args: int) -> bool:
+        return right(*args[:9], 0, *args[10:])  # the first rows, whichever were asked for
 
     monkeypatch.setattr(NATIVE, "dequantize", spoiled)
     selfcheck.why_wrong.cache_clear()

@@ -10,6 +10,27 @@ inline void with_aqlm(const Aqlm& q, const Run& run) {
     });
 }
 
+// The codebooks in the type that is decoded from. Into `slot`, unless they have it already.
+inline Aqlm with_books(const Aqlm& q, int type, int slot, int threads) {
+    Aqlm out = q;
+    if (q.book_type == type) return out;
+    const int64_t values = (q.books << q.bits) * q.out_group * q.in_group;
+    void* books = scratch(slot, round_up(values, W) * size_of(type));
+    parallel(values > 65536 ? threads : 1, [&](int thread, int of) {
+        const Range part = share(values, 64, thread, of);
+        with_type(q.book_type, [&](auto from) {
+            for (int64_t i = part.begin; i < part.end; i += W) {
+                const int64_t n = part.end - i < W ? part.end - i : W;
+                const F v = loadn_as<decltype(from)::type>(q.codebooks, i, n);
+                if (type == F32) storen_as<F32>(books, i, v, n);
+                else storen_as<BF16>(books, i, v, n);
+            }
+        });
+    });
+    out.codebooks = books, out.book_type = type;
+    return out;
+}
+
 // n <= W values of the sum of the entries that `codes` names, from value `at` of the entries on.
 template <int BOOK, class Code>
 inline F aqlm_sum(const Aqlm& q, const Code* codes, int64_t at, int64_t n) {
@@ -34,7 +55,7 @@ inline F runs_as(const void* p, const void* next, int64_t i) {
 
 // What almost all checkpoints have, blocks of 1 x 8 values: entries fill vectors. BOOKS: how many there are; 0: any number.
 template <int BOOK, class Code, int BOOKS>
-inline void aqlm_eights(const Aqlm& q, const Code* codes, F scale, int64_t groups, float* out) {
+inline void eight_columns(const Aqlm& q, const Code* codes, F scale, int64_t groups, float* out) {
     constexpr int RUNS = W > 8 ? W / 8 : 1;  // groups in a vector
     const int64_t mask = (int64_t{1} << q.bits) - 1, books = BOOKS ? BOOKS : q.books;
     const int64_t book_bytes = (mask + 1) * 8 * size_of(BOOK);
@@ -62,9 +83,9 @@ inline void aqlm_columns(const Weight& w, int64_t row, int64_t from, int64_t to,
     const F scale = splat(half_value(q.scales, line, q.scale_type));
     if (q.in_group == 8 && q.out_group == 1 && from % 8 == 0 && to % 8 == 0) {
         codes += from / 8 * q.books;
-        if (q.books == 1) return aqlm_eights<BOOK, Code, 1>(q, codes, scale, (to - from) / 8, out);
-        if (q.books == 2) return aqlm_eights<BOOK, Code, 2>(q, codes, scale, (to - from) / 8, out);
-        return aqlm_eights<BOOK, Code, 0>(q, codes, scale, (to - from) / 8, out);
+        if (q.books == 1) return eight_columns<BOOK, Code, 1>(q, codes, scale, (to - from) / 8, out);
+        if (q.books == 2) return eight_columns<BOOK, Code, 2>(q, codes, scale, (to - from) / 8, out);
+        return eight_columns<BOOK, Code, 0>(q, codes, scale, (to - from) / 8, out);
     }
     for (int64_t column = from; column < to;) {
         const int64_t group = column / q.in_group, start = column - group * q.in_group;

@@ -1,37 +1,12 @@
 // One to a few rows of x and codes of up to 8 bits: a row of x has only 2^bits different products with a codebook per group
-// of columns. They are computed once, and an output is the sum of those that its codes name. Included inside a level's
-// namespace, behind gemv.h and aqlm_decode.h.
+// of columns. They are computed once, and an output is the sum of those that its codes name. The scale multiplies the sum,
+// which aqlm_range.h must allow. Included inside a level's namespace, behind gemv.h and aqlm_decode.h.
 //
 //   entries  [books][out_group][in_group][stride]   the codebooks as float, lanes are entries
 //   tables   [TABLE_CODES][stride]                  the products for so many codes of a row: 16 KB of the first-level cache
 //   sums     [rows of x][rows of the weight]        of one thread
 
 constexpr int64_t TABLE_CODES = 16;
-
-// Whether all of `count` numbers are below 2^high, and the largest is 0 or at least 2^low. False for NaN.
-inline bool is_within(const void* p, int type, int64_t count, int low, int high) {
-    const F most = splat(std::ldexp(1.0f, high)), one = splat(1.0f), none = splat(0.0f);
-    F beyond = none, largest = none;
-    with_type(type, [&](auto tag) {
-        for (int64_t i = 0; i < count; i += W) {
-            const F v = masked(loadn_as<decltype(tag)::type>(p, i, count - i < W ? count - i : W), 0x7FFFFFFF);
-            beyond = max(beyond, select_less(v, most, none, one));
-            largest = max(largest, v);
-        }
-    });
-    return !any_less(none, beyond) && (any_less(splat(std::ldexp(1.0f, low)), largest) || !any_less(none, largest));
-}
-
-// The scale multiplies the sum of the products. No number may leave the range of float32 on the way, where the scale would
-// have brought it back; see late.h.
-inline bool may_use_tables(const Linear& a) {
-    const Aqlm& q = *a.w.aqlm;
-    if (q.bits > 8 || !is_within(q.codebooks, q.book_type, (q.books << q.bits) * q.out_group * q.in_group, -40, 30)) return false;
-    if (!is_within(q.scales, q.scale_type, a.w.n / q.out_group, -126, 127)) return false;
-    for (int64_t m = 0; m < a.m; m++)
-        if (!is_within(static_cast<const uint8_t*>(a.x) + m * a.w.k * size_of(a.x_type), a.x_type, a.w.k, -40, 60)) return false;
-    return true;
-}
 
 inline int64_t table_stride(const Aqlm& q) { return (1 << q.bits) < W ? W : 1 << q.bits; }
 

@@ -9,6 +9,19 @@
 // Numbers for products in bfloat16: subnormal ones become 0, as vdpbf16ps takes them anyway.
 inline void store_factors(uint16_t* p, F v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
 
+using Factors = __m512i;
+inline Factors load_factors(const uint16_t* p) { return _mm512_loadu_si512(p); }
+inline void store_factors(uint16_t* p, Factors v) { _mm512_storeu_si512(p, v); }
+// Four times 8 factors, from as many places or of as many numbers.
+inline Factors join(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
+inline Factors gathered_factors(const uint16_t* const (&p)[4]) { return join(half_runs(p[0], p[1]), half_runs(p[2], p[3])); }
+using Eight = __m256;
+inline Eight load_eight(const float* p) { return _mm256_loadu_ps(p); }
+inline Eight add(Eight a, Eight b) { return _mm256_add_ps(a, b); }
+inline Factors narrow_eights(const Eight (&v)[4]) {
+    return join((__m256i)_mm256_cvtne2ps_pbh(v[1], v[0]), (__m256i)_mm256_cvtne2ps_pbh(v[3], v[2]));
+}
+
 // Whether these kernels take a weight.
 inline bool has_blocks(const Weight& w) {
     if (bits_of(w.codes) == 8) return w.groups == 1 && !w.zero;

@@ -52,6 +52,31 @@ inline void spread_scales(const Weight& w, const void* p, int64_t row, int64_t f
     }
 }
 
+// The scales of the columns [from, to) of a row, one for every STEP columns, and what is added to its codes: the number
+// `first` that the code 0 stands for, less the zero. Up to W more of both may be written.
+template <class Form, int64_t STEP>
+inline void scales_and_zeros(const Weight& w, int64_t row, int64_t from, int64_t to, float first, float* scales, float* zeros) {
+    const int64_t count = (to - from) / STEP;
+    const bool zero = Form::COUNTS && w.zero;
+    if (w.group == STEP && w.scale_type == BF16) {  // the usual weight: 15 % less time for int4 with zeros (AVX2)
+        const uint16_t* s = static_cast<const uint16_t*>(w.scale) + row * w.groups + from / STEP;
+        const uint16_t* z = zero ? static_cast<const uint16_t*>(w.zero) + row * w.groups + from / STEP : nullptr;
+        int64_t i = 0;
+        for (; i + W <= count; i += W) {
+            store(scales + i, load_bf16(s + i));
+            if (zero) store(zeros + i, sub(splat(first), load_bf16(z + i)));
+        }
+        if (i == count) return;
+        store(scales + i, loadn_bf16(s + i, count - i));
+        if (zero) store(zeros + i, sub(splat(first), loadn_bf16(z + i, count - i)));
+        return;
+    }
+    spread_scales(w, w.scale, row, from, to, STEP, scales);
+    if (!zero) return;
+    spread_scales(w, w.zero, row, from, to, STEP, zeros);
+    for (int64_t i = 0; i < count; i += W) store(zeros + i, sub(splat(first), load(zeros + i)));
+}
+
 template <class Form, class Seg, int M>
 inline void gemv_block_rows(const Linear& a, const OrderedX& x, Range part) {
     constexpr int64_t BLOCK = 64 * Form::PLANES;
@@ -71,11 +96,7 @@ inline void gemv_block_rows(const Linear& a, const OrderedX& x, Range part) {
             const int64_t end = b + x.chunk < x.blocks ? b + x.chunk : x.blocks;
             const int64_t ahead = 1 + AHEAD_BYTES / ((end - b) * 64 + 1);  // rows
             for (int r = 0; r < n; r++) {
-                spread_scales(w, w.scale, row + r, b * BLOCK, end * BLOCK, Seg::STEP, scales);
-                if (Form::COUNTS && w.zero) {
-                    spread_scales(w, w.zero, row + r, b * BLOCK, end * BLOCK, Seg::STEP, zeros);
-                    for (int64_t i = 0; i < (end - b) * BLOCK / Seg::STEP; i++) zeros[i] = first - zeros[i];
-                }
+                scales_and_zeros<Form, Seg::STEP>(w, row + r, b * BLOCK, end * BLOCK, first, scales, zeros);
                 add_blocks<Form, Seg, M>(units, w.packed + (row + r) * bytes + b * 64, end - b, scales, zeros, x.x + b * BLOCK * M,
                                          x.sums + b * BLOCK * M / Seg::COLUMNS * W,
                                          Ahead(w.packed, bytes, row + r + ahead, b, end), sums[r]);

@@ -53,14 +53,15 @@ inline bool gemv_form(const Linear& a) {
     if constexpr (!is_half(FORM)) {
         if constexpr (UNIT == 32)
             if (w.group % 32 == 0) return gemv_rows_of_x<Form, Segment<1, false>>(a, natural), true;
-        gemv_rows_of_x<Form, Segment<1, true>>(a, natural);
+        // lanes need columns that BYTE8 does not give them; the words of WORD8 take two operations more
+        gemv_rows_of_x<Units<FORM == BYTE8 ? WORD8 : FORM>, Segment<1, true>>(a, natural);
     }
     return true;
 }
 
 inline bool gemv_blocks(const Linear& a) {
     switch (a.w.codes) {
-        case INT8: return gemv_form<SIGNED8>(a);
+        case INT8: return gemv_form<BYTE8>(a);
         case E4M3: return gemv_form<HALF_E4M3>(a);
         case E5M2: return gemv_form<HALF_E5M2>(a);
         case TABLE4: return evenly_spaced(a.w) ? gemv_form<COUNT4>(a) : gemv_form<LOOKED_UP>(a);

@@ -33,10 +33,12 @@ namespace {
 #include "linear_int8.h"
 #include "linear_bf16.h"
 #include "aqlm_decode.h"
-#include "aqlm_gemv.h"
+#include "aqlm_range.h"
+#include "aqlm_rows.h"
 #include "aqlm_tables.h"
 #include "aqlm_panels.h"
 #include "aqlm_panels_bf16.h"
+#include "aqlm_eights.h"
 #include "aqlm.h"
 }  // namespace
 extern const Level level;

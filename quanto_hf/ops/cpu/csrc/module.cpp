@@ -4,9 +4,11 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include "aqlm_fit.h"
-#include "dispatch.h"
-#include "experts.h"
+#include "entry_points.h"
+
+#if !defined(QUANTO_SOURCES)
+#define QUANTO_SOURCES 0  // not built by setup.py
+#endif
 
 namespace {
 
@@ -112,6 +114,13 @@ PyObject* linear_int8_groups(PyObject*, PyObject* const* values, Py_ssize_t coun
     return ready(count, LINEAR_ARGUMENTS + 1) ? run_linear(active->linear_int8_groups, values, true) : nullptr;
 }
 
+// Whether each of these numbers is one of 0, 1, ... n - 1.
+bool all_below(const int64_t* numbers, int64_t count, int64_t n) {
+    for (int64_t i = 0; i < count; i++)
+        if (numbers[i] < 0 || numbers[i] >= n) return false;
+    return true;
+}
+
 PyObject* dequantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
     if (!ready(count, WEIGHT_ARGUMENTS + 5)) return nullptr;
     Arguments in{values};
@@ -121,10 +130,12 @@ PyObject* dequantize(PyObject*, PyObject* const* values, Py_ssize_t count) {
     void* out = in.address<void>();
     const int out_type = static_cast<int>(in.next()), threads = static_cast<int>(in.next());
     if (PyErr_Occurred()) return nullptr;
+    bool found;
     Py_BEGIN_ALLOW_THREADS
-    active->dequantize(w, out_type, out, rows, row_count, threads);
+    found = !rows || all_below(rows, row_count, w.n);
+    if (found) active->dequantize(w, out_type, out, rows, row_count, threads);
     Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    return PyBool_FromLong(found);
 }
 
 // The description goes to `q`, to which the weight points.
@@ -330,13 +341,19 @@ PyObject* level(PyObject*, PyObject*) {
     return PyUnicode_FromString(active->name);
 }
 
+PyObject* entry_points(PyObject*, PyObject*) {
+    static const EntryPoints all = {QUANTO_SOURCES, available_levels, quanto::expert_linear, aqlm_fit_of, quanto::code_sums};
+    return PyLong_FromVoidPtr(const_cast<EntryPoints*>(&all));
+}
+
 PyMethodDef methods[] = {
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear)), METH_FASTCALL, "out = x @ weight.T + bias"},
     {"linear_int8", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear_int8)), METH_FASTCALL, "the same with x rounded to int8"},
     {"expert_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(expert_linear)), METH_FASTCALL,
      "rows of x times the weights of their experts; False: there is no such expert"},
     {"linear_int8_groups", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(linear_int8_groups)), METH_FASTCALL, "the same for int4 and int2, by 32 columns"},
-    {"dequantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(dequantize)), METH_FASTCALL, "rows of a weight as floats"},
+    {"dequantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(dequantize)), METH_FASTCALL,
+     "rows of a weight as floats; False: there is no such row"},
     {"quantize", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(quantize)), METH_FASTCALL, "codes, scale and zero of a float matrix"},
     {"aqlm_search", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(aqlm_search)), METH_FASTCALL, "better codes for groups of additive codebooks"},
     {"aqlm_sweep", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(aqlm_sweep)), METH_FASTCALL, "the same with error compensation"},
@@ -348,6 +365,7 @@ PyMethodDef methods[] = {
     {"level", level, METH_NOARGS, "name of the level in use, or None"},
     {"has_kernel", has_kernel, METH_O, "whether the level in use has the kernel of that name"},
     {"use_level", use_level, METH_O, "choose a level by name"},
+    {"entry_points", entry_points, METH_NOARGS, "address of the C++ functions, for tests/native (csrc/entry_points.h)"},
     {nullptr, nullptr, 0, nullptr},
 };
 

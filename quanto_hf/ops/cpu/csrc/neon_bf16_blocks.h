@@ -19,6 +19,17 @@ inline uint16x8_t narrow_bf16(F low, F high) {
 // Numbers for products in bfloat16.
 inline void store_factors(uint16_t* p, F v) { vst1_u16(p, vget_low_u16(narrow_bf16(v, v))); }
 
+using Factors = uint16x8_t;
+inline Factors load_factors(const uint16_t* p) { return vld1q_u16(p); }
+inline void store_factors(uint16_t* p, Factors v) { vst1q_u16(p, v); }
+inline Factors gathered_factors(const uint16_t* const (&p)[1]) { return load_factors(p[0]); }
+struct Eight {
+    F low, high;
+};
+inline Eight load_eight(const float* p) { return {load(p), load(p + W)}; }
+inline Eight add(Eight a, Eight b) { return {add(a.low, b.low), add(a.high, b.high)}; }
+inline Factors narrow_eights(const Eight (&v)[1]) { return narrow_bf16(v[0].low, v[0].high); }
+
 // Whether these kernels take a weight.
 inline bool has_blocks(const Weight& w) {
     if (bits_of(w.codes) == 8) return w.groups == 1 && !w.zero;

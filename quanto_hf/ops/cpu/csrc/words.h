@@ -1,4 +1,4 @@
-// Codes to numbers, four vectors of them from one load. Included inside the namespace of a level for x86.
+// Codes to numbers, four vectors of them at a time. Included inside the namespace of a level for x86.
 //
 // A unit is 4 * W columns of a plane (docs/format.md), a word of 4 bytes per lane. Its numbers come as the four vectors
 // that cost the fewest operations, and x is brought into their order once per call. COUNT codes stand for numbers that
@@ -7,10 +7,15 @@
 
 constexpr int64_t UNIT = 4 * W;
 
-enum Form { SIGNED8, HALF_E4M3, HALF_E5M2, LOOKED_UP, COUNT4, COUNT2 };
+// BYTE8 and WORD8: signed bytes, one by one or by words.
+enum Form { BYTE8, WORD8, HALF_E4M3, HALF_E5M2, LOOKED_UP, COUNT4, COUNT2 };
 
 constexpr int codes_of(int form) {
-    return form == SIGNED8 ? INT8 : form == HALF_E4M3 ? E4M3 : form == HALF_E5M2 ? E5M2 : form == COUNT2 ? TABLE2 : TABLE4;
+    return form == BYTE8 || form == WORD8 ? INT8
+           : form == HALF_E4M3            ? E4M3
+           : form == HALF_E5M2            ? E5M2
+           : form == COUNT2               ? TABLE2
+                                          : TABLE4;
 }
 constexpr bool is_half(int form) { return form == HALF_E4M3 || form == HALF_E5M2; }
 constexpr bool is_count(int form) { return form == COUNT4 || form == COUNT2; }
@@ -30,7 +35,7 @@ struct Units {
     static constexpr int CODES = codes_of(FORM), BITS = bits_of(CODES), PLANES = 8 / BITS;
     static constexpr bool COUNTS = is_count(FORM);
     // what a sum is multiplied with
-    static constexpr float RESULT = (FORM == HALF_E4M3 ? 256.0f : FORM == SIGNED8 ? 1.0f / (1 << 24) : 1.0f) / X_FACTOR;
+    static constexpr float RESULT = (FORM == HALF_E4M3 ? 256.0f : FORM == WORD8 ? 1.0f / (1 << 24) : 1.0f) / X_FACTOR;
 
     WordTable table{};
     I seen = no_bits();
@@ -46,12 +51,16 @@ struct Units {
     template <int PLANE, int V>
     static F number(I words) {
         constexpr int AT = 8 * V + PLANE * BITS;
-        if constexpr (FORM == SIGNED8) return to_float(words_and(words_left<24 - AT>(words), 0xFF000000));  // times 2^24
+        if constexpr (FORM == WORD8) return to_float(words_and(words_left<24 - AT>(words), 0xFF000000));  // times 2^24
         else if constexpr (AT + BITS == 32) return to_float(words_right<AT>(words));
         else return to_float(words_and(words, ((1u << BITS) - 1) << AT));
     }
     template <int PLANE>
     void numbers(const uint8_t* codes, F* out) {
+        if constexpr (FORM == BYTE8) {
+            for (int v = 0; v < 4; v++) out[v] = to_float(load_signed(codes + v * W));
+            return;
+        }
         const I words = load_words(codes);
         if constexpr (FORM == HALF_E5M2) {
             e5m2_words(words, out);
@@ -70,9 +79,14 @@ struct Units {
         else return false;
     }
 
-    // The columns of a unit in the order of the numbers. Lanes 4 i to 4 i + 3 hold columns 16 i to 16 i + 15, but for halves.
+    // The columns of a unit in the order of the numbers. Lanes 4 i to 4 i + 3 hold columns 16 i to 16 i + 15, but for halves
+    // and BYTE8, whose columns are in their own order.
     template <int PLANE>
     static void order(const float* in, float* out) {
+        if constexpr (FORM == BYTE8) {
+            for (int v = 0; v < 4; v++) store(out + v * W, mul(load(in + v * W), splat(X_FACTOR)));
+            return;
+        }
         for (int i = 0; i < W / 4; i++) {
             __m128 v[4];
             if constexpr (is_half(FORM)) {
