@@ -103,6 +103,9 @@ class Method:
             quantize(model, self.weights)
             freeze_aqlm(model, data, progress=False) if self.data else freeze(model)
             return quanto_hf.report(model).quantized_bits
+        if self.weights == "int2" and not self.data:
+            freeze(quantize(model, "int2", group_size=self.group_size, optimizer=self.fit))
+            return quanto_hf.report(model).quantized_bits
         for name, moment in moments.items():
             parameter = model.get_submodule(name).weight
             weight = parameter.detach().float()

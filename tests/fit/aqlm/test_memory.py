@@ -68,7 +68,7 @@ for shape, sizes, calibrated in json.loads(input()):
     before = status("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak starts anew
-    quantize_aqlm(weight, **sizes, hessian=hessian)
+    quantize_aqlm(weight, **sizes, hessian=hessian, iterations=1)
     print(status("VmHWM") - before)
 """
 LARGE = [
