@@ -33,7 +33,7 @@ def start(targets: torch.Tensor, weights: torch.Tensor, layout: Layout, seed: in
     each = weights.repeat_interleave(columns)
     codebooks, codes = [], []
     for _ in range(layout.num_codebooks):
-        order = torch.randperm(rest.shape[0], generator=generator).to(rest.device)
+        order = torch.randperm(rest.shape[0], generator=generator, device="cpu").to(rest.device)
         book = _first_vectors(rest, order, layout.size)
         sample = order[: GROUPS_PER_VECTOR * layout.size]
         values, value_weights = rest[sample].contiguous(), each[sample].contiguous()
