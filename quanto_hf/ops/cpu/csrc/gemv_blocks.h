@@ -4,8 +4,9 @@
 // sum((number - zero) * scale * x) = scale * (sum(number * x) - zero * sum(x)). The sums of x are made in the same order,
 // lane by lane: where all codes stand for the zero, and it is a power of two, the difference is 0 to the bit.
 
-constexpr int64_t AHEAD_BYTES = 4096;  // codes are asked for so many bytes before they are used
-constexpr int ROWS = 16;               // of the weight, before the next columns of x
+// Codes are asked for so many bytes before they are used: for int8 with AVX2 on Zen 4, 4096 took 10 % more time.
+constexpr int64_t AHEAD_BYTES = 12288;
+constexpr int ROWS = 16;  // of the weight, before the next columns of x
 
 // sums[m] += blocks of one row of the weight times a chunk of M rows of x.
 template <class Form, class Seg, int M>
