@@ -120,7 +120,8 @@ def _merge(saved: Any, given: QuantoConfig) -> QuantoConfig:
         )
     saved.dequantize = given.dequantize
     # what the checkpoint has no tensors for, and can begin now
-    saved.asked = tuple(flag for flag in ASKED if getattr(given, flag) and not getattr(saved, flag))
+    asked = tuple(flag for flag in ASKED if getattr(given, flag) and not getattr(saved, flag))
+    saved.asked = asked  # type: ignore[misc]
     if given.quant_method == SKELETON_METHOD:
         saved.quant_method = SKELETON_METHOD
     return saved
