@@ -44,7 +44,7 @@ def _has_name(layer: "LearnedScales") -> bool:
 def linear_in_graph(layer: "QLinear", x: torch.Tensor, bias: Maybe) -> torch.Tensor:
     """:func:`quanto_hf.nn.prepared.straight_through` of a PREPARED layer."""
     if layer.is_observing or not _has_name(layer):
-        return _linear_outside(layer, x, bias)
+        return _outside(straight_through, layer, x, bias)
     held, activations = layer.sources(), None if layer.activations is None else layer.activations.name
     made: torch.Tensor = torch.ops.quanto_hf.prepared_linear.default(
         x, *(held.get(name) for name in NAMES), *_description(layer), activations, bias
@@ -55,7 +55,7 @@ def linear_in_graph(layer: "QLinear", x: torch.Tensor, bias: Maybe) -> torch.Ten
 def weight_in_graph(layer: "LearnedScales", matrix: torch.Tensor, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """:meth:`quanto_hf.nn.learned.LearnedScales.round_matrix` of a PREPARED layer."""
     if not _has_name(layer):
-        return _weight_outside(layer, matrix, sources)
+        return _outside(_round_matrix, layer, matrix, sources)
     learned = (sources.get(name) for name in OF_WEIGHT[1:])
     made: torch.Tensor = torch.ops.quanto_hf.prepared_weight.default(matrix, *learned, *_description(layer))
     return made
@@ -65,9 +65,11 @@ def _round_matrix(layer: "LearnedScales", matrix: torch.Tensor, sources: Mapping
     return layer.round_matrix(matrix, sources)
 
 
-Run = Callable[..., torch.Tensor]
-_linear_outside: Run = torch.compiler.disable(straight_through)  # type: ignore[no-untyped-call]
-_weight_outside: Run = torch.compiler.disable(_round_matrix)  # type: ignore[no-untyped-call]
+def _outside(run: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """Break the graph, and run this as it is. Here and not at the import, which would import the compiler: 2 s."""
+    eager: Any = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+    made: torch.Tensor = eager(*args)
+    return made
 
 
 def _description(layer: "LearnedScales") -> tuple[str, str | None]:
