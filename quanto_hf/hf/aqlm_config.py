@@ -42,6 +42,7 @@ class AqlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
     static_activations: ClassVar[bool] = False
     qat: ClassVar[bool] = False
     learn_scales: ClassVar[bool] = False
+    asked: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
