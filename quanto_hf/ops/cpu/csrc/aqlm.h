@@ -21,7 +21,8 @@ inline void aqlm_linear(const Linear& a) {
     prepared.w.aqlm = &floats;
     if (a.m <= GEMV_ROWS) return aqlm_rows<FloatPiece>(prepared);
 #if defined(QUANTO_AQLM_BF16)
-    if (a.x_type == BF16) return gemm<AqlmBF16>(prepared);
+    // where has_eights() is true, numbers are so large or small that weights might vanish as bfloat16 factors
+    if (a.x_type == BF16 && !has_eights(q)) return gemm<AqlmBF16>(prepared);
 #endif
     gemm<AqlmF32>(prepared);
 }
