@@ -7,6 +7,7 @@ import torch
 from native_weights import FLOATS, LEVELS, Kind, Weight, every_float, make_weight, needs_native
 
 from quanto_hf.nn import QLinear
+from quanto_hf.nn.bound_call import BoundCall
 from quanto_hf.ops import ACTIVATION_GROUP, round_activations
 from quanto_hf.ops.cpu import bound, int8, selfcheck
 from quanto_hf.ops.cpu.call import linear_name, native_linear
@@ -291,7 +292,7 @@ def test_a_layer_gives_what_the_definition_gives_with_and_without_the_kernel(
         x = torch.randn(*lead, 200).to(dtype)
         assert (layer._fast_forward(x) is not None) == bool(x.numel())
         made = layer(x)
-        layer._bound = ([], None, None)  # no prepared call
+        layer._bound = BoundCall(None, ())  # no prepared call
         plain = layer(x)
         layer._bound = None
         assert made.shape == plain.shape == (*lead, 33)

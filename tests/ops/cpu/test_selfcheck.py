@@ -34,8 +34,8 @@ def wrong(monkeypatch):
     def spoil(name: str, rows: int | None = None) -> None:
         right = getattr(NATIVE, name)
 
-        def spoiled(packed: int, *rest: int) -> None:
-            right(packed + (rows in (None, rest[ROWS - 1])), *rest)
+        def spoiled(packed: int, *rest: int) -> Any:
+            return right(packed + (rows in (None, rest[ROWS - 1])), *rest)
 
         monkeypatch.setattr(NATIVE, name, spoiled)
 
