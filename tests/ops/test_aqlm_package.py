@@ -1,6 +1,6 @@
 """Beside the ``aqlm`` package (1.1.7): where it is right the numbers agree, and where it is not is written down here.
 
-Skipped where it is not installed: ``pip install --no-deps aqlm==1.1.7 numba llvmlite``.
+Skipped where it is not installed; the extra "test" has it.
 """
 
 import json

@@ -52,8 +52,8 @@ inline void panel_product(const typename Dot::Number* panel, int64_t rows, const
     for (int64_t t = 0; t < tiles; t += 2) {
         int64_t r = 0;
         // A single tile has half the sums, too few to hide the latency of bfloat16 products: with twice the rows 16 rows of
-        // x take 3.2 ms for 4096 x 4096 weights, not 6.1. Float32 panels would lose: 24 rows of theirs, 2048 bytes apart, share two eighths of
-        // the first-level cache, and 16 rows of x take 12.9 ms, not 8.0.
+        // x take 3.2 ms for 4096 x 4096 weights, not 6.1. Float32 panels would lose: 24 rows of theirs, 2048 bytes apart,
+        // share two eighths of the first-level cache, and 16 rows of x take 12.9 ms, not 8.0.
         if (sizeof(typename Dot::Number) == 2 && tiles - t == 1)
             for (; r + 2 * TILE_ROWS <= rows; r += 2 * TILE_ROWS)
                 tile_product<Dot, 2 * TILE_ROWS, 1>(panel + r * CHUNK, x + t * x_ld, x_ld, columns, sums + r * sums_ld + t * W,
