@@ -14,7 +14,7 @@ inline void aqlm_linear(const Linear& a) {
 #endif
     if (q.bits <= 8 && (a.m == 1 || a.m * q.books <= TABLE_BOOKS) && scale_may_come_late(a)) return aqlm_tables(a);
 #if defined(QUANTO_AQLM_BF16)
-    if (aqlm_eights(a)) return;
+    if (a.m == 1 && aqlm_eights(a)) return;
 #endif
     Linear prepared = a;
     const Aqlm floats = q.bits <= 8 ? with_books(q, F32, 4, a.threads) : q;  // small codebooks are not converted at each entry

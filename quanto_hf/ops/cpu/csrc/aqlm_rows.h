@@ -11,23 +11,7 @@ constexpr int rows_at_a_time(int m) {
     return rows;
 }
 
-// Calls run(Slot<m>) for 1 to GEMV_ROWS rows of x.
-template <class Run>
-inline void with_rows(int64_t m, const Run& run) {
-    switch (m) {
-        case 1: return run(Slot<1>{});
-        case 2: return run(Slot<2>{});
-        case 3: return run(Slot<3>{});
-        case 4: return run(Slot<4>{});
-        case 5: return run(Slot<5>{});
-        case 6: return run(Slot<6>{});
-        case 7: return run(Slot<7>{});
-        default: return run(Slot<8>{});
-    }
-}
-
-// Piece gives: Number, STEP (numbers in a register), dot(), read_row(a, m, out), decode(w, row, from, to, out),
-// LATE (the scale multiplies the sum).
+// Piece gives: Number, STEP (numbers in a register), dot(), read_row(a, m, out), decode(w, row, from, to, out).
 template <class Piece, int M, int R>
 inline void rows_product(const Linear& a, const typename Piece::Number* x, int64_t x_ld, int64_t row) {
     constexpr int64_t LD = AQLM_CHUNK + Piece::STEP;  // numbers behind the last one are written too, see aqlm_columns
@@ -46,10 +30,7 @@ inline void rows_product(const Linear& a, const typename Piece::Number* x, int64
                 for (int r = 0; r < R; r++) acc[r][m] = Piece::dot(acc[r][m], weights + r * LD + i, x + m * x_ld + column + i);
     }
     for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) {
-            const float total = sum(acc[r][m]);
-            put(a, m, row + r, Piece::LATE ? total * half_value(a.w.aqlm->scales, row + r, a.w.aqlm->scale_type) : total);
-        }
+        for (int m = 0; m < M; m++) put(a, m, row + r, sum(acc[r][m]));
 }
 
 // Up to GEMV_ROWS rows of x.
@@ -77,7 +58,6 @@ inline void aqlm_rows(const Linear& a) {
 struct FloatPiece {
     using Number = float;
     static constexpr int STEP = W;
-    static constexpr bool LATE = false;
     static F dot(F acc, const float* weights, const float* x) { return fma(load(weights), load(x), acc); }
     static void read_row(const Linear& a, int64_t m, float* out) { load_scales(a.x, a.x_type, m * a.w.k, (m + 1) * a.w.k, out); }
     static void decode(const Weight& w, int64_t row, int64_t from, int64_t to, float* out) {

@@ -31,6 +31,21 @@ struct Slot {
     static constexpr int slot = SLOT;
 };
 
+// Calls run(Slot<m>) for 1 to GEMV_ROWS rows of x.
+template <class Run>
+inline void with_rows(int64_t m, const Run& run) {
+    switch (m) {
+        case 1: return run(Slot<1>{});
+        case 2: return run(Slot<2>{});
+        case 3: return run(Slot<3>{});
+        case 4: return run(Slot<4>{});
+        case 5: return run(Slot<5>{});
+        case 6: return run(Slot<6>{});
+        case 7: return run(Slot<7>{});
+        default: return run(Slot<8>{});
+    }
+}
+
 // Calls step(weights, column, count, slot) for the columns [from, to) of a row, in order; count <= W weights.
 // `from` is the first column of a block or of a group that starts one. Columns beyond `count` hold numbers without
 // meaning. All the weights of one call share a group.

@@ -87,7 +87,7 @@ inline void fold_sums(const Weight& w, const Folded& folded, int64_t row, int64_
 // x is in the order of the blocks; `rest` holds the columns behind them as float32, or is null.
 template <int CODES, int M, bool FOLD>
 inline void gemv_bf16_rows(const Linear& a, const ByteTable& t, const Folded& folded, const uint16_t* x, int64_t ld,
-                           const float* rest, int64_t m0, Range part) {
+                           const float* rest, Range part) {
     constexpr int64_t BLOCK = BLOCK_BYTES * (8 / bits_of(CODES)), STEP = X_BYTES / (2 * BLOCK * M);
     constexpr int R = M <= 2 ? 4 : 2;
     constexpr bool LATE = bits_of(CODES) == 8;
@@ -132,7 +132,7 @@ inline void gemv_bf16_rows(const Linear& a, const ByteTable& t, const Folded& fo
             transpose(v);
             for (int s = W / 2; s > 0; s /= 2)
                 for (int i = 0; i < s; i++) v[i] = add(v[i], v[i + s]);
-            put_vector<BF16>(a, m0 + m, row, n, v[0], LATE);
+            put_vector<BF16>(a, m, row, n, v[0], LATE);
         }
     }
 }
@@ -166,18 +166,9 @@ inline void gemv_bf16(const Linear& a) {
             const auto run = [&](auto count) {
                 constexpr int M = decltype(count)::slot;
                 if constexpr (!FOLD || (bits_of(C) < 8 && M <= 2))
-                    gemv_bf16_rows<C, M, FOLD>(a, t, folded, x, ld, behind ? rest : nullptr, 0, part);
+                    gemv_bf16_rows<C, M, FOLD>(a, t, folded, x, ld, behind ? rest : nullptr, part);
             };
-            switch (a.m) {
-                case 1: return run(Slot<1>{});
-                case 2: return run(Slot<2>{});
-                case 3: return run(Slot<3>{});
-                case 4: return run(Slot<4>{});
-                case 5: return run(Slot<5>{});
-                case 6: return run(Slot<6>{});
-                case 7: return run(Slot<7>{});
-                default: return run(Slot<8>{});
-            }
+            with_rows(a.m, run);
         });
     };
     if (fold && gemv_lanes(a, [&](Range part) { some_rows(part, Slot<0>{}); })) return;

@@ -68,7 +68,7 @@ inline void byte_sums(const Weight& w, int64_t row, const uint8_t* x, int64_t ld
 }
 
 template <int M>
-inline void gemv_int8_rows(const Linear& a, const uint8_t* x, int64_t ld, const float* x_scales, int64_t m0, Range part) {
+inline void gemv_int8_rows(const Linear& a, const uint8_t* x, int64_t ld, const float* x_scales, Range part) {
     constexpr int R = M <= 4 ? 4 : 2, ROWS = 16;
     float sums[ROWS * M];
     for (int64_t row = part.begin; row < part.end; row += ROWS) {
@@ -82,7 +82,7 @@ inline void gemv_int8_rows(const Linear& a, const uint8_t* x, int64_t ld, const 
             float column[W] = {};
             for (r = 0; r < n; r++) column[r] = sums[r * M + m];
             with_type(a.x_type, [&](auto type) {
-                put_vector<decltype(type)::type>(a, m0 + m, row, n, mul(mul(load(column), load(scales)), splat(x_scales[m])), false);
+                put_vector<decltype(type)::type>(a, m, row, n, mul(mul(load(column), load(scales)), splat(x_scales[m])), false);
             });
         }
     }

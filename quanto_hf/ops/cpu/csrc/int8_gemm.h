@@ -69,18 +69,6 @@ inline void linear_int8(const Linear& a) {
     if (a.m > GEMV_ROWS) return gemm_int8(a, x, ld, x_scales);
     parallel(a.threads, [&](int thread, int of) {
         const Range part = share(a.w.n, 32, thread, of);
-        const auto run = [&](auto count, int64_t m) {
-            gemv_int8_rows<decltype(count)::slot>(a, x + m * ld, ld, x_scales + m, m, part);
-        };
-        switch (a.m) {
-            case 1: return run(Slot<1>{}, 0);
-            case 2: return run(Slot<2>{}, 0);
-            case 3: return run(Slot<3>{}, 0);
-            case 4: return run(Slot<4>{}, 0);
-            case 5: return run(Slot<5>{}, 0);
-            case 6: return run(Slot<6>{}, 0);
-            case 7: return run(Slot<7>{}, 0);
-            default: return run(Slot<8>{}, 0);
-        }
+        with_rows(a.m, [&](auto count) { gemv_int8_rows<decltype(count)::slot>(a, x, ld, x_scales, part); });
     });
 }

@@ -23,15 +23,6 @@ inline void linear_int8(const Linear& a) {
             for (; row + R <= part.end; row += R) few_rows<M, R>(a, x, ld, x_scales, row);
             for (; row < part.end; row++) few_rows<M, 1>(a, x, ld, x_scales, row);
         };
-        switch (a.m) {
-            case 1: return run(Slot<1>{});
-            case 2: return run(Slot<2>{});
-            case 3: return run(Slot<3>{});
-            case 4: return run(Slot<4>{});
-            case 5: return run(Slot<5>{});
-            case 6: return run(Slot<6>{});
-            case 7: return run(Slot<7>{});
-            default: return run(Slot<8>{});
-        }
+        with_rows(a.m, run);
     });
 }
