@@ -6,38 +6,31 @@ import torch
 from torch import nn
 
 
-class QuantStub(nn.Module):
+class _Stub(nn.Module):
+    def __init__(self, qconfig: Any = None) -> None:
+        super().__init__()
+        if qconfig is not None:
+            self.qconfig = qconfig
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The input."""
+        return x
+
+
+class QuantStub(_Stub):
     """The start of a quantized region. ``prepare`` observes it, ``convert`` makes it round.
 
     Args:
         qconfig: of this stub; None is that of its parent.
     """
 
-    def __init__(self, qconfig: Any = None) -> None:
-        super().__init__()
-        if qconfig is not None:
-            self.qconfig = qconfig
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The input."""
-        return x
-
-
-class DeQuantStub(nn.Module):
+class DeQuantStub(_Stub):
     """The end of a quantized region. It is never observed.
 
     Args:
         qconfig: of this stub; None is that of its parent.
     """
-
-    def __init__(self, qconfig: Any = None) -> None:
-        super().__init__()
-        if qconfig is not None:
-            self.qconfig = qconfig
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The input."""
-        return x
 
 
 class QuantWrapper(nn.Module):

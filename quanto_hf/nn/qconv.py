@@ -17,6 +17,22 @@ CONSTANTS = (
 )  # fmt: skip
 
 
+def items(x: torch.Tensor, dims: int) -> torch.Tensor:
+    """The values of each item of an image of ``dims`` dimensions in a row; without a batch, x is one item."""
+    return x.flatten(1 if x.dim() == dims + 2 else 0)
+
+
+def conv_transpose(
+    mod: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_size: Any = None
+) -> torch.Tensor:
+    """What the transposed convolution ``mod`` computes, with another weight and bias."""
+    dims = len(mod.kernel_size)
+    padding = mod._output_padding(x, output_size, mod.stride, mod.padding, mod.kernel_size, dims, mod.dilation)
+    function: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+    out: torch.Tensor = function(x, weight, bias, mod.stride, mod.padding, padding, mod.groups, mod.dilation)
+    return out
+
+
 class QuantizedConv(RoundedModule):
     """Mixin of convolutions with a quantized weight; the other base is the float one.
 
@@ -47,9 +63,7 @@ class QuantizedConv(RoundedModule):
         if self.activations is None or not self.rounds or self._observe(x):
             return x
         self._check_calibrated()
-        # without a batch, x is one item
-        batched = x.dim() == len(self.kernel_size) + 2
-        flat = x.flatten(1 if batched else 0)
+        flat = items(x, len(self.kernel_size))
         return fake_quantize(flat, self.activations, scale=self.static_scale).view_as(x)
 
 
@@ -79,15 +93,8 @@ class QuantizedConvTranspose(QuantizedConv):
 
     def forward(self, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:
         """As of the float convolution, with the rounded weight and input."""
-        n = len(self.kernel_size)
         weight, bias = self._operands(input)
-        padding: Any = self._output_padding(  # type: ignore[operator]
-            input, output_size, self.stride, self.padding, self.kernel_size, n, self.dilation
-        )
-        function: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
-        x = self._round_image(input)
-        out: torch.Tensor = function(x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation)
-        return out
+        return conv_transpose(self, self._round_image(input), weight, bias, output_size)
 
 
 @register_qmodule(nn.Conv1d)

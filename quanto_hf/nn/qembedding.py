@@ -1,6 +1,6 @@
 """Embeddings whose weight is quantized: only the rows that are read are dequantized."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -86,6 +86,28 @@ class QEmbedding(QuantizedTable, nn.Embedding):  # type: ignore[misc]
         return F.embedding(input, weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
 
 
+def rows_of_bags(
+    read: Callable[[torch.Tensor], torch.Tensor], index: torch.Tensor, padding: int | None
+) -> tuple[torch.Tensor, torch.Tensor, int | None]:
+    """The rows that bags read as a table, in the order in which they are read, and a row for padding.
+
+    Args:
+        read: gives the rows of the weight for an index of one dimension.
+        index: of any shape.
+        padding: the row that is left out of the bags, if there is one.
+
+    Returns:
+        The table, the index into it in the shape of ``index``, and the row of it that is padding.
+    """
+    flat = index.reshape(-1)
+    table, count = read(flat), flat.numel()
+    places = torch.arange(count, device=flat.device, dtype=flat.dtype)
+    if padding is None:
+        return table, places.view_as(index), None
+    table = torch.cat([table, table.new_zeros(1, table.shape[1])])
+    return table, torch.where(flat == padding, count, places).view_as(index), count
+
+
 @register_qmodule(nn.EmbeddingBag)
 class QEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
     """``nn.EmbeddingBag`` with a quantized weight."""
@@ -101,15 +123,7 @@ class QEmbeddingBag(QuantizedTable, nn.EmbeddingBag):
         """The sum, mean or maximum of the rows of each bag, shape (bags, embedding_dim)."""
         index, padding = input, self.padding_idx
         if self.is_frozen:
-            # a table of the rows that are read, in the order in which they are; padding is no row of it
-            flat = input.reshape(-1)
-            table = self._read(flat)
-            index = torch.arange(flat.numel(), device=flat.device, dtype=flat.dtype)
-            if padding is not None:
-                table = torch.cat([table, table.new_zeros(1, self.embedding_dim)])
-                index = torch.where(flat == padding, flat.numel(), index)
-                padding = flat.numel()
-            index = index.view_as(input)
+            table, index, padding = rows_of_bags(self._read, input, padding)
         else:
             table = self.round_weight(self.sources()) if self.rounding else self.weight
         return F.embedding_bag(

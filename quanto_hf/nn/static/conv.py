@@ -1,9 +1,6 @@
 """Convolutions of the eager mode."""
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from quanto_hf.nn.qconv import (
@@ -13,6 +10,7 @@ from quanto_hf.nn.qconv import (
     QConvTranspose1d,
     QConvTranspose2d,
     QConvTranspose3d,
+    conv_transpose,
 )
 from quanto_hf.nn.static.weighted import Stored, Weighted
 
@@ -33,12 +31,7 @@ class StoredConvTranspose(Stored):
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_size: list[int] | None = None
     ) -> torch.Tensor:
         """See :class:`Stored`."""
-        mod: Any = self
-        dims = len(mod.kernel_size)
-        padding = mod._output_padding(x, output_size, mod.stride, mod.padding, mod.kernel_size, dims, mod.dilation)
-        function: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-        out: torch.Tensor = function(x, weight, bias, mod.stride, mod.padding, padding, mod.groups, mod.dilation)
-        return out
+        return conv_transpose(self, x, weight, bias, output_size)
 
 
 class StoredConv1d(StoredConv, nn.Conv1d):

@@ -1,11 +1,13 @@
 """Embeddings with stored weights. Their output is a float tensor that is not rounded."""
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quanto_hf.nn.qembedding import rows_of_bags
 from quanto_hf.nn.static.errors import QConfigError
 from quanto_hf.nn.static.kept import bare
 from quanto_hf.nn.static.stored_weights import StoredWeights, observer_for, weight_observer
@@ -69,16 +71,10 @@ class EmbeddingBag(StoredEmbedding, nn.EmbeddingBag):
         per_sample_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sums, means or maxima of bags of rows; see ``nn.EmbeddingBag``."""
-        # a table of the rows that are read, in the order in which they are, and of one for padding
-        flat, padding = input.flatten(), self.padding_idx
-        table = self.rows_of("weight", flat)
-        index = torch.arange(flat.numel(), device=flat.device, dtype=flat.dtype)
-        if padding is not None:
-            table = torch.cat([table, table.new_zeros(1, self.embedding_dim)])
-            index, padding = torch.where(flat == padding, flat.numel(), index), flat.numel()
+        table, index, padding = rows_of_bags(partial(self.rows_of, "weight"), input, self.padding_idx)
         if per_sample_weights is not None:
             per_sample_weights = per_sample_weights.to(table.dtype)
         return F.embedding_bag(
-            index.view_as(input), table, offsets, mode=self.mode, per_sample_weights=per_sample_weights,
+            index, table, offsets, mode=self.mode, per_sample_weights=per_sample_weights,
             include_last_offset=self.include_last_offset, padding_idx=padding,
         )  # fmt: skip
