@@ -12,8 +12,9 @@ from torch import nn
 from quanto_hf.fit.aqlm import Layout, quantize_aqlm
 from quanto_hf.fit.aqlm.memory import fit_bytes
 from quanto_hf.fit.aqlm.work import products, products_per_second
+from quanto_hf.flow.batches import batches, every_tensor
 from quanto_hf.flow.layer_store import LayerStore, digest
-from quanto_hf.flow.moments import collect_moments, tensors_of
+from quanto_hf.flow.moments import collect_moments
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.ops.cpu.aqlm_fit import refuses_aqlm_fit
 from quanto_hf.schemes import Aqlm
@@ -74,7 +75,7 @@ def freeze_aqlm(
         raise ValueError("the data is an iterator, which can be read only once; give a list or a DataLoader")
     store = None if folder is None else LayerStore(folder)
     settings = [seed, iterations]
-    read = "" if data is None or store is None else digest(t for batch in data for t in tensors_of(batch))
+    read = "" if data is None or store is None else digest(t for batch in batches(data) for t in every_tensor(batch))
     bar = _Bar(layers, None if data is None else moment_bytes, progress)
     rounding = {name: module.rounding for name, module in layers.items()}
     try:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quanto_hf.flow.batches import call
+from quanto_hf.flow.batches import batches, call
 from quanto_hf.nn import QLinear
 from quanto_hf.schemes import Aqlm
 
@@ -66,13 +66,18 @@ class _Trained:
 @contextmanager
 def _training(layers: Sequence[QLinear]) -> Iterator[list[_Trained]]:
     trained = [_Trained(layer) for layer in layers]
+    # accelerate's hooks stand there
+    before = [layer.__dict__.get("forward") for layer in layers]
     try:
         for part in trained:
             part.layer.forward = part.forward  # type: ignore[method-assign]
         yield trained
     finally:
-        for part in trained:
-            del part.layer.__dict__["forward"]
+        for part, forward in zip(trained, before, strict=True):
+            if forward is None:
+                part.layer.__dict__.pop("forward", None)
+            else:
+                part.layer.forward = forward  # type: ignore[method-assign]
 
 
 def tune_codebooks(
@@ -169,7 +174,7 @@ def tune_end_to_end(
         predicted = call(student, batch).logits.float().log_softmax(-1)
         return F.kl_div(predicted, wanted.to(predicted.device), log_target=True, reduction="none").sum(-1).mean()
 
-    return tune_codebooks(model, list(data), divergence, epochs=epochs, rate=rate)
+    return tune_codebooks(model, list(batches(data)), divergence, epochs=epochs, rate=rate)
 
 
 def tune_blocks(
@@ -200,14 +205,14 @@ def tune_blocks(
     Raises:
         ValueError: see there, or no data reached a block.
     """
-    data, found = list(data), {}
+    data, found = list(batches(data)), {}
     for name in blocks:
         block, exact = model.get_submodule(name), teacher.get_submodule(name)
         calls = _calls(model, block, data)
         if not calls:
             raise ValueError(f"no data reached {name}")
         with torch.no_grad():
-            batches = [(args, kwargs, _first(exact(*args, **kwargs))) for args, kwargs in calls]
+            seen = [(args, kwargs, _first(exact(*args, **kwargs))) for args, kwargs in calls]
 
         def difference(module: nn.Module, batch: Any) -> torch.Tensor:
             args, kwargs, wanted = batch
@@ -215,7 +220,7 @@ def tune_blocks(
             error: torch.Tensor = (made - exact).square().mean() / exact.square().mean().clamp(min=1e-30)
             return error
 
-        found[name] = tune_codebooks(block, batches, difference, epochs=epochs, rate=rate)
+        found[name] = tune_codebooks(block, seen, difference, epochs=epochs, rate=rate)
     return found
 
 

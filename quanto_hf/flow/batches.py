@@ -43,7 +43,10 @@ def count_of(data: Any) -> int | None:
 def _is_one(data: Any) -> bool:
     if isinstance(data, tuple) and len(data) > 1 and all(isinstance(item, torch.Tensor) for item in data):
         # pieces of a split would go to the model as arguments: the second one as the attention mask, without a word
-        return len({item.untyped_storage().data_ptr() for item in data}) > 1
+        storages = {item.untyped_storage().data_ptr() for item in data}
+        # the same tensor twice, and tensors without data, are no pieces
+        pieces = len({item.data_ptr() for item in data}) == len(data)
+        return len(storages) > 1 or not pieces
     return isinstance(data, torch.Tensor | tuple | Mapping)
 
 
@@ -53,6 +56,30 @@ def call(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def run_all(model: nn.Module, each: Iterable[Any]) -> None:
+    """Call a model with every batch, without gradients and in evaluation mode; the modes of its modules come back.
+
+    Args:
+        model: on any device.
+        each: what :func:`batches` gives.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    count, training = 0, {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in each:
+                call(model, batch)
+                count += 1
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    if not count:
+        raise ValueError("there is no batch to calibrate with: the data is empty, or an ended iterator")
 
 
 def device_of(module: nn.Module) -> torch.device | None:
@@ -84,11 +111,16 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
         >>> [tuple(t.shape) for t in tensors_of({"logits": torch.ones(2, 3), "more": (torch.ones(1), None, 7)})]
         [(2, 3), (1,)]
     """
+    plain = (tensor.dequantize() if tensor.is_quantized else tensor for tensor in every_tensor(value))
+    return [tensor for tensor in plain if tensor.is_floating_point()]
+
+
+def every_tensor(value: Any) -> list[torch.Tensor]:
+    """The tensors of every dtype in such a nest."""
     if isinstance(value, torch.Tensor):
-        value = value.dequantize() if value.is_quantized else value
-        return [value] if value.is_floating_point() else []
+        return [value]
     if isinstance(value, Mapping):
         value = list(value.values())
     elif is_dataclass(value) and not isinstance(value, type):
         value = list(vars(value).values())
-    return [tensor for item in value for tensor in tensors_of(item)] if isinstance(value, list | tuple) else []
+    return [tensor for item in value for tensor in every_tensor(item)] if isinstance(value, list | tuple) else []

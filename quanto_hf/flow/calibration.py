@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quanto_hf.flow.batches import batches, call, count_of, device_of
+from quanto_hf.flow.batches import batches, count_of, device_of, run_all
 from quanto_hf.nn import QuantizedInput
 from quanto_hf.nn.observers import Observer, observer_by_name
 from quanto_hf.qtypes import QType
@@ -129,18 +129,8 @@ def calibrate(
     """
     from tqdm import tqdm
 
-    count, training = 0, {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with Calibration(model, observer, momentum=momentum, percentile=percentile), torch.no_grad():
-            for batch in tqdm(batches(data), desc="calibrating", total=count_of(data), disable=not progress):
-                call(model, batch)
-                count += 1
-            if not count:
-                raise ValueError("there is no batch to calibrate with: the data is empty, or an ended iterator")
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with Calibration(model, observer, momentum=momentum, percentile=percentile):
+        run_all(model, tqdm(batches(data), desc="calibrating", total=count_of(data), disable=not progress))
     return model
 
 

@@ -1,12 +1,12 @@
 """Second moments of the inputs of layers: what the error of a weight does to the outputs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from quanto_hf.flow.batches import call
+from quanto_hf.flow.batches import batches, run_all
 
 
 class _Moment:
@@ -29,9 +29,7 @@ class _Moment:
 
 
 @torch.no_grad()
-def collect_moments(
-    model: nn.Module, data: Iterable[Any], modules: Iterable[str] | None = None
-) -> dict[str, torch.Tensor]:
+def collect_moments(model: nn.Module, data: Any, modules: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
     """Run a model over data and note the second moment of the inputs of its linear layers.
 
     The model computes as it is, in evaluation mode and without gradients; its state is not changed. Where rows are
@@ -39,8 +37,8 @@ def collect_moments(
 
     Args:
         model: on any device.
-        data: batches: a DataLoader, a list ... A batch is a dict of keyword arguments, a tuple of positional ones, or
-            one argument. Tensors are moved to the device of the model.
+        data: one batch (a dict of keyword arguments, a tuple of positional ones, or a tensor), or a list or DataLoader
+            of batches. Tensors are moved to the device of the model.
         modules: names of linear layers; None means all.
 
     Returns:
@@ -61,31 +59,10 @@ def collect_moments(
     if wrong := [name for name in wanted if not isinstance(named.get(name), nn.Linear)]:
         raise ValueError(f"not a linear layer of this model: {', '.join(wrong)}")
     moments = {name: _Moment(named[name].in_features) for name in wanted}
-    training = {module: module.training for module in model.modules()}
     hooks = [named[name].register_forward_pre_hook(moment) for name, moment in moments.items()]
-    batches = 0
-    model.eval()
     try:
-        for batch in data:
-            call(model, batch)
-            batches += 1
+        run_all(model, batches(data))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
-    if not batches:
-        raise ValueError("there is no batch to calibrate with: the data is empty, or an ended iterator")
     return {name: moment.mean for name, moment in moments.items() if moment.rows}
-
-
-def tensors_of(batch: Any) -> list[torch.Tensor]:
-    """The tensors of a batch."""
-    if isinstance(batch, torch.Tensor):
-        return [batch]
-    parts: Iterable[Any] = ()
-    if isinstance(batch, Mapping):
-        parts = batch.values()
-    elif isinstance(batch, tuple | list):
-        parts = batch
-    return [tensor for part in parts for tensor in tensors_of(part)]

@@ -127,11 +127,11 @@ def _of_model(model: nn.Module, config: QuantoConfig | None) -> Empty:
 
 def _of_quantized(model: nn.Module, config: QuantoConfig | None) -> Empty:
     held = saved_config(getattr(model, "config", None))
-    if isinstance(held, AqlmConfig):
-        if config is not None:
-            raise ValueError("the model has AQLM weights already: leave out the config")
-    elif held is not None and config is not None and (different := held.conflicts(config)):
-        raise ValueError(f"the model is quantized already, with another {', '.join(different)}: leave out the config")
+    if held is not None and config is not None:
+        different = held.conflicts(config) if type(held) is type(config) else ["method"]
+        if different:
+            said = ", ".join(different)
+            raise ValueError(f"the model is quantized already, with another {said}: leave out the config")
     cls = AqlmQuantizer if isinstance(held, AqlmConfig) else QuantoHfQuantizer
     quantizer = cls(held or config or QuantoConfig(), pre_quantized=False)
     quantizer.pre_quantized = True

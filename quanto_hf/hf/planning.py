@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.integrations import accelerate as maps
 
-from quanto_hf.flow import codebooks_of, report
+from quanto_hf.flow import report
 from quanto_hf.hf.config import QuantoConfig
 from quanto_hf.hf.empty import Empty, empty_model
 from quanto_hf.hf.kv_cache import kv_cache
@@ -112,7 +112,7 @@ def _plan(empty: Empty, limits: dict[Device, int] | None, device_map: Any, conte
         held, limit = weights.get(device, 0), limits.get(device) if device != "disk" else None
         transient = transient_on(quantizer.transient, device) if held else 0
         devices.append(DevicePlan(device, limit, held, cached.get(device, 0), transient))
-    table, note = report(model), codebooks_of(model)
+    table = report(model)
     return MemoryPlan(
         model=type(model).__name__,
         weights=f"{empty.config.weights}{', dequantized' * dequantize}",
@@ -128,7 +128,7 @@ def _plan(empty: Empty, limits: dict[Device, int] | None, device_map: Any, conte
         float_bytes=sum(torch.Size(row.shape).numel() for row in table.rows) * dtype.itemsize,
         nbytes=sum(weights.values()),
         others={},
-        notes=(*empty.notes, *([note] if note else [])),
+        notes=(*empty.notes, *table.notes),
     )
 
 

@@ -98,7 +98,8 @@ def _register(auto: Any) -> None:
     def quantizer_from_config(quantization_config: Any, **kwargs: Any) -> Any:
         # who gives our class means us, also where transformers serves the method
         theirs = auto.AUTO_QUANTIZER_MAPPING[AQLM_METHOD].__module__.startswith("transformers.")
-        if isinstance(quantization_config, AqlmConfig) and theirs:
+        asked = isinstance(quantization_config, AqlmConfig) and quantization_config.quant_method == AQLM_METHOD
+        if asked and theirs:
             return importlib.import_module("quanto_hf.hf.aqlm").AqlmQuantizer(quantization_config, **kwargs)
         return from_config(quantization_config, **kwargs)
 

@@ -101,16 +101,15 @@ class Aqlm(Scheme):
             raise ValueError(f"{self} weights are fitted by AQLM itself, not by {fit!r}; leave out the fit")
         if not weight.is_floating_point():
             raise ValueError(f"a weight has a float dtype, but this one has {weight.dtype}")
-        specs = self.tensors(tuple(weight.shape), weight.dtype)
-        codes, codebooks, scales = quantize_aqlm(
+        self.tensors(tuple(weight.shape), weight.dtype)  # refuses what it cannot store
+        made = quantize_aqlm(
             weight.detach(),
             num_codebooks=self.num_codebooks,
             nbits=self.nbits,
             out_group=self.out_group,
             in_group=self.in_group,
         )
-        made = {"codes": codes, "codebooks": codebooks, "scales": scales}
-        return {name: made[name].to(spec.dtype).contiguous() for name, spec in specs.items()}
+        return made._asdict()
 
     def dequantize(self, tensors: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`Scheme`."""

@@ -38,8 +38,9 @@ def quantize_natively(scheme: "Grouped", rows: torch.Tensor, fit: Fit, out: Part
         False: it cannot, or it is wrong on this machine, or the weight has values that are not finite. What is in
         ``out`` then means nothing.
     """
-    if NATIVE is None or refuses_quantize(rows, out, scheme.group_size) is not None:
+    if refuses_quantize(rows, out, scheme.group_size) is not None:
         return False
+    assert NATIVE is not None
     native = native_fit(fit, scheme.grid)
     if native is None or why_wrong(NATIVE.level(), scheme, fit, rows.dtype) is not None:
         return False

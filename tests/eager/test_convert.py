@@ -626,3 +626,27 @@ def test_the_report_knows_the_modules():
 
     rows = quanto_hf.report(convert(calibrated(nn.Sequential(nn.Linear(16, 8)), torch.randn(4, 16)))).rows
     assert "int8" in str([row.stored for row in rows])
+
+
+def test_weights_are_observed_where_they_are():
+    model = nn.Sequential(nn.Linear(4, 4, device="meta"))
+    assert eager.quantize_dynamic(model)[0].weight_packed.device.type == "meta"
+
+
+def test_a_converted_functional_that_met_no_data_takes_scalars_and_tensors():
+    functional = FloatFunctional()
+    functional.qconfig = QConfig(None, default_qconfig.weight)
+    made = static.QFunctional.from_float(functional)
+    x = torch.randn(3)
+    assert torch.equal(made.add(x, x), x + x) and torch.equal(made.add_scalar(x, 2.0), x + 2)
+    assert torch.equal(made.add(x, x), x + x)
+
+
+def test_an_image_without_a_batch_is_rounded_as_one_item():
+    conv = nn.Conv2d(3, 4, 3)
+    affine = MinMaxObserver.with_args(dtype="qint8", qscheme="per_tensor_affine")
+    conv.qconfig = QConfig(eager.default_dynamic_qconfig.activation, affine)
+    made = static.Conv2d.from_float(conv)
+    assert made.is_dynamic and made.weight_zero is not None
+    image = torch.randn(3, 8, 8) * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
+    torch.testing.assert_close(made(image), made(image[None])[0])

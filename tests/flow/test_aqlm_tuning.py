@@ -99,6 +99,15 @@ def test_an_error_leaves_the_model_as_it_was():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_forward_that_another_library_put_there_comes_back():
+    model = freeze(quantize(nn.Sequential(nn.Linear(32, 16)), "aqlm-1x3"))
+    hooked = model[0].forward
+    model[0].forward = lambda *args: hooked(*args)
+    there, x = model[0].__dict__["forward"], torch.randn(20, 32)
+    tune_codebooks(model, [x], lambda module, batch: module(batch).square().mean(), epochs=1)
+    assert model[0].__dict__["forward"] is there
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="no frozen AQLM layer"):
         tune_codebooks(nn.Linear(8, 8), [1], lambda m, b: None)

@@ -29,3 +29,8 @@ def test_how_many_an_iterator_has_is_not_known():
 def test_what_is_no_batch_is_an_error(data):
     with pytest.raises(TypeError, match="a batch is a tensor, a tuple or a dict"):
         list(batches(data))
+
+
+def test_one_tensor_given_twice_is_two_arguments():
+    x = torch.ones(2, 3)
+    assert count_of((x, x)) == 1 and count_of((torch.ones(2, device="meta"), torch.ones(2, device="meta"))) == 1

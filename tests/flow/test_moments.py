@@ -55,3 +55,13 @@ def test_many_rows_of_16_bits_are_summed_in_float32():
 def test_mistakes_are_named(data, modules, text):
     with pytest.raises(ValueError, match=text):
         collect_moments(Two(), data, modules)
+
+
+def test_one_batch_is_a_batch_and_not_a_list_of_its_rows_or_names():
+    model, seen = Two(), torch.randn(4, 8)
+    calls = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    one, several = collect_moments(model, {"x": seen}), collect_moments(model, [seen])
+    assert len(calls) == 2 and torch.equal(one["first"], several["first"])
+    collect_moments(model, seen)
+    assert calls[2][0][0].shape == (4, 8)

@@ -136,6 +136,19 @@ def test_b1_our_config_means_us_without_taking_the_method_over(tmp_path):
     )
 
 
+def test_b1_our_config_plans_a_float_model_without_being_taken_over(tmp_path, monkeypatch):
+    from transformers.quantizers.quantizer_aqlm import AqlmHfQuantizer
+
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "aqlm", AqlmHfQuantizer)
+    config = AqlmConfig(num_codebooks=1, nbits_per_codebook=4)
+    found = plan(quanto_hf.tiny_lm(), config)
+    assert found.nbytes < plan(quanto_hf.tiny_lm(), QuantoConfig("int2")).nbytes
+    model = tf.AutoModelForCausalLM.from_pretrained(quanto_hf.tiny_lm(), quantization_config=config)
+    assert plan(model, config).nbytes == found.nbytes
+    with pytest.raises(ValueError, match="quantized already, with another method"):
+        plan(model, QuantoConfig("int4"))
+
+
 # ------------------------------------------------------------------------------------------------------- B2: loading
 
 

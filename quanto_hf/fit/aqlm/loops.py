@@ -11,7 +11,6 @@ from quanto_hf.fit.aqlm.layout import Layout, decode
 from quanto_hf.fit.aqlm.search import search as torch_search
 from quanto_hf.fit.aqlm.sweep import sweep as torch_sweep
 from quanto_hf.ops.cpu.aqlm_fit import (
-    MAX_BEAM,
     native_code_sums,
     native_product,
     native_search,
@@ -30,7 +29,7 @@ TOLERANCE = 1e-4
 def search(targets: torch.Tensor, codebooks: torch.Tensor, codes: torch.Tensor, beam: int) -> None:
     """See :func:`quanto_hf.fit.aqlm.search.search`."""
     if _native(targets.device):
-        native_search(targets, codebooks, codes, min(beam, MAX_BEAM))
+        native_search(targets, codebooks, codes, beam)
     else:
         torch_search(targets, codebooks, codes, beam)
 
@@ -48,7 +47,7 @@ def sweep(
 ) -> None:
     """See :func:`quanto_hf.fit.aqlm.sweep.sweep`."""
     run = native_sweep if _native(state.device) else torch_sweep
-    run(state, weight, follow, lower, to, codebooks, codes, out_group, min(beam, MAX_BEAM))
+    run(state, weight, follow, lower, to, codebooks, codes, out_group, beam)
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -99,7 +98,7 @@ def _torch_code_sums(
 
 
 def _native(device: torch.device) -> bool:
-    return NATIVE is not None and refuses_aqlm_fit(device) is None and why_wrong(NATIVE.level()) is None
+    return refuses_aqlm_fit(device) is None and NATIVE is not None and why_wrong(NATIVE.level()) is None
 
 
 @cache
@@ -159,4 +158,4 @@ def _sums_error() -> float:
     values, _, codes = _problem()
     codes, weights = codes.reshape(-1, 3), torch.rand(37, generator=torch.Generator().manual_seed(2))
     made, exact = (run(values, weights, codes, 70) for run in (native_code_sums, _torch_code_sums))
-    return max(float((a - b).abs().max()) for a, b in zip(made, exact, strict=True))
+    return max(float((a - b).abs().nan_to_num(nan=torch.inf).max()) for a, b in zip(made, exact, strict=True))

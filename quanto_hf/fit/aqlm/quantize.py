@@ -8,6 +8,7 @@ import torch
 from quanto_hf.fit.aqlm.layout import Layout, decode, read_codes, stored_codes
 from quanto_hf.fit.aqlm.metric import Metric, large_first
 from quanto_hf.fit.aqlm.state import State
+from quanto_hf.ops.cpu.aqlm_fit import MAX_BEAM
 
 # Sets of codes that are kept. Gaussian 2x8g8 after 4 iterations: 0.3052 with 4, 0.3021 with 8, 0.3008 with 16, which
 # takes 1.6 times as long.
@@ -130,8 +131,8 @@ def _check(
         raise ValueError("the weight has NaN or infinite values, which cannot be quantized")
     if iterations is not None and iterations < 1:
         raise ValueError(f"iterations={iterations} is out of range; choose 1 or more")
-    if not 1 <= beam <= 64:
-        raise ValueError(f"beam={beam} is out of range; choose 1 to 64")
+    if not 1 <= beam <= MAX_BEAM:
+        raise ValueError(f"beam={beam} is out of range; choose 1 to {MAX_BEAM}")
     columns = weight.shape[1]
     if hessian is not None and hessian.shape != (columns, columns):
         raise ValueError(

@@ -20,8 +20,8 @@ def _parts() -> tuple[torch.Tensor, torch.Tensor]:
     """After each number of steps: the part of all values below the range, and the part up to its end."""
     steps = round(1 / STEP)
     # added up one by one: torch's search compares with a sum that is rounded each time
-    below = torch.tensor(list(accumulate(repeat(STEP, steps))), dtype=torch.float64)
-    above = torch.tensor(list(accumulate(repeat(-STEP, steps), initial=1.0))[1:], dtype=torch.float64)
+    below = torch.tensor(list(accumulate(repeat(STEP, steps))), dtype=torch.float64, device="cpu")
+    above = torch.tensor(list(accumulate(repeat(-STEP, steps), initial=1.0))[1:], dtype=torch.float64, device="cpu")
     return below, above
 
 

@@ -93,7 +93,7 @@ class DynamicLinear(Linear):
             ValueError: the observer of activations has a memory.
         """
         qconfig: Any = getattr(mod, "qconfig", None)
-        if qconfig is not None and not is_memoryless(qconfig.activation()):
+        if qconfig is not None and not (qconfig.activation is not None and is_memoryless(qconfig.activation())):
             raise ValueError(
                 "dynamic quantization in training needs an observer without memory: "
                 "default_dynamic_qat_qconfig, or averaging_constant=1"

@@ -27,9 +27,7 @@ class Functional(nn.Module):
         raise RuntimeError(f"{type(self).__name__} is not called itself; call its add, mul, cat, matmul ...")
 
     def _scalar(self) -> None:
-        """Note that a scalar has come. Setting an attribute in a compiled graph would make another graph."""
-        if self.only_scalars is None and not torch.compiler.is_compiling():
-            self.only_scalars = True
+        """What happens when a scalar comes: nothing, once a grid has been taken or was not needed."""
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x + y."""
@@ -73,6 +71,11 @@ class FloatFunctional(Functional):
     def __init__(self) -> None:
         super().__init__()
         self.activation_post_process: nn.Module = nn.Identity()
+
+    def _scalar(self) -> None:
+        """Noted. Setting an attribute in a compiled graph would make another graph."""
+        if self.only_scalars is None and not torch.compiler.is_compiling():
+            self.only_scalars = True
 
     def finish(self, out: torch.Tensor) -> torch.Tensor:
         """Observed."""

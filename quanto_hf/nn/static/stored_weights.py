@@ -70,13 +70,17 @@ def weight_observer(mod: Any, precomputed: bool = False) -> Any:
 
 
 def observer_for(mod: nn.Module) -> Any:
-    """A new observer for weights of ``mod``, by its qconfig; int8 with a scale per row if that says nothing."""
+    """A new observer for weights of ``mod``, where they are, by its qconfig; int8 with a scale per row if that says
+    nothing."""
     qconfig: Any = getattr(mod, "qconfig", None)
     if qconfig is None:
         raise QConfigError(f"{type(mod).__name__} has no qconfig")
     if qconfig.weight is None:
-        return PerChannelMinMaxObserver(dtype="qint8", qscheme="per_channel_symmetric")
-    return qconfig.weight()
+        observer: Any = PerChannelMinMaxObserver(dtype="qint8", qscheme="per_channel_symmetric")
+    else:
+        observer = qconfig.weight()
+    weight = next(mod.parameters(), None)
+    return observer if weight is None else observer.to(weight.device)
 
 
 class Precomputed:

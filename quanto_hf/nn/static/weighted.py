@@ -8,6 +8,7 @@ from torch import nn
 
 from quanto_hf.nn.activation import fake_quantize
 from quanto_hf.nn.observers import is_memoryless
+from quanto_hf.nn.qconv import items
 from quanto_hf.nn.static.kept import bare
 from quanto_hf.nn.static.on_grid import OnGrid
 from quanto_hf.nn.static.stored_weights import (
@@ -88,7 +89,7 @@ class Stored(OnGrid, StoredWeights):
         bias = None if bias is None else bias.to(input.dtype)  # type: ignore[assignment]
         if self.is_dynamic and self.how("weight").dtype != "float16":
             # an image is rounded as a whole, as in the modules of quanto_hf
-            flat = input if isinstance(self, nn.Linear) else input.flatten(1)
+            flat = input if isinstance(self, nn.Linear) else items(input, len(self.kernel_size))  # type: ignore[arg-type]
             input = fake_quantize(flat, qint8).view_as(input)
         out = self.product(input, self.weight_of("weight", input.dtype), bias, *args)
         return self.on_grid(out.relu() if self.relu else out)

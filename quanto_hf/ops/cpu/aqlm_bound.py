@@ -4,11 +4,10 @@ import torch
 
 from quanto_hf.ops.aqlm import check_aqlm, features
 from quanto_hf.ops.cpu.aqlm import aqlm_arguments, refuses_aqlm
-from quanto_hf.ops.cpu.bound import BoundLinear, is_plain
+from quanto_hf.ops.cpu.bound import BoundLinear, is_plain, may_bind
 from quanto_hf.ops.cpu.call import FLOAT_TYPES
 from quanto_hf.ops.cpu.library import NATIVE
 from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS
-from quanto_hf.ops.registry import reference_only
 from quanto_hf.ops.watched import watched
 
 
@@ -28,11 +27,12 @@ def bind_aqlm(codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor
     """
     check_aqlm(codes, codebooks, scales)
     stored = (codes, codebooks, scales)
-    if NATIVE is None or reference_only() or watched() or not codes.numel() or not all(map(is_plain, stored)):
+    if not may_bind(*stored):
         return None
+    assert NATIVE is not None
     weight, run, types, threads = aqlm_arguments(*stored), NATIVE.aqlm_linear, FLOAT_TYPES, torch.get_num_threads
     rows, columns = features(codes, codebooks)
-    held = [(tensor, tensor.data_ptr(), tensor.numel()) for tensor in stored]
+    held = [(tensor, tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in stored]
     trusted: set[tuple[torch.dtype, bool]] = set()
 
     def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -43,7 +43,13 @@ def bind_aqlm(codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor
             or watched()
             or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
             # another tensor behind the same Parameter: param.data = ..., as offload does
-            or any(tensor.data_ptr() != at or tensor.numel() != size for tensor, at, size in held)
+            or any(
+                tensor.data_ptr() != at
+                or tensor.shape != size
+                or tensor.dtype is not kind
+                or not tensor.is_contiguous()
+                for tensor, at, size, kind in held
+            )
         ):
             return None
         shape, dtype = x.shape, x.dtype

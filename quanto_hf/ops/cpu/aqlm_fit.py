@@ -15,9 +15,10 @@ MAX_BEAM = 64
 
 def refuses_aqlm_fit(device: torch.device) -> str | None:
     """Why additive codebooks are not made natively for tensors of this device, or None."""
+    asked = reference_only()  # raises where QUANTO_HF_CPU is wrong, and nothing is native then
     if NATIVE is None:
         return REASON
-    if reference_only():
+    if asked:
         return "QUANTO_HF_REFERENCE is set"
     if device.type != "cpu":
         return "it runs on CPU only"

@@ -36,9 +36,10 @@ class NativeFit:
 
 def refuses_quantize(rows: torch.Tensor, out: dict[str, torch.Tensor], group_size: int) -> str | None:
     """Why these rows are not quantized natively, or None."""
+    asked = reference_only()  # raises where QUANTO_HF_CPU is wrong, and nothing is native then
     if NATIVE is None:
         return REASON
-    if reference_only():
+    if asked:
         return "QUANTO_HF_REFERENCE is set"
     if not rows.is_cpu:
         return "it runs on CPU only"

@@ -59,3 +59,11 @@ def test_there_is_none_for_a_weight_without_rows_and_for_the_reference(weight, m
     assert bind_aqlm(codes[::2], books, scales[::2]) is None
     monkeypatch.setenv("QUANTO_HF_REFERENCE", "1")
     assert bind_aqlm(*weight) is None
+
+
+def test_it_steps_aside_when_the_same_memory_is_read_another_way(weight):
+    scales = weight[2]
+    call, x = bind_aqlm(*weight), torch.randn(3, 160)
+    assert call(x, None) is not None
+    scales.data = scales.data.view(torch.bfloat16)
+    assert call(x, None) is None

@@ -102,6 +102,25 @@ def test_a_level_that_there_is_not_is_an_error_with_the_choices(monkeypatch):
         library._load()
 
 
+QUANTIZING = """
+from quanto_hf.fit.aqlm import quantize_aqlm
+from quanto_hf.schemes import make_scheme
+import torch
+said = []
+for make in (make_scheme("int4").quantize, lambda w: quantize_aqlm(w, num_codebooks=1, nbits=2)):
+    try:
+        make(torch.randn(4, 64))
+    except ValueError as error:
+        said.append(str(error))
+assert len(said) == 2 and all("'sse2'" in text for text in said), said
+"""
+
+
+def test_quantizing_does_not_go_on_without_a_level_that_there_is_not():
+    result = run(QUANTIZING, "sse2")
+    assert result.returncode == 0, result.stderr
+
+
 def test_an_empty_choice_is_none(monkeypatch):
     monkeypatch.delenv("QUANTO_HF_CPU", raising=False)
     without = library._load()
