@@ -93,7 +93,7 @@ def report(model: nn.Module, reference: nn.Module | Mapping[str, torch.Tensor] |
                 continue
             seen.add(id(parameter))
             full = f"{name}.{leaf}" if name else leaf
-            size = parameter.numel() * parameter.element_size()
+            size = parameter.nbytes
             dtype = str(parameter.dtype).removeprefix("torch.")
             rows.append(Row(full, dtype, tuple(parameter.shape), size, reason=_reason(module, leaf)))
     note = codebooks_of(model)
@@ -106,7 +106,7 @@ def _quantized_row(name: str, module: QuantizedWeight, exact: Mapping[str, torch
     if full in exact:
         wanted = exact[full].float()
         error = float((module.weight.float() - wanted).norm() / wanted.norm().clamp(min=1e-30))
-    size = sum(tensor.numel() * tensor.element_size() for tensor in module.tensors().values())
+    size = sum(tensor.nbytes for tensor in module.tensors().values())
     return Row(full, str(module.scheme), module.weight_shape, size, error)
 
 

@@ -166,7 +166,7 @@ class AqlmQuantizer(QuantoHfQuantizer):
             for name, module in model.named_modules():
                 if isinstance(module, QuantizedLinear):
                     empty = torch.empty_like(module.tensors()[part], dtype=dtype)
-                    module._parameters[part] = nn.Parameter(empty, requires_grad=False)
+                    module._parameters[part] = module.as_stored(part, empty)
                     self._stored[f"{name}.{part}"] = dtype
 
     def describe(self, model: Any) -> None:

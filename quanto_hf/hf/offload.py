@@ -151,7 +151,9 @@ def _place(module: nn.Module, hook: AlignDevicesHook, shared: dict[tuple[str, st
             owner._buffers[leaf] = mapped[prefix + name]
             continue
         if key not in shared:
-            shared[key] = nn.Parameter(mapped[prefix + name], requires_grad=tensors[name].requires_grad)
+            # of the type of the empty one: nn.Parameter, or StoredParameter
+            held: Any = type(tensors[name])
+            shared[key] = held(mapped[prefix + name], requires_grad=tensors[name].requires_grad)
         owner._parameters[leaf] = shared[key]
     return True
 

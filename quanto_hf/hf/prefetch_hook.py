@@ -119,4 +119,6 @@ def _put(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         if leaf in owner._buffers:
             owner._buffers[leaf] = tensor
         else:
-            owner._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
+            # of the type of the empty one: nn.Parameter, or StoredParameter
+            held: Any = type(owner._parameters[leaf])
+            owner._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else held(tensor, False)

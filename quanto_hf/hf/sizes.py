@@ -17,6 +17,7 @@ from quanto_hf.fit.aqlm.memory import fit_bytes
 from quanto_hf.flow import replace_modules
 from quanto_hf.hf.loading import split_name, waits_for_weight
 from quanto_hf.nn import QuantizedWeight
+from quanto_hf.nn.stored import bytes_each
 from quanto_hf.ops.cpu.aqlm_fit import refuses_aqlm_fit
 from quanto_hf.schemes import Aqlm, Grouped, Scheme
 from quanto_hf.schemes.quantizing import BLOCK_VALUES
@@ -66,20 +67,27 @@ def loaded_element_size(
     """Bytes per element of a tensor after loading; 0 for one that is gone by then.
 
     Args:
-        tensor: the empty tensor.
+        tensor: the empty tensor; what is an element is what its ``numel()`` counts.
         dequantize: whether the model gets float weights in plain layers.
     """
+    return bytes_each(loaded_bytes(model, name, tensor, kept, pre_quantized, dequantize), tensor.numel())
+
+
+def loaded_bytes(
+    model: nn.Module, name: str, tensor: torch.Tensor, kept: Kept, pre_quantized: bool, dequantize: bool
+) -> int:
+    """Bytes of a tensor after loading, as :func:`loaded_element_size`."""
     owner, leaf = split_name(model, name)
     stored = isinstance(owner, QuantizedWeight) and leaf in owner.kept_names
     if dequantize and stored:
         assert isinstance(owner, QuantizedWeight)
         # the placeholder of a float checkpoint counts, and the first tensor of a quantized one for the float weight
-        if "weight" in owner._parameters or leaf != owner.stored_names[0] or not tensor.numel():
-            return 0.0
-        return torch.Size(owner.weight_shape).numel() * owner.weight_dtype.itemsize / tensor.numel()
+        if "weight" in owner._parameters or leaf != owner.stored_names[0]:
+            return 0
+        return torch.Size(owner.weight_shape).numel() * owner.weight_dtype.itemsize
     if waits_for_weight(model, name) and not dequantize:
-        return 0.0
-    return float(loaded_dtype(model, name, tensor.dtype, kept, pre_quantized).itemsize)
+        return 0
+    return tensor.shape.numel() * loaded_dtype(model, name, tensor.dtype, kept, pre_quantized).itemsize
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import nn
 from quanto_hf.fit import Fit
 from quanto_hf.nn.activation import INPUT_SCALE
 from quanto_hf.nn.bound_call import BoundCall, Call
+from quanto_hf.nn.stored import StoredParameter, stored_parameter
 from quanto_hf.nn.weight_view import WeightView, refuse_write
 from quanto_hf.schemes import Scheme
 
@@ -32,8 +33,8 @@ class State(Enum):
 class QuantizedWeight(nn.Module):
     """Mixin of modules with a quantized weight. The other base is the float module type that it stands for.
 
-    FROZEN, the weight is held as plain Parameters with the names of the scheme behind :attr:`prefix`
-    (``weight_packed``, ``weight_scale`` ...), which never have a gradient and never change their dtype. A weight of
+    FROZEN, the weight is held as Parameters (:class:`StoredParameter`) with the names of the scheme behind
+    :attr:`prefix` (``weight_packed``, ``weight_scale`` ...), which never have a gradient and never change their dtype. A weight of
     more than 2 dimensions is stored as the matrix of :meth:`to_matrix`.
     """
 
@@ -103,8 +104,9 @@ class QuantizedWeight(nn.Module):
         return self._parameters.get("weight") is None
 
     @property
-    def state(self) -> State:
-        """The state of the module."""
+    def weight_state(self) -> State:
+        """What the module does with its weight. (Not ``state``: PEFT takes an attribute of this name for one of
+        bitsandbytes, and writes it.)"""
         if self.is_frozen:
             return State.FROZEN
         return State.PREPARED if self.rounding else State.FLOAT
@@ -136,7 +138,21 @@ class QuantizedWeight(nn.Module):
         """As of nn.Module; refuses a ``weight`` for a FROZEN module, which nothing would read."""
         if name == "weight" and self.is_frozen:
             refuse_write()
+        if param is not None and name in self.stored_names:
+            param = self.as_stored(name, param)
         super().register_parameter(name, param)
+
+    def as_stored(self, name: str, tensor: torch.Tensor) -> nn.Parameter:
+        """A tensor as the parameter that holds it under one of :attr:`stored_names`."""
+        if isinstance(tensor, StoredParameter):
+            return tensor
+        first, *others = self.scheme.tensors(self.matrix_shape, self.weight_dtype).items()
+        if name != self.prefix + first[0]:
+            return stored_parameter(tensor)
+        # scales and zeros count themselves: together they are as many as the weights, unless these are fewer
+        count = torch.Size(self.weight_shape).numel()
+        count -= sum(torch.Size(spec.shape).numel() for _, spec in others)
+        return stored_parameter(tensor, count if count > 0 else None)
 
     @property
     def stored_names(self) -> tuple[str, ...]:
@@ -212,7 +228,7 @@ class QuantizedWeight(nn.Module):
         # lets go of the tensors that were held before
         self._bound = None
         for name, tensor in tensors.items():
-            self._parameters[self.prefix + name] = nn.Parameter(tensor, requires_grad=False)
+            self._parameters[self.prefix + name] = self.as_stored(self.prefix + name, tensor)
         # the others last, as in a module that was made frozen
         for name in [name for name in self._parameters if name not in self.stored_names]:
             self._parameters[name] = self._parameters.pop(name)

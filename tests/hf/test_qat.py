@@ -69,7 +69,7 @@ def test_trained_frozen_saved_and_reloaded_it_answers_the_same(way, llama, tmp_p
     wanted = output(model, "llama")
     # in the middle of training
     middle = reloaded(model, tmp_path / "middle")
-    assert {layer.state for layer in qlinears(middle).values()} == {State.PREPARED}
+    assert {layer.weight_state for layer in qlinears(middle).values()} == {State.PREPARED}
     assert middle.hf_quantizer.is_qat_trainable and torch.equal(output(middle, "llama"), wanted)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {n for n, p in middle.named_parameters() if p.requires_grad} == trained
@@ -77,7 +77,7 @@ def test_trained_frozen_saved_and_reloaded_it_answers_the_same(way, llama, tmp_p
     freeze(model)
     assert torch.equal(output(model, "llama"), wanted)
     final = reloaded(model, tmp_path / "final")
-    assert {layer.state for layer in qlinears(final).values()} == {State.FROZEN}
+    assert {layer.weight_state for layer in qlinears(final).values()} == {State.FROZEN}
     assert torch.equal(output(final, "llama"), wanted) and not final.hf_quantizer.is_qat_trainable
     stored = [p for layer in qlinears(final).values() for p in layer.parameters()]
     assert stored and not any(p.requires_grad for p in stored)
@@ -232,7 +232,7 @@ def test_training_of_packed_weights_is_refused(learn_scales, frozen):
 
 def test_what_the_refusal_advises_works(frozen):
     model = quantize(load(frozen, QuantoConfig(dequantize=True)), "int4", "int8")
-    assert {layer.state for layer in qlinears(model).values()} == {State.PREPARED}
+    assert {layer.weight_state for layer in qlinears(model).values()} == {State.PREPARED}
     losses = train(model)
     assert losses[-1] < losses[0]
 

@@ -68,7 +68,7 @@ def assert_same_everywhere(layer: QLinear, x: torch.Tensor) -> None:
 @every_input
 def test_a_prepared_layer_gives_the_bits_of_the_frozen_one(weights, dtype, activations, static):
     layer = prepared(weights, activations, static, dtype)
-    assert layer.state is State.PREPARED
+    assert layer.weight_state is State.PREPARED
     for rows in (1, 11):
         assert_same_everywhere(layer, torch.randn(rows, K).to(dtype))
 
@@ -109,9 +109,9 @@ def test_a_column_major_x_and_a_slice_of_a_larger_one_are_no_exception(activatio
 def test_a_layer_that_does_not_round_is_the_float_layer():
     layer, x = prepared("int2", "int8"), torch.randn(3, K)
     layer.set_rounding(False)
-    assert layer.state is State.FLOAT and torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert layer.weight_state is State.FLOAT and torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
     layer.set_rounding(True)
-    assert layer.state is State.PREPARED and not torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert layer.weight_state is State.PREPARED and not torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
 # ------------------------------------------------------------------------------------------------------ the gradients

@@ -57,7 +57,7 @@ def frozen(layer):
 def test_it_is_the_float_convolution_with_the_weight_that_it_shows(weights, make, shape):
     module, x = make(), torch.randn(shape)
     layer = frozen(prepared(module, weights))
-    assert isinstance(layer, type(module)) and layer.state is State.FROZEN
+    assert isinstance(layer, type(module)) and layer.weight_state is State.FROZEN
     assert layer.weight.shape == module.weight.shape and layer.weight_error < 0.5
     plain = layer.to_float()
     assert type(plain) is type(module) and torch.equal(plain.weight, layer.weight)

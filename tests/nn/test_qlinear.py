@@ -14,6 +14,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from quanto_hf.nn import QLinear, qmodule_for
+from quanto_hf.nn.stored import StoredParameter
 from quanto_hf.qtypes import QTYPES, qint8, qtype
 from quanto_hf.schemes import make_scheme
 
@@ -57,14 +58,14 @@ def check(made: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @every_weight
-def test_it_is_a_linear_that_holds_plain_parameters_without_gradients(weights: str):
+def test_it_is_a_linear_that_holds_stored_parameters_without_gradients(weights: str):
     layer, scheme = frozen(weights), make_scheme(weights)
     assert isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (K, N)
     specs = scheme.tensors((N, K), torch.float32)
     assert list(layer.state_dict()) == [*(f"weight_{name}" for name in specs), "bias"]
     for name, spec in specs.items():
         parameter = layer.get_parameter(f"weight_{name}")
-        assert type(parameter) is nn.Parameter and not parameter.requires_grad
+        assert isinstance(parameter, StoredParameter) and not parameter.requires_grad
         assert (tuple(parameter.shape), parameter.dtype) == (spec.shape, spec.dtype)
     assert layer.bias.requires_grad
 

@@ -39,7 +39,7 @@ def aqlm_arguments(codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.T
         out_group,
         in_group,
         size.bit_length() - 1,
-        codes.element_size(),
+        codes.dtype.itemsize,
         FLOAT_TYPES[codebooks.dtype],
         FLOAT_TYPES[scales.dtype],
     )

@@ -5,6 +5,7 @@ reading of its tensors happen once; a call then looks at x, and whether the weig
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -143,7 +144,10 @@ def whereabouts(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | 
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether C++ can read it as it lies."""
-    return type(tensor) in _PLAIN and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
+    return _has_memory(type(tensor)) and tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+@cache
+def _has_memory(kind: type[torch.Tensor]) -> bool:
+    """Whether tensors of a type are memory of their own: a class that dispatches operators wraps other tensors."""
+    return kind.__torch_dispatch__ == torch.Tensor.__torch_dispatch__
