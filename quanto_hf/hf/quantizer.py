@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
@@ -338,9 +339,25 @@ def _own_floats(model: Any) -> None:
     """Copy what stays float out of the mapped files of a float checkpoint, which would stay mapped as a whole for the
     sake of some norms. (Weights that go to disk are on meta, and are mapped later.)"""
     stored = {id(t) for m in model.modules() if isinstance(m, QuantizedWeight) for t in m.tensors().values()}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and id(tensor) not in stored:
-            tensor.data = tensor.data.clone()
+    made: dict[int, torch.Tensor] = {}
+    # tensors of inference mode, in which the caller may be, cannot be trained later
+    with torch.inference_mode(False):
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and tensor.device.type == "cpu" and id(tensor) not in stored:
+                        if id(tensor) not in made:
+                            made[id(tensor)] = _owned(tensor)
+                        tensors[name] = made[id(tensor)]
+
+
+def _owned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with memory of its own; a new one in the place of one that was made in inference mode."""
+    copied = tensor.data.clone()
+    if not tensor.is_inference():
+        tensor.data = copied
+        return tensor
+    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
 def _warn_of_floats(model: Any, plan: Plan) -> None:

@@ -34,8 +34,8 @@ class QuantizedWeight(nn.Module):
     """Mixin of modules with a quantized weight. The other base is the float module type that it stands for.
 
     FROZEN, the weight is held as Parameters (:class:`StoredParameter`) with the names of the scheme behind
-    :attr:`prefix` (``weight_packed``, ``weight_scale`` ...), which never have a gradient and never change their dtype. A weight of
-    more than 2 dimensions is stored as the matrix of :meth:`to_matrix`.
+    :attr:`prefix` (``weight_packed``, ``weight_scale`` ...), which never have a gradient and never change their dtype.
+    A weight of more than 2 dimensions is stored as the matrix of :meth:`to_matrix`.
     """
 
     # in front of the names of the scheme
@@ -275,6 +275,10 @@ class QuantizedWeight(nn.Module):
             return tensor.to(result.device)
 
         super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
+        # torch makes ordinary parameters where the type of device changes
+        for name in self.stored_names:
+            if (tensor := self._parameters.get(name)) is not None:
+                self._parameters[name] = self.as_stored(name, tensor)
         probe = fn(torch.empty(0, dtype=self.weight_dtype))
         if probe.is_floating_point():
             self.weight_dtype = probe.dtype

@@ -44,7 +44,7 @@ class Codes(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if name in _WRITES:
                 return _write(func, args, kwargs)
-            if name.strip("_") in _ARITHMETIC and not name.endswith("_") or name in _DUNDER:
+            if (name.strip("_") in _ARITHMETIC and not name.endswith("_")) or name in _DUNDER:
                 args, kwargs = tree_map_only(Codes, lambda codes: codes.to(torch.float64), (args, kwargs))
             result = func(*args, **kwargs)
             # still what averages are computed of
@@ -70,7 +70,7 @@ def _write(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     for value, whole in zip(exact, rounded, strict=True):
         if bool(((value - whole).abs() > _ROUNDING * whole.abs()).any()):
             raise ValueError(
-                "the codes of packed weights that differ have no average; average float weights, and quantize the result"
+                "codes of packed weights that differ have no average; average float weights, and quantize the result"
             )
     for target, whole in zip(targets, rounded, strict=True):
         target.copy_(whole)
@@ -84,8 +84,8 @@ class StoredParameter(nn.Parameter):
       ``parameters()`` (``num_parameters()`` of transformers, ``print_trainable_parameters()`` of PEFT) are those of the
       float model. ``element_size()`` is bytes per weight, so that their product is the bytes that are stored.
       ``shape`` and ``nbytes`` are those of the stored tensor.
-    - ``data = other`` converts to the dtype that is held: what loops over all parameters to change their dtype
-      (``prepare_model_for_kbit_training`` of PEFT) would convert scales.
+    - ``data = other`` keeps the dtype that is held, and the numbers where ``other`` is a conversion of them: what loops
+      over all parameters to change their dtype (``prepare_model_for_kbit_training`` of PEFT) would convert scales.
     - ``detach()`` of integers gives :class:`Codes`, and so does a state dict.
     - One that is made in inference mode is an ordinary tensor, with which one can train later.
 
@@ -126,7 +126,12 @@ class StoredParameter(nn.Parameter):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        torch.Tensor.data.__set__(self, plain(value).to(self.dtype))  # type: ignore[attr-defined]
+        value, own = plain(value), self.data
+        if value.dtype != own.dtype:
+            # a conversion of what is held: its numbers are not rounded for it
+            converted = value.device == own.device and torch.equal(value, own.to(value.dtype))
+            value = own if converted else value.to(own.dtype)
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
 
     def detach(self) -> torch.Tensor:
         """The tensor: there is no gradient to detach it from."""

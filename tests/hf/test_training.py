@@ -138,3 +138,23 @@ def test_a_compiled_training_step_equals_eager(folders):
         run(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
         gradients.append(model.model.embed_tokens.weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "nf4", "float8"])
+@pytest.mark.parametrize("saved", [False, True], ids=["on-the-fly", "saved"])
+def test_what_is_loaded_in_inference_mode_can_be_trained_as_the_float_model_can(weights, saved, tmp_path):
+    folder = save("llama", tmp_path / "float")
+    config = {"quantization_config": QuantoConfig(weights)}
+    if saved:
+        transformers.AutoModelForCausalLM.from_pretrained(folder, **config).save_pretrained(tmp_path / "packed")
+        folder, config = tmp_path / "packed", {}
+    with torch.inference_mode():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **config)
+    twin = transformers.AutoModelForCausalLM.from_pretrained(folder, **config)
+    gradients = []
+    for each in (model, twin):
+        each.train()
+        each(input_ids=tokens(), labels=tokens()).loss.backward()
+        gradients.append({name: p.grad for name, p in each.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 3
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
