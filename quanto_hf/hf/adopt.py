@@ -9,6 +9,8 @@ from torch import nn
 from quanto_hf import flow
 from quanto_hf.fit import FITS, Fit
 from quanto_hf.hf.config import QuantoConfig
+from quanto_hf.hf.other_savers import watch_other_savers
+from quanto_hf.hf.saving import watch_saving
 from quanto_hf.qtypes import QType
 
 
@@ -34,6 +36,8 @@ def quantize(model: nn.Module, weights: Any = "int8", activations: Any = None, *
     # before anything is changed: it refuses more than flow does
     config = _config(weights, activations, kwargs) if adopted else None
     flow.quantize(model, weights, activations, **kwargs)
+    watch_saving()
+    watch_other_savers()
     if config is not None:
         _adopt(model, config)
     return model
@@ -65,11 +69,8 @@ def _name(value: Any) -> Any:
 
 def _adopt(model: Any, config: QuantoConfig) -> None:
     from quanto_hf.hf.quantizer import QuantoHfQuantizer
-    from quanto_hf.hf.saving import save_whole_models
-
     quantizer = QuantoHfQuantizer(config, pre_quantized=False)
     quantizer.describe(model)
     model.hf_quantizer = quantizer
-    save_whole_models(type(model))
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method

@@ -16,9 +16,10 @@ from quanto_hf.hf.legacy import LegacyHooks
 from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, waits_for_weight
 from quanto_hf.hf.merging import merge_late
 from quanto_hf.hf.offload import add_to_index, folder_of, offload_hooks, use_in_place
+from quanto_hf.hf.other_savers import watch_other_savers
 from quanto_hf.hf.register import register
 from quanto_hf.hf.replace import finish_prepared, replace_by_plan
-from quanto_hf.hf.saving import save_whole_models
+from quanto_hf.hf.saving import given_state, watch_saving
 from quanto_hf.hf.sizes import Kept, Transient, kept_dtypes, largest_transient, loaded_element_size, lower_by_transient
 from quanto_hf.hf.skips import default_skips
 from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_modules
@@ -220,7 +221,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self._finish_layers(model)
         config = self.quantization_config
         self.describe(model)
-        save_whole_models(type(model))
+        watch_saving()
+        watch_other_savers()
         if config.dequantize:
             self.dequantize(model)
         return model
@@ -309,9 +311,10 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         # config.json is written after this
         self.describe(model)
         metadata = {"quanto_hf_format": str(FORMAT_VERSION)}
-        if not hasattr(model, "hf_device_map"):
-            return None, metadata
-        return dict(sorted(model.state_dict().items(), key=lambda item: dot_natural_key(item[0]))), metadata
+        state = given_state()
+        if state is None and hasattr(model, "hf_device_map"):
+            state = dict(sorted(model.state_dict().items(), key=lambda item: dot_natural_key(item[0])))
+        return state, metadata
 
     @property
     def is_trainable(self) -> bool:
