@@ -165,8 +165,9 @@ def _quantizer(model: nn.Module, layers: dict[str, QuantizedWeight]) -> Any:
         other = next((name for name in layers if name not in published), None)
         beside = f"{other} in that of {METHOD}" if other else "others have another layout"
         raise ValueError(
-            f"{type(model).__name__} cannot be saved: {min(published)} is in the format of {AQLM_METHOD!r} checkpoints, "
-            f"and {beside}, but a checkpoint has one. Save the parts each in a folder of its own, or dequantize one"
+            f"{type(model).__name__} cannot be saved: {min(published)} is in the format of {AQLM_METHOD!r} "
+            f"checkpoints, and {beside}, but a checkpoint has one. Save the parts each in a folder of its own, or "
+            f"dequantize one of them"
         )
     scheme = schemes.most_common(1)[0][0]
     if published:

@@ -278,7 +278,7 @@ class QuantizedWeight(nn.Module):
             ValueError: the ``save_pretrained`` that asks writes what its ``from_pretrained`` does not read.
         """
         refuse_unknown_saver(self)
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *args: Any

@@ -62,8 +62,8 @@ def unknown_saver(owner: nn.Module, names: list[str]) -> ValueError:
         f"{cls}.save_pretrained does not know quantized layers, and this model has one in {names[0]!r}{more}: "
         f"{cls}.from_pretrained would make float layers with random weights of what it wrote. Call "
         f"quanto_hf.dequantize(model) to save float weights; or save model.state_dict() and "
-        f"quanto_hf.quantization_map(model), and give both to quanto_hf.requantize(new_model, state_dict, map). A class "
-        f"that makes its quantized layers itself says so with the attribute {REBUILDS} = True"
+        f"quanto_hf.quantization_map(model), and give both to quanto_hf.requantize(new_model, state_dict, map). A "
+        f"class that makes its quantized layers itself says so with the attribute {REBUILDS} = True"
     )
 
 

@@ -268,7 +268,9 @@ def test_published_aqlm_layers_in_a_part_are_saved_in_their_format_and_not_besid
     made = Own.from_pretrained(tmp_path / "out", quantization_config=text).eval()
     assert torch.equal(answer(made), wanted)
     freeze(quanto_hf.quantize(model.image, "int4"))
-    with pytest.raises(ValueError, match=r"text\.\S+ is in the format of 'aqlm' checkpoints, and image\.\S+ in that of"):
+    with pytest.raises(
+        ValueError, match=r"text\.\S+ is in the format of 'aqlm' checkpoints, and image\.\S+ in that of"
+    ):
         model.save_pretrained(tmp_path / "both")
     assert not (tmp_path / "both").exists()
 
@@ -288,7 +290,9 @@ def test_a_state_dict_that_is_not_of_the_quantized_model_is_refused(tmp_path):
     model = lively(tf.LlamaForCausalLM(llama_config()))
     state = model.state_dict()
     freeze(quanto_hf.quantize(model, "int8"))
-    with pytest.raises(ValueError, match=r"the state_dict given .* has no model\.layers\.0\.self_attn\.q_proj\.weight_"):
+    with pytest.raises(
+        ValueError, match=r"the state_dict given .* has no model\.layers\.0\.self_attn\.q_proj\.weight_"
+    ):
         model.save_pretrained(tmp_path / "out", state_dict=state)
     assert not (tmp_path / "out").exists()
 

@@ -58,7 +58,9 @@ def pieces(cls):
 def test_it_is_refused_before_anything_is_written(cls, what, tmp_path):
     model = cls()
     pieces(cls)[what](model)
-    with pytest.raises(ValueError, match=rf"{cls.__name__}\.save_pretrained does not know quantized .*'down\.0' and [12] more"):
+    with pytest.raises(
+        ValueError, match=rf"{cls.__name__}\.save_pretrained does not know quantized .*'down\.0' and [12] more"
+    ):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
