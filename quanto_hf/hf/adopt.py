@@ -79,6 +79,7 @@ def _adopt(model: Any, config: QuantoConfig) -> None:
 
     quantizer = QuantoHfQuantizer(config, pre_quantized=False)
     quantizer.describe(model)
+    quantizer.belongs_to(model)
     model.hf_quantizer = quantizer
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method

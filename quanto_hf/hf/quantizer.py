@@ -17,6 +17,7 @@ from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, waits_fo
 from quanto_hf.hf.merging import merge_late
 from quanto_hf.hf.offload import add_to_index, folder_of, offload_hooks, use_in_place
 from quanto_hf.hf.other_savers import watch_other_savers
+from quanto_hf.hf.owner import Owned
 from quanto_hf.hf.register import register
 from quanto_hf.hf.replace import finish_prepared, replace_by_plan
 from quanto_hf.hf.saving import given_state, watch_saving
@@ -33,7 +34,7 @@ LEFT_IN_FLOAT = 0.1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
+class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     """Quantizes a model while ``from_pretrained`` loads it, or loads one that was saved quantized.
 
     Args:
@@ -219,6 +220,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self._finish_offload(model)
         free()
         self._finish_layers(model)
+        self.belongs_to(model)
         config = self.quantization_config
         self.describe(model)
         watch_saving()
@@ -323,8 +325,13 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Whether the weights are float ones that can be trained: with ``QuantoConfig(qat=True)``."""
-        return bool(self.quantization_config.qat)
+        """Whether the model can be trained as it is: whether any of its parameters wants a gradient now, as float
+        weights do with ``QuantoConfig(qat=True)``, or a float head on a quantized backbone. ``transformers.Trainer``
+        asks, and refuses a quantized model without adapters where the answer is False."""
+        model = self.owner
+        if model is None:
+            return bool(self.quantization_config.qat)
+        return any(parameter.requires_grad for parameter in model.parameters())
 
     @property
     def is_compileable(self) -> bool:
