@@ -9,7 +9,7 @@ all of its layers.
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,8 +19,11 @@ from quanto_hf.hf.aqlm_config import AQLM_METHOD, AqlmConfig
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.flags import refuse_mixed
 from quanto_hf.hf.gguf import is_float_gguf
-from quanto_hf.nn import QMODULES, QuantizedInput, QuantizedLinear, QuantizedWeight
+from quanto_hf.nn import QuantizedInput, QuantizedLinear, QuantizedWeight
 from quanto_hf.schemes import Aqlm, Scheme
+
+# layers of the eager mode: from_pretrained makes none
+EAGER = ("quanto_hf.nn.static", "quanto_hf.nn.qat")
 
 # the models that are being saved, by id: a method that was overridden calls the one of its base class
 _described: ContextVar[frozenset[int]] = ContextVar("quanto_hf_described", default=frozenset())
@@ -59,41 +62,39 @@ def described(model: Any) -> Iterator[None]:
         yield
         return
     layers = quantized_layers(model)
-    if layers:
-        _refuse_parts_of_others(model, next(iter(layers)))
-        refuse_mixed(model)
-    mark = _described.set(_described.get() | {id(model)})
+    with ExitStack() as stack:
+        mark = _described.set(_described.get() | {id(model)})
+        stack.callback(_described.reset, mark)
+        # another thread that saves the same model changes it until it is done
+        with _lock:
+            inner = _inner_configs(model.config)
+            if layers:
+                _refuse_parts_of_others(model, next(iter(layers)))
+                refuse_mixed(model)
+            mine = is_ours(model)
+            quantizer = model.hf_quantizer if mine else _quantizer(model, layers) if layers else None
+            said = None if quantizer is None else quantizer.quantization_config
+            # a composite has made its config of those of its parts, each of which has a dict since then
+            replaced = said is not None and vars(model.config).get("quantization_config") is not said
+            if inner or replaced:
+                stack.enter_context(_lock)
+            for config in inner:
+                stack.enter_context(_without(config, "quantization_config"))
+            if quantizer is not None and not mine:
+                stack.enter_context(_holding(model, "hf_quantizer", quantizer))
+            if replaced:
+                stack.enter_context(_holding(model.config, "quantization_config", said))
+        yield
+
+
+@contextmanager
+def _without(owner: Any, name: str) -> Iterator[None]:
+    """An attribute is not there for a while."""
+    value = vars(owner).pop(name)
     try:
-        with _without(_inner_configs(model.config)), _with_quantizer(model, layers):
-            yield
+        yield
     finally:
-        _described.reset(mark)
-
-
-@contextmanager
-def _with_quantizer(model: Any, layers: dict[str, QuantizedWeight]) -> Iterator[None]:
-    if is_ours(model) or not layers:
-        yield
-        return
-    quantizer = _quantizer(model, layers)
-    with _lock, _holding(model, "hf_quantizer", quantizer):
-        with _holding(model.config, "quantization_config", quantizer.quantization_config):
-            yield
-
-
-@contextmanager
-def _without(configs: list[Any]) -> Iterator[None]:
-    """Configs without the quantization config that they have."""
-    if not configs:
-        yield
-        return
-    with _lock:
-        kept = [(config, vars(config).pop("quantization_config")) for config in configs]
-        try:
-            yield
-        finally:
-            for config, value in kept:
-                config.quantization_config = value
+        setattr(owner, name, value)
 
 
 @contextmanager
@@ -153,9 +154,8 @@ def _quantizer(model: nn.Module, layers: dict[str, QuantizedWeight]) -> Any:
     from quanto_hf.hf.quantizer import QuantoHfQuantizer
 
     published = {name for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
-    made = set(QMODULES.values())
     for name, layer in layers.items():
-        if type(layer) not in made and name not in published:
+        if any(base.__module__.startswith(EAGER) for base in type(layer).__mro__):
             raise ValueError(
                 f"{type(model).__name__} cannot be saved with save_pretrained: {name} is a {type(layer).__module__}."
                 f"{type(layer).__qualname__}, which from_pretrained does not make; save its state_dict()"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -316,6 +317,57 @@ def test_a_composite_is_pushed_with_its_config(parts, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.modeling_utils.hf_api", hub)
     model.save_pretrained(tmp_path / "mine", push_to_hub=True)
     assert seen[0]["quantization_config"]["quant_method"] == "quanto_hf"
+
+
+def test_several_threads_save_one_composite_and_its_part(parts, tmp_path):
+    model = compose("encoder-decoder", parts, QuantoConfig("int8"), QuantoConfig("int4"))
+    wanted = result(model, "encoder-decoder")
+
+    def save(number):
+        (model.encoder if number % 4 == 3 else model).save_pretrained(tmp_path / str(number))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, range(16)))
+    assert not hasattr(model.config, "quantization_config") and getattr(model, "hf_quantizer", None) is None
+    assert model.config.encoder.quantization_config["weights"] == "int8"
+    for number in (0, 1, 2, 4, 13, 14):
+        made = tf.EncoderDecoderModel.from_pretrained(tmp_path / str(number)).eval()
+        assert torch.equal(result(made, "encoder-decoder"), wanted)
+        assert (tmp_path / str(number) / "config.json").read_text().count("quantization_config") == 1
+    part = tf.BertModel.from_pretrained(tmp_path / "15")
+    assert qlinears(part).keys() == qlinears(model.encoder).keys()
+
+
+def test_a_part_whose_config_the_composite_has_replaced_is_saved_as_it_is_now(parts, tmp_path):
+    model = compose("encoder-decoder", parts, QuantoConfig("int8", qat=True))
+    freeze(model.encoder)
+    assert isinstance(model.encoder.config.quantization_config, dict)
+    model.encoder.save_pretrained(tmp_path)
+    made = tf.BertModel.from_pretrained(tmp_path).eval()
+    assert all(layer.is_frozen for layer in qlinears(made).values())
+    with torch.no_grad():
+        answers = [m(input_ids=tokens()).last_hidden_state for m in (made, model.encoder)]
+    assert torch.equal(*answers)
+
+
+def test_the_text_model_of_a_model_that_sees_is_quantized_and_the_whole_comes_back(tmp_path):
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, **PICTURE,
+                                          num_attention_heads=4),
+        text_config=llama_config(), image_token_index=90, image_seq_length=4,
+    )  # fmt: skip
+    model = lively(tf.LlavaForConditionalGeneration(config))
+    freeze(quanto_hf.quantize(model.model.language_model, "int4"))
+    ids = tokens(1, 10)
+    ids[ids == 90] = 3
+    ids[0, 1:5] = 90
+
+    def answer_of(made):
+        with torch.no_grad():
+            return made(input_ids=ids, pixel_values=noise(1, 3, 16, 16)).logits
+
+    made = check(model, tmp_path, answer_of)
+    assert type(made.model.multi_modal_projector.linear_1) is nn.Linear
 
 
 def test_a_trainer_saves_a_composite_that_comes_back(parts, tmp_path):
