@@ -117,7 +117,9 @@ def _refuse_other_state(model: Any, state: Mapping[str, Any]) -> None:
         prefix = f"{name}." if name else ""
         names = layer.stored_names if layer.is_frozen else ("weight",)
         missing = [leaf for leaf in names if prefix + leaf not in state]
-        if missing or (layer.is_frozen and f"{prefix}weight" in state):
+        held = state.get(f"{prefix}weight")
+        # an empty one is no weight
+        if missing or (layer.is_frozen and held is not None and 0 not in held.shape):
             wrong = f"has no {prefix}{missing[0]}" if missing else f"has a float {prefix}weight"
             raise ValueError(
                 f"the state_dict given to save_pretrained {wrong}, but {name} is {layer.scheme}; give the one of the "
