@@ -10,7 +10,7 @@ from quanto_hf.cli.show import console, progress, size, table
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="A float model: folder or hub id.")],
+    model: Annotated[str, typer.Argument(help="A float model: folder, hub id or GGUF file.")],
     out: Annotated[Path, typer.Argument(help="A new or empty folder, or the one of an interrupted same command.")],
     weights: Annotated[
         str, typer.Option(help="Number type: int8, int4, int2, float8, float8_e5m2, nf4 or fp4.")
@@ -33,13 +33,15 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint into a folder that `from_pretrained` loads.
 
-    One output file at a time, so that a model larger than memory can be converted. Interrupted, the same command goes
+    One output file at a time, so that a model larger than memory can be converted; a GGUF file is loaded as a whole
+    first, and its tokenizer is converted too. Interrupted, the same command goes
     on where it stopped.
 
     Example: `quanto-hf quantize path/to/model out-int4 --weights int4 --override '*.down_proj=int8'`
     """
     from quanto_hf import QuantoConfig
     from quanto_hf.hf.convert import convert_checkpoint
+    from quanto_hf.hf.gguf import named_gguf
     from quanto_hf.hf.sources import local_folder
 
     config = QuantoConfig(
@@ -52,7 +54,7 @@ def quantize(
     )
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={dtype!r} is not known; choose auto, float32, bfloat16 or float16")
-    source = local_folder(model)
+    source = named_gguf(model) or local_folder(model)
     with progress() as bar:
         task = bar.add_task("quantizing", total=None)
         done = convert_checkpoint(

@@ -9,6 +9,9 @@ from torch import nn
 from quanto_hf import flow
 from quanto_hf.fit import FITS, Fit
 from quanto_hf.hf.config import QuantoConfig
+from quanto_hf.hf.gguf import forget_gguf, is_float_gguf, refuse_gguf_blocks
+from quanto_hf.hf.other_savers import watch_other_savers
+from quanto_hf.hf.saving import watch_saving
 from quanto_hf.qtypes import QType
 
 
@@ -17,6 +20,8 @@ def quantize(model: nn.Module, weights: Any = "int8", activations: Any = None, *
     so that ``save_pretrained`` writes what ``from_pretrained`` loads: packed weights once it is frozen, and before
     that float ones with the state of training. Only a fit of the user's own is not saved: what is trained on after a
     reload has the default one.
+
+    A model that ``from_pretrained(..., gguf_file=...)`` has read with float weights is a float model here.
 
     Example:
         >>> import quanto_hf
@@ -28,12 +33,18 @@ def quantize(model: nn.Module, weights: Any = "int8", activations: Any = None, *
     transformers = sys.modules.get("transformers")
     adopted = transformers is not None and isinstance(model, transformers.PreTrainedModel)
     held: Any = getattr(model, "hf_quantizer", None)
-    if adopted and held is not None:
+    from_gguf = adopted and is_float_gguf(model)
+    if adopted and held is not None and not from_gguf:
+        refuse_gguf_blocks(model)
         method = held.quantization_config.quant_method
         raise ValueError(f"{type(model).__name__} is quantized already, with {method}; quantize the float model")
     # before anything is changed: it refuses more than flow does
     config = _config(weights, activations, kwargs) if adopted else None
     flow.quantize(model, weights, activations, **kwargs)
+    watch_saving()
+    watch_other_savers()
+    if from_gguf:
+        forget_gguf(model)
     if config is not None:
         _adopt(model, config)
     return model
@@ -65,11 +76,10 @@ def _name(value: Any) -> Any:
 
 def _adopt(model: Any, config: QuantoConfig) -> None:
     from quanto_hf.hf.quantizer import QuantoHfQuantizer
-    from quanto_hf.hf.saving import save_whole_models
 
     quantizer = QuantoHfQuantizer(config, pre_quantized=False)
     quantizer.describe(model)
+    quantizer.belongs_to(model)
     model.hf_quantizer = quantizer
-    save_whole_models(type(model))
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from quanto_hf.flow import Report, report
 from quanto_hf.hf.config import QuantoConfig
+from quanto_hf.hf.gguf import SUFFIX, float_folder, named_gguf
 from quanto_hf.hf.outfolder import INDEX, LAST, WEIGHTS, OutFolder, fingerprint
 from quanto_hf.hf.skeleton import Skeleton, build_skeleton
 from quanto_hf.hf.sources import side_files
@@ -64,10 +65,11 @@ def convert_checkpoint(
     but the memory is that of one output file. A call that was interrupted is resumed by the same call: finished
     files are checked and kept. Until everything is there the folder has no config.json, so nothing loads it.
 
-    A checkpoint that is not in safetensors files, or whose tensors are merged on loading, is loaded as a whole.
+    A checkpoint that is not in safetensors files, or whose tensors are merged on loading, is loaded as a whole. So is a
+    GGUF file, whose float model is written to a folder beside ``out`` first, with its tokenizer.
 
     Args:
-        source: a local folder.
+        source: a local folder, or a GGUF file.
         out: a new or empty folder, or the one of a former same call.
         config: how; None is ``QuantoConfig()``.
         dtype: of the float parts: "auto", "float32", "bfloat16" or "float16".
@@ -86,15 +88,37 @@ def convert_checkpoint(
         >>> convert_checkpoint(quanto_hf.tiny_lm(), out, QuantoConfig(weights="int4")).written
         1
     """
-    folder, config = Path(source), config or QuantoConfig()
-    size = _shard_bytes(max_shard_size)
-    _check_source(folder, config)
+    config, size = config or QuantoConfig(), _shard_bytes(max_shard_size)
+    _check_config(config)
+    file = named_gguf(source)
+    if file is None:
+        return _convert(Path(source), out, config, dtype, size, auto_class, progress)
+    with float_folder(file, Path(out), dtype, auto_class) as folder:
+        done = _convert(folder, out, config, dtype, size, auto_class, progress, file)
+    return replace(done, nbytes_before=file.stat().st_size)
+
+
+def _convert(
+    folder: Path,
+    out: str | os.PathLike[str],
+    config: QuantoConfig,
+    dtype: str,
+    size: int,
+    auto_class: Any,
+    progress: Callable[[int, int], Any] | None,
+    origin: Path | None = None,
+) -> Conversion:
+    """Args:
+    folder: the float model.
+    origin: the file that the folder was made of, by which a second call knows it.
+    """
+    _check_source(folder)
     if Path(out).resolve() == folder.resolve():
         raise CheckpointError(f"the output folder {out} is the model itself; give another")
     sides = side_files(folder)
     skeleton = build_skeleton(str(folder), config, dtype, auto_class)
     settings = {
-        "model": fingerprint([folder / "config.json", *map(Path, skeleton.files)]),
+        "model": fingerprint([origin] if origin else [folder / "config.json", *map(Path, skeleton.files)]),
         "config": config.to_dict(),
         "dtype": str(skeleton.dtype),
         "max_shard_size": size,
@@ -228,7 +252,7 @@ def _shard_bytes(size: int | str) -> int:
     return found
 
 
-def _check_source(folder: Path, config: QuantoConfig) -> None:
+def _check_config(config: QuantoConfig) -> None:
     if config.dequantize:
         raise ValueError("dequantize=True leaves nothing to save quantized; leave it out")
     if config.qat:
@@ -237,10 +261,15 @@ def _check_source(folder: Path, config: QuantoConfig) -> None:
         raise ValueError(
             "static_activations=True needs data, and a conversion has none; leave it out, and calibrate the result"
         )
+
+
+def _check_source(folder: Path) -> None:
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a model: it has no config.json") from None
+        files = sorted(str(file) for file in folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []
+        advice = f"; give one of its GGUF files, such as {files[0]}" if files else ""
+        raise CheckpointError(f"{folder} is not a model: it has no config.json{advice}") from None
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from None
     quantized = saved.get("quantization_config") or (saved.get("text_config") or {}).get("quantization_config")

@@ -19,6 +19,15 @@ def flags(model: nn.Module) -> dict[str, dict[str, bool]]:
     return found
 
 
+def rounded_inputs(model: nn.Module) -> dict[str, list[str]]:
+    """Number type of inputs, or "None" -> the layers that round them to it."""
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedInput):
+            found.setdefault(str(module.activations), []).append(name)
+    return found
+
+
 def refuse_mixed(model: nn.Module) -> None:
     """Refuse a model that could be saved and not be loaded.
 
@@ -38,3 +47,10 @@ def refuse_mixed(model: nn.Module) -> None:
                 f"a checkpoint has one kind of layers, but {first[True]} is {yes}, and {first[False]} {no}; {advice} "
                 f"before you save it"
             )
+    kinds = rounded_inputs(model)
+    if len(kinds) > 1:
+        said = ", and ".join(f"{names[0]} has activations={kind}" for kind, names in sorted(kinds.items()))
+        raise ValueError(
+            f"a checkpoint has one kind of layers, but {said}; quantize all parts with the same activations before you "
+            f"save it, or save the parts each in a folder of its own"
+        )

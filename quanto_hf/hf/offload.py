@@ -123,6 +123,9 @@ def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook]) -> Non
     for name, module in model.named_modules():
         if name not in kept:
             remove_hook_from_module(module)
+            if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+                # accelerate leaves the method that the class has anyway, and some of these cannot be pickled
+                del module.forward
     for verb in ("to", "cuda", "xpu", "npu", "mps"):
         if hasattr(model, verb):
             # what accelerate does while its hooks are there

@@ -1,6 +1,8 @@
 """Hooks that bring offloaded weights to a device while another module computes, in the place of accelerate's."""
 
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,32 +81,37 @@ def prefetch(
         if module._hf_hook is not hook:
             continue
         device = torch.device(hook.execution_device)
-
-        def read(key: Hashable) -> dict[str, torch.Tensor]:
-            weights = hooks[str(key)].weights_map
-            return {leaf: weights[leaf] for leaf in offloaded_names(model.get_submodule(str(key)), hooks[str(key)])}
-
         if device not in prefetchers:
-            prefetchers[device] = Prefetcher(make_lane(device), read)
+            prefetchers[device] = Prefetcher(make_lane(device), _Reader(model, hooks))
         mine = PrefetchHook(hook, name, prefetchers[device])
         hook.original_devices = {}  # so that taking it off moves nothing
         remove_hook_from_module(module)
         add_hook_to_module(module, mine)
         forward: Any = module._old_forward
-        module._old_forward = _guarded(module, mine, forward)
+        # a partial, which deepcopy follows to what it holds; a function would run the module that was copied
+        module._old_forward = partial(_run_guarded, module, mine, forward)
 
 
-def _guarded(module: nn.Module, hook: PrefetchHook, forward: Callable[..., Any]) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class _Reader:
+    """The tensors of a module of this model, from its files."""
+
+    model: nn.Module
+    hooks: Mapping[str, AlignDevicesHook]
+
+    def __call__(self, key: Hashable) -> dict[str, torch.Tensor]:
+        name = str(key)
+        weights = self.hooks[name].weights_map
+        return {leaf: weights[leaf] for leaf in offloaded_names(self.model.get_submodule(name), self.hooks[name])}
+
+
+def _run_guarded(module: nn.Module, hook: PrefetchHook, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """accelerate does not tell a hook that the forward pass has failed; the weights would stay on the device."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return forward(*args, **kwargs)
-        except BaseException:
-            hook.leave(module)
-            raise
-
-    return run
+    try:
+        return forward(*args, **kwargs)
+    except BaseException:
+        hook.leave(module)
+        raise
 
 
 def _get(module: nn.Module, name: str) -> torch.Tensor:

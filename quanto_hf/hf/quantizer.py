@@ -17,9 +17,11 @@ from quanto_hf.hf.legacy import LegacyHooks
 from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, waits_for_weight
 from quanto_hf.hf.merging import merge_late
 from quanto_hf.hf.offload import add_to_index, folder_of, offload_hooks, use_in_place
+from quanto_hf.hf.other_savers import watch_other_savers
+from quanto_hf.hf.owner import Owned
 from quanto_hf.hf.register import register
 from quanto_hf.hf.replace import finish_prepared, replace_by_plan
-from quanto_hf.hf.saving import save_whole_models
+from quanto_hf.hf.saving import given_state, watch_saving
 from quanto_hf.hf.sizes import Kept, Transient, kept_dtypes, largest_transient, loaded_element_size, lower_by_transient
 from quanto_hf.hf.skips import default_skips
 from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_modules
@@ -33,7 +35,7 @@ LEFT_IN_FLOAT = 0.1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
+class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     """Quantizes a model while ``from_pretrained`` loads it, or loads one that was saved quantized.
 
     Args:
@@ -219,9 +221,11 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self._finish_offload(model)
         free()
         self._finish_layers(model)
+        self.belongs_to(model)
         config = self.quantization_config
         self.describe(model)
-        save_whole_models(type(model))
+        watch_saving()
+        watch_other_savers()
         if config.dequantize:
             self.dequantize(model)
         return model
@@ -310,9 +314,10 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         # config.json is written after this
         self.describe(model)
         metadata = {"quanto_hf_format": str(FORMAT_VERSION)}
-        if not hasattr(model, "hf_device_map"):
-            return None, metadata
-        return dict(sorted(model.state_dict().items(), key=lambda item: dot_natural_key(item[0]))), metadata
+        state = given_state()
+        if state is None and hasattr(model, "hf_device_map"):
+            state = dict(sorted(model.state_dict().items(), key=lambda item: dot_natural_key(item[0])))
+        return state, metadata
 
     @property
     def is_trainable(self) -> bool:
@@ -321,8 +326,13 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Whether the weights are float ones that can be trained: with ``QuantoConfig(qat=True)``."""
-        return bool(self.quantization_config.qat)
+        """Whether the model can be trained as it is: whether any of its parameters wants a gradient now, as float
+        weights do with ``QuantoConfig(qat=True)``, or a float head on a quantized backbone. ``transformers.Trainer``
+        asks, and refuses a quantized model without adapters where the answer is False."""
+        model = self.owner
+        if model is None:
+            return bool(self.quantization_config.qat)
+        return any(parameter.requires_grad for parameter in model.parameters())
 
     @property
     def is_compileable(self) -> bool:

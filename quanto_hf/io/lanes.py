@@ -76,6 +76,10 @@ class CudaLane:
         self._buffers: deque[tuple[torch.Tensor | None, Any]] = deque([(None, None)] * BUFFERS)
         self._left: deque[Any] = deque()
 
+    def __deepcopy__(self, memo: Any) -> "CudaLane":
+        # a stream and buffers of its own
+        return CudaLane(self.device)
+
     def start(self, tensors: Tensors) -> Future[Any]:
         """Begin to read and to copy."""
         return self._pool.submit(self._copy, tensors)

@@ -21,6 +21,13 @@ class MappedFiles:
         self._files: dict[str, Any] = {}
         self._lock = threading.Lock()
 
+    def __deepcopy__(self, memo: Any) -> "MappedFiles":
+        # nothing is written through it, and no copy could find a file that was removed
+        return self
+
+    def __reduce__(self) -> Any:
+        return _map_all, (tuple(self._files),)
+
     def map(self, file: str | PathLike[str]) -> None:
         """Map a file before a tensor of it is wanted.
 
@@ -51,3 +58,15 @@ class MappedFiles:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
         return self._files[path]
+
+
+def _map_all(files: tuple[str, ...]) -> MappedFiles:
+    """What was pickled: the files that have these names now.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+    """
+    mapped = MappedFiles()
+    for file in files:
+        mapped.map(file)
+    return mapped

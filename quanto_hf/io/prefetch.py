@@ -1,5 +1,6 @@
 """Brings the weights of modules to a device shortly before they are used, in the order in which they were used last."""
 
+import copy
 import threading
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -32,6 +33,10 @@ class Prefetcher:
         self._here: dict[Hashable, tuple[Any, dict[str, torch.Tensor], int]] = {}
         self._next: dict[Hashable, Hashable] = {}
         self._last = threading.local()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Prefetcher":
+        # what is on its way, or here, is so for the other one
+        return Prefetcher(copy.deepcopy(self.lane, memo), copy.deepcopy(self.read, memo), self.ahead)
 
     def enter(self, module: Hashable, put: Callable[[dict[str, torch.Tensor]], Any]) -> None:
         """Give the weights of a module on the device to ``put``. Each call wants a :meth:`leave`."""

@@ -10,6 +10,7 @@ from torch import nn
 from quanto_hf.fit import Fit
 from quanto_hf.nn.activation import INPUT_SCALE
 from quanto_hf.nn.bound_call import BoundCall, Call
+from quanto_hf.nn.saved_by import layer_is_made, refuse_unknown_saver
 from quanto_hf.nn.stored import StoredParameter, stored_parameter
 from quanto_hf.nn.weight_view import WeightView, refuse_write
 from quanto_hf.schemes import Scheme
@@ -61,6 +62,7 @@ class QuantizedWeight(nn.Module):
         self.weight_error = None
         self.rounding = True
         self._bound = None
+        layer_is_made()
 
     def _adopt(self, module: nn.Module, scheme: Scheme, fit: Fit | str | None) -> None:
         """Become a PREPARED module that shares its parameters with a float one."""
@@ -195,6 +197,11 @@ class QuantizedWeight(nn.Module):
         """Everything but the prepared call, which knows addresses in memory."""
         return {**self.__dict__, "_bound": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As of nn.Module."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        layer_is_made()
+
     def quantized(self) -> dict[str, torch.Tensor]:
         """What :meth:`freeze` would store for the float weight."""
         return self.scheme.quantize(self.to_matrix(self.weight.detach()), self.fit)
@@ -283,6 +290,15 @@ class QuantizedWeight(nn.Module):
         if probe.is_floating_point():
             self.weight_dtype = probe.dtype
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As of nn.Module.
+
+        Raises:
+            ValueError: the ``save_pretrained`` that asks writes what its ``from_pretrained`` does not read.
+        """
+        refuse_unknown_saver(self)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *args: Any

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 import threading
 from pathlib import Path
@@ -461,3 +462,47 @@ def test_accelerates_own_verbs_work_on_a_quantized_model(folders, verb, weights,
     assert torch.equal(logits(model), expected)
     stored = [file for file in (tmp_path / "off").rglob("*weight_packed*")]
     assert all(file.stat().st_size < 64 * 128 * 2 for file in stored)
+
+
+# ---------------------------------------------------------------------------------------------------------- copies
+
+
+def copies_itself(model):
+    """A copy that answers the same when what was in the layers of the model is overwritten."""
+    wanted, twin = logits(model), copy.deepcopy(model)
+    theirs = {id(module) for module in model.modules()}
+    for module in twin.modules():
+        forward = vars(module).get("_old_forward")
+        held = [*getattr(forward, "args", ()), getattr(forward, "__self__", None)]
+        assert not {id(value) for value in held} & theirs
+    with torch.no_grad():
+        for tensor in model.parameters():
+            if not tensor.is_meta and tensor.is_floating_point():
+                tensor.zero_()
+    assert torch.equal(logits(twin), wanted) and torch.equal(logits(twin), wanted)
+    return twin
+
+
+@pytest.mark.parametrize("way", ["on-the-fly", "saved"])
+@pytest.mark.parametrize("case", MAPS)
+def test_a_model_that_is_offloaded_to_disk_can_be_copied_and_pickled(case, way, folders, tmp_path):
+    model = offloaded(folders, "int4", way, MAPS[case], tmp_path)
+    wanted = logits(model)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), wanted)
+    copies_itself(model)
+
+
+def test_a_model_whose_offloaded_weights_are_converted_at_each_use_can_be_copied(folders, tmp_path):
+    options = {"device_map": MAPS["cpu-and-disk"], "offload_folder": str(tmp_path / "off"), "dtype": torch.float32}
+    model = transformers.LlamaForCausalLM.from_pretrained(folders / "int4", **options)
+    assert any(p.is_meta for p in model.parameters())
+    copies_itself(model)
+
+
+def test_a_model_whose_weights_are_brought_to_the_device_can_be_copied(streamed):
+    model, lanes = streamed
+    twin = copies_itself(model)
+    hooks = [
+        module._hf_hook for module in twin.modules() if isinstance(getattr(module, "_hf_hook", None), PrefetchHook)
+    ]
+    assert hooks and all(hook.prefetcher.lane is not lanes[0] for hook in hooks)

@@ -78,7 +78,7 @@ def test_trained_frozen_saved_and_reloaded_it_answers_the_same(way, llama, tmp_p
     assert torch.equal(output(model, "llama"), wanted)
     final = reloaded(model, tmp_path / "final")
     assert {layer.weight_state for layer in qlinears(final).values()} == {State.FROZEN}
-    assert torch.equal(output(final, "llama"), wanted) and not final.hf_quantizer.is_qat_trainable
+    assert torch.equal(output(final, "llama"), wanted) and not final.hf_quantizer.quantization_config.qat
     stored = [p for layer in qlinears(final).values() for p in layer.parameters()]
     assert stored and not any(p.requires_grad for p in stored)
 
