@@ -51,7 +51,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         super().__init__(config, **kwargs)
         if self.pre_quantized:
             self.check_saved(config)
-        self._dtype = torch.get_default_dtype()
+        self._dtype = torch.float32
         self._headers: dict[str, TensorSpec] | None = None
         self._device_map: Any = None
         self._files: list[str] = []
