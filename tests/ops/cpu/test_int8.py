@@ -339,6 +339,16 @@ def test_no_kernel_is_wrong_on_this_machine(level: str, dtype: torch.dtype, kind
         assert int8.why_int8_wrong(level, *key) is None
 
 
+@every_float
+@pytest.mark.parametrize("group_size", [16, 64, 256])
+def test_a_layer_as_narrow_as_a_group_has_the_kernel_of_whole_rows(level: str, dtype: torch.dtype, group_size: int):
+    """Such a layer was checked with rows of several groups, for which there is no kernel."""
+    if int8.refuses_int8("int8", group_size, False, group_size, "int8") is not None:
+        pytest.skip("this level has no product of int8 and int8")
+    for many in (False, True):
+        assert int8.why_not_int8("int8", group_size, False, torch.bfloat16, group_size, dtype, many, "int8") is None
+
+
 @some_kinds
 @pytest.mark.parametrize("rows", [1, 3, 19])
 def test_a_wrong_kernel_is_reported_once_and_never_used(level: str, rows: int, kind: Kind, monkeypatch):
