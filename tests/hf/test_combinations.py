@@ -176,3 +176,9 @@ def test_the_sentence_comes_when_the_config_is_made(arguments, sentence):
 def test_a_saved_config_whose_fit_nothing_uses_any_more_is_read():
     saved = {"scheme": {"kind": "affine", "qtype": "int4", "group_size": 64, "symmetric": True}, "modules": ["a"]}
     assert quanto_hf.QuantoConfig("int4", symmetric=True, fit="hqq", schemes=[saved]).fit == "hqq"
+
+
+def test_an_aqlm_layout_that_can_be_read_but_not_made_is_refused_before_a_weight_is_read(folder):
+    config = quanto_hf.AqlmConfig(nbits_per_codebook=20, num_codebooks=1)
+    with pytest.raises(ValueError, match=r"^aqlm 1x20 g8 weights can be read, but not made: nbits=20 is out of range"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)

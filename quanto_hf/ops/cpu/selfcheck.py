@@ -48,7 +48,8 @@ def sample(qtype: str, group_size: int, asymmetric: bool, rows: int, columns: in
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """The first call may stand under autocast, or under another default device."""
+    """The first call may stand under autocast, or another default device. Another default dtype, which belongs to the
+    whole process, cannot be put aside here: whatever is made for a check names its dtype."""
     with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.no_grad():
         yield
 

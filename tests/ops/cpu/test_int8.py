@@ -349,6 +349,18 @@ def test_a_layer_as_narrow_as_a_group_has_the_kernel_of_whole_rows(level: str, d
         assert int8.why_not_int8("int8", group_size, False, torch.bfloat16, group_size, dtype, many, "int8") is None
 
 
+@pytest.mark.parametrize("columns", [1, 16, 40, 64])
+@pytest.mark.parametrize("batch", [1, 3, 19])
+def test_a_layer_narrower_than_a_group_gives_the_product_of_the_definition(level: str, columns: int, batch: int):
+    scheme = make_scheme("int8", 64)
+    tensors, x = scheme.quantize(torch.randn(9, columns)), torch.randn(batch, columns)
+    wanted = round_activations(x, qint8) @ scheme.dequantize(tensors, columns, torch.float32).T
+    call = scheme.bind(tensors, columns, "int8")
+    if call is None:
+        pytest.skip("this level has no product of int8 and int8")
+    torch.testing.assert_close(call(x, None), wanted, rtol=1e-5, atol=1e-5)
+
+
 @some_kinds
 @pytest.mark.parametrize("rows", [1, 3, 19])
 def test_a_wrong_kernel_is_reported_once_and_never_used(level: str, rows: int, kind: Kind, monkeypatch):
