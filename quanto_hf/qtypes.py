@@ -110,7 +110,8 @@ def qtype(name: "str | QType") -> QType:
     """
     if isinstance(name, QType):
         return name
-    key = name.removeprefix("q") if isinstance(name, str) else name
+    # what is no text is no name either, and a list cannot even be looked up
+    key = name.removeprefix("q") if isinstance(name, str) else ""
     key = _ALIASES.get(key, key)
     if key not in QTYPES:
         raise ValueError(f"{name!r} is not a number type; choose one of {', '.join(weight_names())}")

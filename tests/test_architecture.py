@@ -132,6 +132,92 @@ def test_the_examples_in_docstrings_run(file):
     assert result.failed == 0
 
 
+# What makes a tensor from numbers, or from none, and takes torch's default dtype where it is not told another.
+FACTORIES = {
+    "arange", "as_tensor", "asarray", "bartlett_window", "blackman_window", "empty", "empty_permuted", "empty_strided",
+    "eye", "full", "hamming_window", "hann_window", "kaiser_window", "linspace", "logspace", "normal", "ones", "rand",
+    "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
+}  # fmt: skip
+# Of these even float32 may be made without a word.
+LEGACY = {"Tensor", "FloatTensor", "DoubleTensor", "HalfTensor", "BFloat16Tensor"}
+# Layers with parameters, which take the default dtype too.
+LAYERS = re.compile(
+    r"Linear|Bilinear|Embedding(Bag)?|(Lazy)?Conv\w+|\w*(Layer|Batch|Group|Instance|RMS)Norm\w*|LSTM|GRU|RNN"
+)
+# Where a user makes a layer and names no dtype, as that of torch would do.
+MAY_ASK = {"quanto_hf/nn/qweight.py"}
+ASKS = "asks for the default dtype"
+# Decorators of functions that make something once and keep it: it must not lie on the default device of the first call.
+KEEPING = {"cache", "lru_cache", "_kept"}
+
+
+def made_by_default(text):
+    """(line, what is wrong) of each tensor and layer whose dtype is left to torch's default, and of each tensor that is
+    kept and whose device is."""
+    tree = ast.parse(text)
+    kept = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef) and _decorators(function) & KEEPING
+        if "undisturbed" not in _decorators(function)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "get_default_dtype":
+            yield node.lineno, ASKS
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        owner, name = ast.unparse(node.func.value), node.func.attr
+        named = {keyword.arg for keyword in node.keywords}
+        if owner == "torch" and name in LEGACY:
+            yield node.lineno, f"torch.{name} takes no dtype"
+        factory = owner == "torch" and name in FACTORIES
+        if (factory or (owner in ("nn", "torch.nn") and LAYERS.fullmatch(name))) and "dtype" not in named:
+            yield node.lineno, f"{owner}.{name} without a dtype"
+        if factory and id(node) in kept and "device" not in named:
+            yield node.lineno, f"torch.{name} is kept, without a device"
+
+
+def _decorators(function):
+    """Names of the decorators of a function, whatever they are called with."""
+    called = [node.func if isinstance(node, ast.Call) else node for node in function.decorator_list]
+    return {ast.unparse(node).rpartition(".")[2] for node in called}
+
+
+def test_no_tensor_is_made_without_a_dtype():
+    found = {str(file.relative_to(ROOT)): list(made_by_default(file.read_text(encoding="utf-8"))) for file in FILES}
+    assert [
+        f"{name}:{line} {what}"
+        for name, places in found.items()
+        for line, what in places
+        if not (name in MAY_ASK and what == ASKS)
+    ] == []
+
+
+def test_the_reader_of_tensors_sees_all_forms():
+    text = """
+import torch
+from torch import nn
+a = torch.zeros(3), torch.rand(2, generator=g), torch.tensor([e], **how), torch.Tensor(3)
+b = torch.zeros(3, dtype=torch.int8), nn.Linear(2, 2), nn.Linear(2, 2, dtype=a.dtype), torch.nn.Conv2d(1, 1, 1)
+c = torch.get_default_dtype(), nn.ReLU(), nn.Parameter(a), a.new_zeros(3), torch.zeros_like(a)
+
+@lru_cache(maxsize=2)
+def d():
+    return torch.ones(2, dtype=torch.int8), torch.ones(2, dtype=torch.int8, device="cpu")
+
+@cache
+@undisturbed()
+def e():
+    return torch.ones(2, dtype=torch.int8)
+"""
+    assert sorted(made_by_default(text)) == [
+        (4, "torch.Tensor takes no dtype"), (4, "torch.rand without a dtype"), (4, "torch.tensor without a dtype"),
+        (4, "torch.zeros without a dtype"), (5, "nn.Linear without a dtype"), (5, "torch.nn.Conv2d without a dtype"),
+        (6, ASKS), (10, "torch.ones is kept, without a device"),
+    ]  # fmt: skip
+
+
 TEXTS = [
     path
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))

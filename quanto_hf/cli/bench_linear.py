@@ -48,9 +48,11 @@ def bench_linear(
     generator = torch.Generator().manual_seed(0)
     plain = nn.Linear(shape[1], shape[0], bias=False, dtype=dtype, device="meta")
     # std 1/sqrt(in): outputs of size 1, whatever the width
-    weight = torch.randn(shape, generator=generator) * shape[1] ** -0.5
+    weight = torch.randn(shape, generator=generator, dtype=torch.float32) * shape[1] ** -0.5
     plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    inputs = {count: torch.randn(count, shape[1], generator=generator).to(dtype) for count in counts}
+    inputs = {
+        count: torch.randn(count, shape[1], generator=generator, dtype=torch.float32).to(dtype) for count in counts
+    }
     exact = {count: x.float() @ plain.weight.float().T for count, x in inputs.items()}
     floats = rotation(partial(copy.deepcopy, plain), plain.weight.nbytes)
     ways = [(kind, fixed) for kind in activations or [] for fixed in ((False, True) if static else (False,))]

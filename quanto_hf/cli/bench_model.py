@@ -60,7 +60,9 @@ def load(folder: str, weights: str | None) -> tuple[Any, dict[str, Any]]:
 
 def speed(model: Any, runs: dict[str, int]) -> dict[str, float]:
     """Tokens per second of each of ``SPEEDS``."""
-    ids = torch.randint(3, model.config.get_text_config().vocab_size, (8, runs["long"]), generator=_generator())
+    ids = torch.randint(
+        3, model.config.get_text_config().vocab_size, (8, runs["long"]), generator=_generator(), dtype=torch.int64
+    )
     found = {
         key: decode(model, ids[:count, : runs["prompt"]], runs["new"]) for key, count in SPEEDS.items() if "_" in key
     }

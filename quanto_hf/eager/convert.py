@@ -18,6 +18,7 @@ from quanto_hf.eager.walk import children, device_of, has_qconfig
 from quanto_hf.nn.fused import FusedModule
 from quanto_hf.nn.qat import RoundedWeight
 from quanto_hf.nn.static import QConfigError
+from quanto_hf.ops.scratch import free
 
 Classes = Mapping[type[nn.Module], Any]
 # set on a custom module while its own class converts it, which may call convert with it
@@ -71,6 +72,9 @@ def convert(
     except Exception:
         work.undo()
         raise
+    finally:
+        # what weights were quantized in
+        free()
     work.ties.share()
     if remove_qconfig:
         for one in list(module.modules()):

@@ -133,5 +133,9 @@ class _Preparation:
 
     def make(self, how: Callable[..., nn.Module]) -> nn.Module:
         """A new observer on the device of the model."""
-        observer = how()
-        return observer if self.device is None else observer.to(self.device)
+        if self.device is None:
+            return how()
+        # not on a default device of torch first, which may have no memory
+        with self.device:
+            observer = how()
+        return observer.to(self.device)

@@ -3,7 +3,7 @@
 Imports: ``qtypes`` and torch. Never: a scheme (a fit does not know how codes are stored).
 """
 
-from quanto_hf.fit.base import FITS, Fit, fit_by_name
+from quanto_hf.fit.base import FITS, Fit, fit_by_name, name_of_fit
 from quanto_hf.fit.grid import Grid
 from quanto_hf.fit.hqq import Hqq
 from quanto_hf.fit.mse import Mse, MseGain
@@ -28,5 +28,6 @@ __all__ = [
     "Mse",
     "MseGain",
     "fit_by_name",
+    "name_of_fit",
     "native_fit",
 ]

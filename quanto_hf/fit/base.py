@@ -35,6 +35,10 @@ class Fit(ABC):
             The scale of a group with NaN or infinite values is not finite.
         """
 
+    def refuses(self, grid: Grid) -> str | None:
+        """Why scales of this grid cannot be found, in one sentence, or None. It is asked before a model is changed."""
+        return None
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
@@ -53,9 +57,27 @@ def fit_by_name(fit: "Fit | str") -> Fit:
     """
     if isinstance(fit, Fit):
         return fit
-    if fit not in FITS:
+    # a list of the names: what is not hashable is no name either
+    if fit not in list(FITS):
         raise ValueError(f"fit={fit!r} is not known; choose one of {', '.join(sorted(FITS))}")
     return FITS[fit]
+
+
+def name_of_fit(fit: Fit | str | None) -> str | None:
+    """The name by which :func:`fit_by_name` finds a fit that computes the same, or None: a fit with other arguments
+    than the registered one, or of a class of the user's own, has no such name.
+
+    Example:
+        >>> from quanto_hf.fit import Hqq
+        >>> name_of_fit(Hqq()), name_of_fit(Hqq(p=0.5)), name_of_fit("mse")
+        ('hqq', None, 'mse')
+    """
+    if not isinstance(fit, Fit):
+        return fit
+    known = FITS.get(getattr(fit, "name", ""))
+    # a copy of a layer has a copy of its fit
+    same = known is fit or (type(known) is type(fit) and known.__dict__ == fit.__dict__)
+    return fit.name if same else None
 
 
 def stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

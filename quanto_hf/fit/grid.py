@@ -92,8 +92,9 @@ def lookup_tables(qtype: QType, device: torch.device) -> tuple[torch.Tensor, tor
     """Nearest table value (float32), and its code (uint8), of each of ``CELLS`` evenly spaced values."""
     assert qtype.values is not None
     with torch.inference_mode(False):
-        values = torch.tensor(qtype.values, dtype=torch.float64)
-        cells = torch.linspace(qtype.qmin, qtype.qmax, CELLS, dtype=torch.float64)
+        # on the CPU, whatever the default device is: the tables are kept
+        values = torch.tensor(qtype.values, dtype=torch.float64, device="cpu")
+        cells = torch.linspace(qtype.qmin, qtype.qmax, CELLS, dtype=torch.float64, device="cpu")
         # argmin takes the first of equal distances: +0 of fp4's two zeros
         codes = (cells[:, None] - values).abs().argmin(1)
         return values[codes].float().to(device), codes.to(torch.uint8).to(device)

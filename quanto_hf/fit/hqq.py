@@ -27,14 +27,23 @@ class Hqq(Fit):
     def __init__(self, p: float = 0.7, beta: float = 10.0, kappa: float = 1.01, iterations: int = 20) -> None:
         self.p, self.beta, self.kappa, self.iterations = p, beta, kappa, iterations
 
+    def refuses(self, grid: Grid) -> str | None:
+        """See :class:`Fit`: symmetric grids."""
+        if grid.has_zero:
+            return None
+        return (
+            f"fit='hqq' moves the zero, and symmetric {grid.qtype} weights have none; choose fit='mse' or 'absmax', "
+            "or int4 or int2 with symmetric=False"
+        )
+
     def __call__(self, values: torch.Tensor, grid: Grid, dtype: torch.dtype) -> ScaleZero:
         """See :class:`Fit`.
 
         Raises:
             ValueError: the grid is symmetric.
         """
-        if not grid.has_zero:
-            raise ValueError("fit='hqq' moves the zero, which this type has not; choose fit='mse' or 'absmax'")
+        if (reason := self.refuses(grid)) is not None:
+            raise ValueError(reason)
         scale, zero = affine_scale_zero(values, grid, dtype)
         best_zero, best_error = zero, torch.full_like(zero, torch.inf)
         beta, scaled = self.beta, values / scale

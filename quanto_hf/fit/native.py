@@ -44,15 +44,16 @@ def native_table(qtype: QType) -> torch.Tensor:
     """
     with torch.inference_mode(False):
         numbers, codes = lookup_tables(qtype, torch.device("cpu"))
-        table = torch.zeros(8, STRETCHES)
+        table = torch.zeros(8, STRETCHES, dtype=torch.float32, device="cpu")
         table[:2] = torch.inf
-        for i, stretch in enumerate(torch.arange(CELLS).view(STRETCHES, -1)):
+        for i, stretch in enumerate(torch.arange(CELLS, dtype=torch.int64, device="cpu").view(STRETCHES, -1)):
             here = codes[stretch]
             new = (stretch[1:][here[1:] != here[:-1]]).tolist()
             assert len(new) <= 2
-            table[: len(new), i] = torch.tensor(new)
+            table[: len(new), i] = torch.tensor(new, dtype=torch.float32, device="cpu")
             first = [int(stretch[0]), *new]
             table[2 : 2 + len(first), i] = numbers[first]
             table[5 : 5 + len(first), i] = codes[first].float()
         # the double that torch multiplies with, rounded as torch rounds it
-        return torch.cat([table.flatten(), torch.tensor([(CELLS - 1) / (qtype.qmax - qtype.qmin)])])
+        unit = torch.tensor([(CELLS - 1) / (qtype.qmax - qtype.qmin)], dtype=torch.float32, device="cpu")
+        return torch.cat([table.flatten(), unit])

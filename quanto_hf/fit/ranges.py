@@ -43,14 +43,20 @@ class Absmax(Fit):
 
     name = "absmax"
 
+    def refuses(self, grid: Grid) -> str | None:
+        """See :class:`Fit`: asymmetric grids."""
+        if grid.has_zero:
+            return "fit='absmax' has no zero; choose symmetric=True, or fit='minmax', 'mse' or 'hqq'"
+        return None
+
     def __call__(self, values: torch.Tensor, grid: Grid, dtype: torch.dtype) -> ScaleZero:
         """See :class:`Fit`.
 
         Raises:
             ValueError: the grid is asymmetric.
         """
-        if grid.has_zero:
-            raise ValueError("fit='absmax' has no zero; choose symmetric=True, or fit='minmax', 'mse' or 'hqq'")
+        if (reason := self.refuses(grid)) is not None:
+            raise ValueError(reason)
         return stored_scale(symmetric_scale(values, grid), dtype), None
 
 

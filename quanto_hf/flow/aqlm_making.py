@@ -17,6 +17,7 @@ from quanto_hf.flow.layer_store import LayerStore, digest
 from quanto_hf.flow.moments import collect_moments
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.ops.cpu.aqlm_fit import refuses_aqlm_fit
+from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import Aqlm
 
 # Moments that are held at a time. Each set of layers costs a run over the data; an MLP of a 7B model takes 0.6 GB.
@@ -103,6 +104,7 @@ def freeze_aqlm(
             for name, tensors in made.items():
                 part[name].freeze({key: tensor.to(part[name].weight.device) for key, tensor in tensors.items()})
     finally:
+        free()
         for name, module in layers.items():
             module.set_rounding(rounding[name])
         bar.close()

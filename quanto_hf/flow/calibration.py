@@ -145,8 +145,10 @@ def _maker(name: str, momentum: float, percentile: float) -> MakeObserver:
     def make(kind: QType) -> Observer:
         dtype = kind.name if kind.float_dtype is not None else "qint8"
         low, high = (None, None) if kind.float_dtype is not None else (int(kind.qmin), int(kind.qmax))
-        observer: Observer = cls(dtype=dtype, qscheme="per_tensor_symmetric", quant_min=low, quant_max=high, **extra)
-        return observer
+        # it goes where the inputs are, and could not leave a default device without memory
+        with torch.device("cpu"):
+            made: Observer = cls(dtype=dtype, qscheme="per_tensor_symmetric", quant_min=low, quant_max=high, **extra)
+        return made
 
     # wrong arguments are told before anything is changed
     make(QType("int8", 8, "int", -127, 127))

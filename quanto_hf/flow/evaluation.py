@@ -1,11 +1,14 @@
 """How far a quantized language model is from the float one: perplexity and Kullback-Leibler divergence."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from quanto_hf.flow.undisturbed import undisturbed
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,20 @@ def evaluate(
         reference: the float model, or None.
         batch_size: windows that are run at a time.
         progress: called with the number of windows done after each batch.
+
+    Both models are run in evaluation mode, without dropout, and are as they were afterwards.
     """
+    with undisturbed(model), nullcontext() if reference is None else undisturbed(reference):
+        return _evaluate(model, inputs, reference, batch_size, progress)
+
+
+def _evaluate(
+    model: nn.Module,
+    inputs: torch.Tensor,
+    reference: nn.Module | None,
+    batch_size: int,
+    progress: Callable[[int], Any] | None,
+) -> Evaluation:
     loss = divergence = 0.0
     for start in range(0, inputs.shape[0], batch_size):
         batch = inputs[start : start + batch_size]

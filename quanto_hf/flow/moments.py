@@ -13,7 +13,7 @@ class _Moment:
     """The running mean of x x^T over the rows x that pass."""
 
     def __init__(self, width: int) -> None:
-        self.width, self.rows, self.mean = width, 0, torch.zeros(0)
+        self.width, self.rows, self.mean = width, 0, torch.zeros(0, dtype=torch.float32)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach().reshape(-1, self.width)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -36,11 +36,27 @@ class Choice:
             return self.weights
         return make_scheme(self.weights, self.group_size, self.symmetric)
 
+    def refusal(self, learn: bool = False) -> str | None:
+        """Why no float weight can be quantized so, whatever its shape, in one sentence, or None.
+
+        Args:
+            learn: whether its scales are to be trained.
+        """
+        try:
+            scheme = self.scheme()
+        except ValueError as error:
+            return str(error)
+        return scheme.refuses_fit(self.fit) or (scheme.refuses_learning() if learn else None)
+
     def override(self, values: Mapping[str, Any]) -> "Choice":
         """The same with some values replaced. Another number type starts from its own defaults."""
         if "weights" in values:
             return Choice(**values)
         return Choice(**{**self.__dict__, **values})
+
+
+# what an override may say
+OVERRIDABLE = tuple(field.name for field in fields(Choice))
 
 
 @dataclass
@@ -65,6 +81,7 @@ def make_plan(
     exclude: Iterable[str] = (),
     skip: Mapping[str, str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    learn: bool = False,
 ) -> Plan:
     """Decide for every module of a model. Changes nothing.
 
@@ -77,15 +94,19 @@ def make_plan(
         skip: exact module name -> reason, for modules that stay float by default.
         overrides: pattern -> values that replace those of ``choice``; the first pattern that matches counts. The
             value of ``weights`` may be None: leave these modules in float.
+        learn: whether scales are to be trained.
 
     Raises:
-        ValueError: an override cannot be used.
+        ValueError: the choice or an override cannot be used, whether or not a module gets it.
 
     Warns:
         UserWarning: a pattern matches no module; the text names near misses.
     """
     exclude, skip, overrides = list(exclude), skip or {}, overrides or {}
     include = None if include is None else list(include)
+    _check_keys(overrides)
+    if (problem := choice.refusal(learn)) is not None:
+        raise ValueError(problem)
     named = dict(model.named_modules())
     names = [name for name in named if name]
     for sentence in unmatched(names, [*exclude, *(include or []), *overrides]):
@@ -105,15 +126,29 @@ def make_plan(
             reason = "its weight is computed from other parameters (a weight norm, pruning): make it one first"
         if reason is None:
             chosen = choice.override(values)
-            try:
-                reason = _refusal(chosen, module)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+            # first with the name of the module, which says more than the pattern
+            if (problem := chosen.refusal(learn)) is not None:
+                raise ValueError(f"{name}: {problem}")
+            reason = _refusal(chosen, module)
         if reason is None:
             plan.chosen[name] = chosen
         else:
             plan.left[name] = reason
+    for pattern, values in overrides.items():
+        # those that no module got
+        if values.get("weights", "") is not None and (problem := choice.override(values).refusal(learn)) is not None:
+            raise ValueError(f"overrides[{pattern!r}]: {problem}")
     return plan
+
+
+def _check_keys(overrides: Mapping[str, Mapping[str, Any]]) -> None:
+    for pattern, values in overrides.items():
+        if not isinstance(values, Mapping):
+            raise ValueError(f"overrides[{pattern!r}]={values!r}; give a dict such as {{'weights': 'int8'}}")
+        if unknown := sorted(set(values) - set(OVERRIDABLE)):
+            raise ValueError(
+                f"overrides[{pattern!r}]: {', '.join(map(repr, unknown))} is not known; choose {', '.join(OVERRIDABLE)}"
+            )
 
 
 def _refusal(choice: Choice, module: nn.Module) -> str | None:

@@ -21,7 +21,7 @@ def clipped(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         return None
     scale = getattr(module, "static_scale", None)
     if scale is None:
-        return torch.zeros(x.shape, dtype=torch.bool)
+        return torch.zeros_like(x, dtype=torch.bool)
     beyond = 0.5 if kind.float_dtype is None else 0.0
     numbers = x.detach().float() / scale.detach().to(x.device)
     hit: torch.Tensor = (numbers > kind.qmax + beyond) | (numbers < kind.qmin - beyond)

@@ -13,6 +13,7 @@ from quanto_hf.fit import Fit
 from quanto_hf.flow.codebooks import warn_of_codebooks
 from quanto_hf.flow.plan import Choice, apply_plan, make_plan, quantized, replace_modules
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
+from quanto_hf.ops.scratch import free
 from quanto_hf.qtypes import QType, qtype
 from quanto_hf.schemes import scheme_from_dict
 
@@ -93,7 +94,8 @@ def quantize(
         Affine(qtype='int4', group_size=64, symmetric=False)
     """
     choice = Choice(weights, group_size, symmetric, optimizer)
-    choice.scheme()
+    if (reason := choice.refusal(learn_scales)) is not None:
+        raise ValueError(reason)
     kind = activation_type(activations)
     if static_activations and kind is None:
         raise ValueError("static_activations=True without activations; add activations='int8' or 'float8'")
@@ -110,9 +112,12 @@ def quantize(
         exclude=as_patterns(exclude) or (),
         skip={} if include is not None else skip,
         overrides=overrides,
+        learn=learn_scales,
     )
     warn_of_codebooks(model, plan)
     apply_plan(model, plan, kind, static_activations, learn_scales)
+    # the search for scales to learn has filled them
+    free()
     return model
 
 
@@ -125,12 +130,15 @@ def freeze(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a weight has NaN or infinite values; the text names the layer.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedWeight):
-            try:
-                module.freeze()
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedWeight):
+                try:
+                    module.freeze()
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+    finally:
+        free()
     return model
 
 
@@ -141,9 +149,12 @@ def dequantize(model: nn.Module) -> nn.Module:
         The model itself, or a plain layer if the model is a bare quantized one.
     """
     if isinstance(model, QuantizedWeight):
-        return model.to_float()
-    replace_modules(model, {m: m.to_float() for m in model.modules() if isinstance(m, QuantizedWeight)})
-    return model
+        made = model.to_float()
+    else:
+        made = model
+        replace_modules(model, {m: m.to_float() for m in model.modules() if isinstance(m, QuantizedWeight)})
+    free()
+    return made
 
 
 def quantization_map(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from quanto_hf import flow
-from quanto_hf.fit import FITS, Fit
+from quanto_hf.fit import Fit, name_of_fit
 from quanto_hf.hf.config import QuantoConfig
 from quanto_hf.hf.gguf import forget_gguf, is_float_gguf, refuse_gguf_blocks
 from quanto_hf.hf.other_savers import watch_other_savers
@@ -18,8 +18,8 @@ from quanto_hf.qtypes import QType
 def quantize(model: nn.Module, weights: Any = "int8", activations: Any = None, **kwargs: Any) -> nn.Module:
     """As :func:`quanto_hf.flow.quantize`, whose arguments it takes. A model of transformers gets a quantizer as well,
     so that ``save_pretrained`` writes what ``from_pretrained`` loads: packed weights once it is frozen, and before
-    that float ones with the state of training. Only a fit of the user's own is not saved: what is trained on after a
-    reload has the default one.
+    that float ones with the state of training. Only a fit that no name finds (``HqqOptimizer(p=0.5)``, or one of the
+    user's own) is not saved: what is trained on after a reload has the default one.
 
     A model that ``from_pretrained(..., gguf_file=...)`` has read with float weights is a float model here.
 
@@ -69,8 +69,8 @@ def _config(weights: Any, activations: Any, kwargs: dict[str, Any]) -> QuantoCon
 
 def _name(value: Any) -> Any:
     if isinstance(value, Fit):
-        # one of the user's own cannot be found again
-        return value.name if FITS.get(getattr(value, "name", "")) is not None else None
+        # one with other arguments, or of the user's own, cannot be found again
+        return name_of_fit(value)
     return value.name if isinstance(value, QType) else value
 
 

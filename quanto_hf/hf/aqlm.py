@@ -134,6 +134,8 @@ class AqlmQuantizer(QuantoHfQuantizer):
         return plan
 
     def _new_plan(self, model: Any) -> Plan:
+        if (refusal := self.quantization_config.choice().refusal()) is not None:
+            raise ValueError(refusal)
         plan = self._plan(model)
         for name, reason in default_skips(model, self._dtype).items():
             if plan.chosen.pop(name, None) is not None:

@@ -1,13 +1,13 @@
 """What a user of transformers writes: QuantoConfig."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quanto_hf.fit import FITS
-from quanto_hf.flow import ACTIVATIONS, Choice, activation_type
+from quanto_hf.flow import ACTIVATIONS, OVERRIDABLE, Choice, activation_type
 from quanto_hf.io import FORMAT_VERSION, INTERRUPTED, check_version, refuse_interrupted
 from quanto_hf.qtypes import weight_names
 from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL, is_aqlm_name
@@ -20,8 +20,6 @@ SKELETON_METHOD = "quanto_hf_skeleton"
 # Keys that a former format version had and that have no meaning any more: format version -> names. Versions 0
 # and 1 have the same keys.
 OLDER_KEYS: dict[int, frozenset[str]] = {}
-
-OVERRIDABLE = ("weights", "group_size", "symmetric", "fit")
 
 
 @dataclass
@@ -135,14 +133,14 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if self.learn_scales and not self.qat:
             problems.append("learn_scales=True without qat=True; scales are learned in training only")
         for where, choice in [("", self.choice()), *self._override_choices()]:
-            if is_aqlm_name(choice.weights) and choice.fit is not None:
-                problems.append(f"{where}fit={choice.fit!r} is not for {choice.weights} weights; leave it out")
-            if is_aqlm_name(choice.weights) and self.qat:
-                problems.append(f"{where}qat=True does not work with {choice.weights} weights: fitting takes seconds")
-            try:
-                choice.scheme()
-            except ValueError as error:
-                problems.append(f"{where}{error}")
+            # of a checkpoint that is quantized nothing is fitted any more
+            asked = choice if self.schemes is None or self.qat else replace(choice, fit=None)
+            if (reason := asked.refusal()) is not None:
+                problems.append(where + reason)
+            elif self.qat and (reason := choice.scheme().refuses_training()) is not None:
+                problems.append(f"{where}qat=True does not work with {choice.weights} weights: {reason}")
+            elif self.learn_scales and self.qat and (reason := choice.scheme().refuses_learning()) is not None:
+                problems.append(where + reason)
         return problems
 
     def _override_choices(self) -> list[tuple[str, Choice]]:

@@ -159,7 +159,7 @@ def _of_float(model: nn.Module, config: QuantoConfig) -> Empty:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     floats = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
-    return floats[0] if floats else torch.get_default_dtype()
+    return floats[0] if floats else torch.float32
 
 
 def _on_meta(model: nn.Module) -> Any:

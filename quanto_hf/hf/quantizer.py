@@ -9,7 +9,7 @@ from torch import nn
 from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
-from quanto_hf.flow import Choice, Plan, dequantize, make_plan, not_quantizable, warn_of_codebooks
+from quanto_hf.flow import Choice, Plan, dequantize, first_match, make_plan, not_quantizable, warn_of_codebooks
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.deferred import Deferred
 from quanto_hf.hf.flags import flags, refuse_mixed
@@ -54,7 +54,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         super().__init__(config, **kwargs)
         if self.pre_quantized:
             self.check_saved(config)
-        self._dtype = torch.get_default_dtype()
+        self._dtype = torch.float32
         self._headers: dict[str, TensorSpec] | None = None
         self._device_map: Any = None
         self._files: list[str] = []
@@ -145,7 +145,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             if name is None:
                 absent.append(saved)
             else:
-                chosen[name] = Choice(scheme)
+                chosen[name] = Choice(scheme, fit=self._saved_fit(saved))
         if absent and (not chosen or was_written_from(model)):
             raise ValueError(
                 f"{len(absent)} of the {len(schemes)} quantized modules of the checkpoint are not in "
@@ -156,6 +156,15 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         skip.update((name, "it was saved in float") for name in known if name not in chosen and name not in skip)
         left = make_plan(model, self.quantization_config.choice(), skip=skip).left
         return Plan(chosen, {name: reason for name, reason in left.items() if name not in chosen})
+
+    def _saved_fit(self, name: str) -> str | None:
+        """The fit that goes on finding the scales of a layer in training, by the config; packed weights need none."""
+        config = self.quantization_config
+        if not config.qat:
+            return None
+        values = config.overrides.get(first_match(name, config.overrides) or "", {})
+        fit: str | None = config.choice().override(values).fit
+        return fit
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The conversions of the model, with pieces of quantized weights merged late. The last hook before the weights

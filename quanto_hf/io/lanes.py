@@ -140,7 +140,7 @@ class CudaLane:
             if copied is not None:
                 copied.synchronize()
             if buffer is None:
-                buffer = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True)
+                buffer = torch.empty(CHUNK, dtype=torch.uint8, device="cpu", pin_memory=True)
             yield buffer
             copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             copied.record(self.stream)

@@ -92,12 +92,15 @@ class QuantizedInput(nn.Module):
         Raises:
             ValueError: the scale is not one positive number.
         """
-        value = torch.full((1,), torch.nan, dtype=torch.float32, device=device)
-        if scale is not None:
-            value = torch.as_tensor(scale, dtype=torch.float32).detach().reshape(-1).clone()
+        if device is None:
+            # a number has no device of its own, and the default device need not be that of the module
+            device = scale.device if isinstance(scale, torch.Tensor) else self._device()
+        if scale is None:
+            value = torch.full((1,), torch.nan, dtype=torch.float32, device=device)
+        else:
+            value = torch.as_tensor(scale, dtype=torch.float32, device=device).detach().reshape(-1).clone()
             if value.numel() != 1 or (value.device.type != "meta" and not bool(torch.isfinite(value) & (value > 0))):
                 raise ValueError(f"the scale of an input is one positive number, not {scale}")
-            value = value if device is None else value.to(device)
         self._hold_scale(value, self.trains_input_scale or self.learns)
 
     def make_dynamic(self) -> None:

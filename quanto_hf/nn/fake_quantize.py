@@ -72,7 +72,7 @@ class FakeQuantize(WithArgs, KeepsDtypes):
         device = next((buffer.device for buffer in found.buffers()), None)
         for flag in ("fake_quant_enabled", "observer_enabled"):
             self.register_buffer(flag, torch.ones(1, dtype=torch.uint8, device=device))
-        scale = torch.ones(1, device=device)
+        scale = torch.ones(1, device=device, dtype=torch.float32)
         if learnable:
             self.scale = nn.Parameter(scale)
         else:

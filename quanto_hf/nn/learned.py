@@ -8,15 +8,23 @@ from torch import nn
 from quanto_hf.nn.activation import INPUT_SCALE, QuantizedInput
 from quanto_hf.nn.prepared_op import weight_in_graph
 from quanto_hf.nn.qweight import QuantizedWeight
+from quanto_hf.schemes import Scheme
 
 SCALE, ZERO = "learned_scale", "learned_zero"
 SMALLEST = torch.finfo(torch.bfloat16).tiny
 
 
-def positive(scale: torch.Tensor) -> torch.Tensor:
-    """The scale that a learned one stands for. A step of the optimizer may take it below 0, which no stored one is; a
-    limit there would have no gradient that leads back."""
-    return scale.abs().clamp(min=SMALLEST)
+def usable(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The scale that a learned one stands for: not 0, and positive unless the scheme has signed ones, whatever value a
+    step of the optimizer gave it. A limit at 0 would have no gradient that leads back, so a positive one is the
+    magnitude."""
+    if not scheme.signed_scales:
+        return scale.abs().clamp(min=SMALLEST)
+    # its gradient is that of the scale as it is, on its way through 0 too
+    with torch.no_grad():
+        away = torch.full_like(scale, SMALLEST).copysign(scale)
+        short = torch.where(scale.abs() < SMALLEST, away - scale, torch.zeros_like(scale))
+    return scale + short
 
 
 class LearnedScales(QuantizedWeight):
@@ -31,14 +39,13 @@ class LearnedScales(QuantizedWeight):
         """Make scales (and zeros) trainable, from those that the fit finds now. Also a static scale of the input.
 
         Raises:
-            ValueError: the module is FROZEN, or its scheme has no scales to learn.
+            ValueError: the module is FROZEN, or its scheme has no scales to learn. Nothing has been changed then.
         """
         if self.is_frozen:
             raise ValueError(f"{self} is frozen: its scales cannot be learned. Prepare the float model")
-        matrix = self.to_matrix(self.weight.detach())
-        found = self.scheme.quantize(matrix, self.fit)
-        # refuses a scheme without scales
-        self.scheme.encode(matrix, found["scale"], found.get("zero"))
+        if (reason := self.scheme.refuses_learning()) is not None:
+            raise ValueError(reason)
+        found = self.scheme.quantize(self.to_matrix(self.weight.detach()), self.fit)
         for name, part in ((SCALE, "scale"), (ZERO, "zero")):
             if part in found:
                 self._parameters[name] = nn.Parameter(found[part].float())
@@ -76,7 +83,7 @@ class LearnedScales(QuantizedWeight):
             return self.tensors()
         if (scale := self._parameters.get(SCALE)) is None:
             return super().quantized()
-        return self.scheme.encode(self.to_matrix(self.weight), positive(scale), self._parameters.get(ZERO))
+        return self.scheme.encode(self.to_matrix(self.weight), usable(scale, self.scheme), self._parameters.get(ZERO))
 
     def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Hold these stored tensors; learned scales have become part of them."""
@@ -108,7 +115,7 @@ class LearnedScales(QuantizedWeight):
         """
         scale, zero = sources.get(SCALE), sources.get(ZERO)
         if scale is not None:
-            return self.scheme.fake_quantize(matrix, positive(scale), zero).to(matrix.dtype)
+            return self.scheme.fake_quantize(matrix, usable(scale, self.scheme), zero).to(matrix.dtype)
         with torch.no_grad():
             stored = self.scheme.quantize(matrix, self.fit)
             rounded = self.scheme.dequantize(stored, matrix.shape[1], matrix.dtype)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from quanto_hf.fit import FITS, Fit
+from quanto_hf.fit import Fit, name_of_fit
 from quanto_hf.nn.activation import INPUT_SCALE
 from quanto_hf.nn.prepared import gradients, straight_through
 from quanto_hf.qtypes import QTYPES
@@ -33,12 +33,7 @@ NAMES = (*OF_WEIGHT, INPUT_SCALE)
 
 def _has_name(layer: "LearnedScales") -> bool:
     """Whether a graph can say how the weight of a layer is rounded: a fit of the user's own has no name."""
-    fit: Any = layer.fit
-    if layer.learns or not isinstance(fit, Fit):
-        return True
-    known = FITS.get(getattr(fit, "name", ""))
-    # a copy of a layer has a copy of its fit
-    return type(known) is type(fit) and known.__dict__ == fit.__dict__
+    return layer.learns or layer.fit is None or name_of_fit(layer.fit) is not None
 
 
 def linear_in_graph(layer: "QLinear", x: torch.Tensor, bias: Maybe) -> torch.Tensor:

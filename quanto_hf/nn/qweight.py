@@ -262,7 +262,9 @@ class QuantizedWeight(nn.Module):
         """||Q - W|| / ||W|| over at most 64 evenly spaced rows, which costs next to nothing."""
         if matrix.numel() == 0 or matrix.device.type == "meta":
             return None
-        rows = torch.linspace(0, matrix.shape[0] - 1, min(most, matrix.shape[0]), device=matrix.device).long()
+        last, count = matrix.shape[0] - 1, min(most, matrix.shape[0])
+        # in integers: floats of a shorter dtype would name rows that are not there
+        rows = torch.arange(count, dtype=torch.int64, device=matrix.device) * last // max(count - 1, 1)
         exact = matrix.detach()[rows].float()
         made = self.scheme.rows(tensors, rows, matrix.shape[1], torch.float32)
         return float((made - exact).norm() / exact.norm().clamp(min=1e-30))
@@ -286,7 +288,7 @@ class QuantizedWeight(nn.Module):
         for name in self.stored_names:
             if (tensor := self._parameters.get(name)) is not None:
                 self._parameters[name] = self.as_stored(name, tensor)
-        probe = fn(torch.empty(0, dtype=self.weight_dtype))
+        probe = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu"))
         if probe.is_floating_point():
             self.weight_dtype = probe.dtype
         return self

@@ -50,6 +50,12 @@ class Codes(torch.Tensor):
             # still what averages are computed of
             return _view(result) if name in _SAME and type(result) is torch.Tensor else result
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self.clone()
+        copied: torch.Tensor = memo[id(self)]
+        return copied
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 

@@ -111,10 +111,12 @@ def sample_aqlm(seed: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tenso
     for i, (rows, columns, count, nbits, out_group, in_group) in enumerate(SAMPLE_LAYOUTS):
         dtype = code_dtype(nbits)
         info = torch.iinfo(dtype)
-        codes = torch.randint(info.min, info.max + 1, (rows, columns, count), generator=generator).to(dtype)
+        codes = torch.randint(
+            info.min, info.max + 1, (rows, columns, count), generator=generator, dtype=torch.int64
+        ).to(dtype)
         # a table of 2**17 entries need not be normal to be wrong
-        codebooks = torch.rand((count, 1 << nbits, out_group, in_group), generator=generator) - 0.5
-        scales = torch.rand((rows, 1, 1, 1), generator=generator) + 0.5
+        codebooks = torch.rand((count, 1 << nbits, out_group, in_group), generator=generator, dtype=torch.float32) - 0.5
+        scales = torch.rand((rows, 1, 1, 1), generator=generator, dtype=torch.float32) + 0.5
         cases.append((codes, codebooks.to(FLOATS[i % 3]), scales.to(FLOATS[i % 3])))
     return cases
 
@@ -198,8 +200,10 @@ def _linear_samples(seed: int) -> list[tuple[Any, ...]]:
     for weight in sample_aqlm(seed):
         rows, columns = features(*weight[:2])
         for shape in ((columns,), (0, columns), (3, columns), (2, 9, columns)):
-            x = torch.randn(shape, generator=generator)
-            cases.append((x, *weight, torch.randn(rows, generator=generator) if len(shape) == 2 else None))
+            x = torch.randn(shape, generator=generator, dtype=torch.float32)
+            cases.append(
+                (x, *weight, torch.randn(rows, generator=generator, dtype=torch.float32) if len(shape) == 2 else None)
+            )
     return cases
 
 
@@ -262,7 +266,8 @@ def _grad_fake(grad: Any, codes: Any, codebooks: Any, scales: Any) -> Any:
 def _grad_samples(seed: int) -> list[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn((2, 3, features(*weight[:2])[0]), generator=generator), *weight) for weight in sample_aqlm(seed)
+        (torch.randn((2, 3, features(*weight[:2])[0]), generator=generator, dtype=torch.float32), *weight)
+        for weight in sample_aqlm(seed)
     ]
 
 

@@ -103,14 +103,14 @@ def _kept(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 def _pair_table(qtype: QType, device: torch.device) -> torch.Tensor:
     """For each pair of packed bytes, read as an int16 plus 32768, the four bfloat16 numbers of its codes."""
     with torch.inference_mode(False):
-        pair = torch.arange(1 << 16) ^ (1 << 15)
+        pair = torch.arange(1 << 16, dtype=torch.int64, device="cpu") ^ (1 << 15)
         first, second = pair & 0xFF, pair >> 8
         codes = torch.stack([first & 15, second & 15, first >> 4, second >> 4], dim=1)
-        numbers = torch.tensor(qtype.values, dtype=torch.float32).bfloat16()[codes]
+        numbers = torch.tensor(qtype.values, dtype=torch.float32, device="cpu").bfloat16()[codes]
         return numbers.contiguous().view(torch.int64).view(-1).to(device)
 
 
 @_kept
 def _table(qtype: QType, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(qtype.values, dtype=torch.float32).to(device, dtype)
+        return torch.tensor(qtype.values, dtype=torch.float32, device=device).to(dtype)

@@ -135,10 +135,14 @@ def sample_weights(seed: int) -> list[tuple[Any, ...]]:
         for rows, columns, group_size, asymmetric in SAMPLE_WEIGHTS:
             low = int(kind.qmin) if kind.storage is torch.int8 else 0
             high = low + kind.levels - 1 if kind.kind != "float" else 0x78
-            codes = torch.randint(low, high, (rows, columns), generator=generator).to(kind.storage)
+            codes = torch.randint(low, high, (rows, columns), generator=generator, dtype=torch.int64).to(kind.storage)
             shape = (rows, groups(columns, group_size))
-            scale = torch.rand(shape, generator=generator) * 0.1 + 0.01
-            zero = torch.rand(shape, generator=generator) * kind.levels if kind.kind == "int" and asymmetric else None
+            scale = torch.rand(shape, generator=generator, dtype=torch.float32) * 0.1 + 0.01
+            zero = (
+                torch.rand(shape, generator=generator, dtype=torch.float32) * kind.levels
+                if kind.kind == "int" and asymmetric
+                else None
+            )
             cases.append((pack(codes, kind.bits), scale, zero, name, group_size, columns))
     return cases
 

@@ -55,7 +55,9 @@ def _samples(seed: int) -> list[tuple[Any, ...]]:
     cases: list[tuple[Any, ...]] = []
     for packed, *rest in sample_weights(seed):
         for i, shape in enumerate(((), (0,), (7,), (2, 3))):
-            index = torch.randint(0, packed.shape[0], shape, generator=generator).to(INTEGERS[-1 - i % 2])
+            index = torch.randint(0, packed.shape[0], shape, generator=generator, dtype=torch.int64).to(
+                INTEGERS[-1 - i % 2]
+            )
             cases.append((index, packed, *rest, FLOATS[i % len(FLOATS)]))
     return cases
 

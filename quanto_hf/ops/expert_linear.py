@@ -100,16 +100,22 @@ def _sample_experts(seed: int) -> list[tuple[Any, ...]]:
         # expert 1 has the weight backwards, so that it matters which one is taken
         weight = [None if t is None else torch.stack([t, t.flip(0), t]) for t in (packed, scale, zero)]
         for rows, is_sorted in SAMPLE_ROWS:
-            experts = torch.randint(0, 3, (rows,), generator=generator)
+            experts = torch.randint(0, 3, (rows,), generator=generator, dtype=torch.int64)
             experts = experts.sort().values if is_sorted else experts
-            cases.append((torch.randn((rows, rest[-1]), generator=generator), experts, *weight, *rest))
+            cases.append(
+                (torch.randn((rows, rest[-1]), generator=generator, dtype=torch.float32), experts, *weight, *rest)
+            )
     return cases
 
 
 def _samples(seed: int) -> list[tuple[Any, ...]]:
     cases: list[tuple[Any, ...]] = []
     for x, experts, packed, scale, zero, qtype, group_size, _ in _sample_experts(seed):
-        bias = torch.linspace(-1, 1, packed.shape[0] * packed.shape[1]).view(packed.shape[:2]) if len(x) % 2 else None
+        bias = (
+            torch.linspace(-1, 1, packed.shape[0] * packed.shape[1], dtype=torch.float32).view(packed.shape[:2])
+            if len(x) % 2
+            else None
+        )
         cases.append((x, experts, packed, scale, zero, bias, qtype, group_size))
     return cases
 

@@ -61,8 +61,8 @@ def _samples(seed: int) -> list[tuple[Any, ...]]:
     cases: list[tuple[Any, ...]] = []
     for packed, scale, zero, qtype, group_size, columns in sample_weights(seed):
         for shape in ((columns,), (0, columns), (3, columns), (2, 9, columns)):
-            x = torch.randn(shape, generator=generator)
-            bias = torch.randn(packed.shape[0], generator=generator) if len(shape) == 2 else None
+            x = torch.randn(shape, generator=generator, dtype=torch.float32)
+            bias = torch.randn(packed.shape[0], generator=generator, dtype=torch.float32) if len(shape) == 2 else None
             cases.append((x, packed, scale, zero, bias, qtype, group_size))
     return cases
 
@@ -139,7 +139,15 @@ def _grad_fake(grad: Any, packed: Any, scale: Any, zero: Any, qtype: str, group_
 def _grad_samples(seed: int) -> list[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn((2, 3, packed.shape[0]), generator=generator), packed, scale, zero, qtype, group_size, columns)
+        (
+            torch.randn((2, 3, packed.shape[0]), generator=generator, dtype=torch.float32),
+            packed,
+            scale,
+            zero,
+            qtype,
+            group_size,
+            columns,
+        )
         for packed, scale, zero, qtype, group_size, columns in sample_weights(seed)
     ]
 

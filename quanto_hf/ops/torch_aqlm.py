@@ -16,7 +16,7 @@ def decode_blocks(
     """Blocks of rows of the weight, one after the other in the same buffer."""
     count, size, out_group, in_group = codebooks.shape
     entries = codebooks.float().view(count * size, out_group * in_group)
-    first = torch.arange(0, count * size, size, device=codes.device)
+    first = torch.arange(0, count * size, size, device=codes.device, dtype=torch.int64)
     columns = codes.shape[1] * in_group
     step = max(1, block_rows(columns, torch.float32) // out_group)
     for start in range(0, codes.shape[0], step):

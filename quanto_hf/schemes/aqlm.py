@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from quanto_hf.fit import Fit
-from quanto_hf.fit.aqlm import quantize_aqlm
+from quanto_hf.fit.aqlm import Layout, quantize_aqlm
 from quanto_hf.ops import MAX_BITS, BoundLinear, aqlm_dequantize, aqlm_linear, bind_aqlm, check_index, code_dtype
 from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
 
@@ -59,6 +59,25 @@ class Aqlm(Scheme):
         """See :class:`Scheme`."""
         return ("codes", "codebooks", "scales")
 
+    def refuses_fit(self, fit: "Fit | str | None" = None) -> str | None:
+        """See :class:`Scheme`: it takes no fit, and what can be read is more than what can be made.
+
+        Example:
+            >>> Aqlm(1, 20).refuses_fit()
+            'aqlm 1x20 g8 weights can be read, but not made: nbits=20 is out of range; choose 1 to 16'
+        """
+        if fit is not None:
+            return f"fit={fit!r} is not for {self} weights, which AQLM fits itself; leave it out"
+        try:
+            Layout(self.num_codebooks, self.nbits, self.out_group, self.in_group)
+        except ValueError as error:
+            return f"{self} weights can be read, but not made: {error}"
+        return None
+
+    def refuses_training(self) -> str | None:
+        """See :class:`Scheme`."""
+        return "fitting takes seconds"
+
     def refuses(self, shape: tuple[int, ...]) -> str | None:
         """See :class:`Scheme`."""
         if len(shape) != 2:
@@ -97,8 +116,8 @@ class Aqlm(Scheme):
         Raises:
             ValueError: the weight cannot be cut into blocks, has NaN or infinite values, or a fit is given.
         """
-        if fit is not None:
-            raise ValueError(f"{self} weights are fitted by AQLM itself, not by {fit!r}; leave out the fit")
+        if (reason := self.refuses_fit(fit)) is not None:
+            raise ValueError(reason)
         if not weight.is_floating_point():
             raise ValueError(f"a weight has a float dtype, but this one has {weight.dtype}")
         self.tensors(tuple(weight.shape), weight.dtype)  # refuses what it cannot store
@@ -128,7 +147,7 @@ class Aqlm(Scheme):
         made = aqlm_dequantize(codes[lines], codebooks, scales[lines], dtype)
         # out_group rows for each row that is asked for
         made = made.view(-1, self.out_group, made.shape[-1])
-        picked = made[torch.arange(len(wanted), device=made.device), wanted % self.out_group]
+        picked = made[torch.arange(len(wanted), device=made.device, dtype=torch.int64), wanted % self.out_group]
         return picked.view(*index.shape, in_features)
 
     def bind(

@@ -14,6 +14,9 @@ from quanto_hf.qtypes import QType
 
 Tensors = Mapping[str, torch.Tensor]
 
+# the number types of weights that have a scale for each group
+WITH_SCALES = "int8, int4, int2, float8, nf4 or fp4"
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -40,6 +43,12 @@ class Scheme(ABC):
     by_rows: ClassVar[bool] = True
 
     @property
+    def signed_scales(self) -> bool:
+        """Whether scales may be negative: the numbers of the type reach further down than up, and the sign of a scale
+        says to which side the longer one points."""
+        return False
+
+    @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
         """Names of the stored tensors, as :meth:`tensors` gives them."""
@@ -47,6 +56,22 @@ class Scheme(ABC):
     def refuses(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot be stored, or None."""
         return None
+
+    def refuses_fit(self, fit: "Fit | str | None" = None) -> str | None:
+        """Why no float weight can be quantized so, in one sentence, or None. It is asked before a model is changed.
+
+        Args:
+            fit: of :meth:`quantize`.
+        """
+        return None
+
+    def refuses_training(self) -> str | None:
+        """Why weights cannot be rounded in every step of training, or None."""
+        return None
+
+    def refuses_learning(self) -> str | None:
+        """Why scales cannot be trained, in one sentence, or None."""
+        return f"{self} weights have no scales that can be learned; leave out learn_scales, or choose {WITH_SCALES}"
 
     @abstractmethod
     def tensors(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorSpec]:
@@ -77,15 +102,14 @@ class Scheme(ABC):
 
         Args:
             weight: float, shape (..., out_features, in_features).
-            scale: positive, in the shape of the stored one; it is rounded to its stored dtype first.
+            scale: in the shape of the stored one, finite, and not 0 once it is rounded to its stored dtype, which is
+                done first. Positive, but for schemes with :attr:`signed_scales`.
             zero: as ``scale``, of asymmetric schemes.
 
         Raises:
             ValueError: scales do not fit, or the scheme has none.
         """
-        raise ValueError(
-            f"{self} weights have no scales that can be given; choose int8, int4, int2, float8, nf4 or fp4"
-        )
+        raise ValueError(f"{self} weights have no scales that can be given; choose {WITH_SCALES}")
 
     def fake_quantize(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
@@ -100,7 +124,7 @@ class Scheme(ABC):
         Raises:
             ValueError: as of :meth:`encode`.
         """
-        raise ValueError(f"{self} weights have no scales that can be learned")
+        raise ValueError(self.refuses_learning())
 
     @abstractmethod
     def dequantize(self, tensors: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
@@ -162,7 +186,7 @@ class Scheme(ABC):
         Raises:
             ValueError: the scheme has no such product.
         """
-        raise ValueError(f"{self} weights are not multiplied by expert; choose int8, int4, int2, float8, nf4 or fp4")
+        raise ValueError(f"{self} weights are not multiplied by expert; choose {WITH_SCALES}")
 
     def bind_experts(
         self, tensors: Tensors, in_features: int

@@ -30,8 +30,12 @@ def encode(scheme: "Grouped", weight: torch.Tensor, scale: torch.Tensor, zero: M
             )
         if given is not None:
             result[name] = given.detach().to(weight.device, specs[name].dtype)
-    if not bool((result["scale"] > 0).all()) or not all(bool(torch.isfinite(t).all()) for t in result.values()):
-        raise ValueError(f"scales of a {scheme} weight are positive and finite numbers, and zeros are finite")
+    used = result["scale"].abs() if scheme.signed_scales else result["scale"]
+    if not bool((used > 0).all()) or not all(bool(torch.isfinite(t).all()) for t in result.values()):
+        sign = "finite numbers other than 0" if scheme.signed_scales else "positive and finite numbers"
+        raise ValueError(f"scales of a {scheme} weight are {sign}, and zeros are finite")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("the weight has NaN or infinite values, which cannot be quantized")
     u = weight.detach().float() / _spread(scheme, result["scale"].float(), columns)
     if "zero" in result:
         u += _spread(scheme, result["zero"].float(), columns)

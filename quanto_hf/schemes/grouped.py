@@ -82,6 +82,27 @@ class Grouped(Scheme):
         """See :class:`Scheme`."""
         return ("packed", "scale") if self.symmetric else ("packed", "scale", "zero")
 
+    @property
+    def signed_scales(self) -> bool:
+        """See :class:`Scheme`: symmetric int4 and int2, whose grids are -8 to 7 and -2 to 1."""
+        return self.type.kind == "int" and -self.grid.lowest > self.grid.highest
+
+    def refuses_fit(self, fit: "Fit | str | None" = None) -> str | None:
+        """See :class:`Scheme`.
+
+        Example:
+            >>> Affine("int8").refuses_fit("mse") is None, Affine("int8").refuses_fit("hqq")
+            (True, "fit='hqq' moves the zero, and symmetric int8 weights have none; ...")
+        """
+        try:
+            return None if fit is None else fit_by_name(fit).refuses(self.grid)
+        except ValueError as error:
+            return str(error)
+
+    def refuses_learning(self) -> str | None:
+        """See :class:`Scheme`: all can."""
+        return None
+
     def tensors(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorSpec]:
         """See :class:`Scheme`: ``packed``, ``scale`` and, if asymmetric, ``zero``."""
         *rows, columns = shape

@@ -110,7 +110,9 @@ def why_wrong(level: str, scheme: "Grouped", fit: Fit, dtype: torch.dtype) -> st
     native = native_fit(fit, scheme.grid)
     assert native is not None
     # two whole groups and a short one, or a row of odd width
-    weight = torch.randn(5, 2 * max(scheme.group_size, 128) + 77, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(
+        5, 2 * max(scheme.group_size, 128) + 77, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    )
     rows = weight.to(dtype)
     columns = rows.shape[1]
     specs = scheme.tensors((rows.shape[0], columns), dtype)

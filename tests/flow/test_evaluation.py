@@ -29,6 +29,31 @@ def inputs():
     return torch.randint(0, VOCABULARY, (5, 7))
 
 
+class Dropping(Bigram):
+    """Forgets half of what it knows while it is trained, and counts how often."""
+
+    def __init__(self, table):
+        super().__init__(table)
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, input_ids):
+        self.runs += self.drop.training
+        return SimpleNamespace(logits=self.drop(self.table)[input_ids])
+
+
+def test_models_are_measured_in_evaluation_mode_and_are_as_they_were_afterwards(inputs):
+    table = torch.randn(VOCABULARY, VOCABULARY)
+    model, reference = Dropping(table), Dropping(table * 0.5)
+    wanted = evaluate(Bigram(table), inputs, Bigram(table * 0.5))
+    assert evaluate(model, inputs, reference) == wanted
+    assert model.training and model.drop.training and reference.training and not model.runs and not reference.runs
+    # each module on its own: a part may have been frozen
+    model.drop.eval()
+    evaluate(model, inputs)
+    assert model.training and not model.drop.training
+
+
 def test_windows_do_not_overlap_and_drop_a_shorter_rest():
     assert windows(range(11), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 

@@ -11,7 +11,10 @@ from torch import nn
 
 import quanto_hf
 from quanto_hf import dequantize, freeze, quantization_map, quantize, requantize
+from quanto_hf.fit import Absmax
 from quanto_hf.nn import QLinear
+from quanto_hf.ops import scratch
+from quanto_hf.ops.scratch import free
 from quanto_hf.qtypes import QTYPES
 
 TYPES = sorted(QTYPES)
@@ -101,14 +104,32 @@ def test_the_quantization_map_is_json_and_tells_the_group_size():
         ({"weights": "int8", "symmetric": False}, "int8 weights are symmetric"),
         ({"activations": "int4"}, "activations='int4' is not supported; choose None, int8"),
         ({"overrides": {"3": {"weights": "int3"}}}, "3: 'int3' is not a number type"),
+        ({"weights": "int8", "optimizer": "hqq"}, "fit='hqq' moves the zero, and symmetric int8 weights have none"),
+        ({"weights": "int4", "optimizer": Absmax()}, "fit='absmax' has no zero; choose symmetric=True"),
+        ({"weights": "int4", "optimizer": "best"}, "fit='best' is not known; choose one of absmax"),
+        ({"weights": "int4", "optimizer": ["mse"]}, r"fit=\['mse'\] is not known; choose one of absmax"),
+        ({"overrides": {"3": {"fit": "hqq"}}}, "3: fit='hqq' moves the zero"),
+        ({"overrides": {"no*": {"fit": "hqq"}}}, r"overrides\['no\*'\]: fit='hqq' moves the zero"),
+        ({"overrides": {"3": {"bits": 4}}}, r"overrides\['3'\]: 'bits' is not known; choose weights, group_size"),
+        ({"overrides": {"3": "int4"}}, r"overrides\['3'\]='int4'; give a dict such as {'weights': 'int8'}"),
+        ({"overrides": {"3": {"weights": ["int4"]}}}, r"3: \['int4'\] is not a number type"),
+        ({"weights": "aqlm-1x20"}, "aqlm 1x20 g8 weights can be read, but not made: nbits=20 is out of range"),
+        ({"weights": "aqlm-2x8", "optimizer": "mse"}, "fit='mse' is not for aqlm 2x8 g8 weights"),
+        ({"weights": "aqlm-2x8", "learn_scales": True}, "aqlm 2x8 g8 weights have no scales that can be learned"),
+        (
+            {"overrides": {"3": {"weights": "aqlm-2x8"}}, "learn_scales": True},
+            "3: aqlm 2x8 g8 weights have no scales that can be learned; leave out learn_scales, or choose int8",
+        ),
     ],
-    ids=["type", "group", "symmetric", "activations", "override"],
+    ids=lambda value: None if isinstance(value, str) else " ".join(map(str, value.values())),
 )
+@pytest.mark.filterwarnings("ignore:the pattern")
 def test_a_value_that_is_not_allowed_is_refused_and_nothing_is_changed(kwargs, text):
     model = float_model()
+    modules = list(model)
     with pytest.raises(ValueError, match=text):
         quantize(model, **kwargs)
-    assert not any(isinstance(m, QLinear) for m in model.modules())
+    assert list(model) == modules and not any(isinstance(m, QLinear) for m in model.modules())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -118,6 +139,30 @@ def test_a_weight_that_is_not_finite_names_its_layer(bad):
         model[3].weight[1, 2] = bad
     with pytest.raises(ValueError, match=r"^3: .*NaN or infinite"):
         freeze(model)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "nf4", "aqlm-2x4"])
+def test_no_buffers_of_quantizing_are_held_afterwards(weights, monkeypatch):
+    # in plain torch, as on a GPU
+    monkeypatch.setenv("QUANTO_HF_REFERENCE", "1")
+    free()
+    model = quantize(float_model(), weights, learn_scales="aqlm" not in weights)
+    assert not held()
+    freeze(model)
+    assert not held()
+    dequantize(model)
+    assert not held()
+    with torch.no_grad():
+        broken = float_model()
+        broken[3].weight[1, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"^3: "):
+        freeze(quantize(broken, weights))
+    assert not held()
+
+
+def held():
+    """Names of the buffers of this thread."""
+    return [name for name, *_ in scratch._local.__dict__.get("buffers", {})]
 
 
 def test_an_output_head_stays_float_unless_it_is_included():

@@ -1,5 +1,7 @@
 """quantize() of a transformers model: it is saved and loaded like one that was quantized while it was loaded."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,7 @@ from tiny_models import TINY, build, output, qlinears
 
 import quanto_hf
 from quanto_hf import QuantoConfig, freeze, quantize
-from quanto_hf.fit import Fit, fit_by_name
+from quanto_hf.fit import FITS, Fit, Hqq, fit_by_name
 from quanto_hf.nn import QConv2d
 
 
@@ -82,6 +84,30 @@ def test_a_quantized_model_is_not_quantized_again(way, tmp_path):
         model = TINY["llama"].cls.from_pretrained(tmp_path, quantization_config=QuantoConfig())
     with pytest.raises(ValueError, match="is quantized already, with quanto_hf; quantize the float model"):
         quantize(model, "int4")
+
+
+class Another(Hqq):
+    """Has the name of a registered fit, and computes something else."""
+
+
+@pytest.mark.parametrize(
+    "fit, name",
+    [
+        (Hqq(p=0.5), None), (Hqq(iterations=3), None), (Another(), None), (OwnFit(), None),
+        (Hqq(), "hqq"), (quanto_hf.HqqOptimizer(p=0.7), "hqq"), ("hqq", "hqq"), (copy.deepcopy(FITS["mse"]), "mse"),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("where", ["all", "override"])
+def test_a_fit_is_recorded_by_its_name_only_if_the_name_finds_the_same(fit, name, where, tmp_path):
+    kwargs = {"optimizer": fit} if where == "all" else {"overrides": {"down_proj": {"fit": fit}}}
+    model = quantize(build("llama"), "int4", **kwargs)
+    config = model.config.quantization_config
+    assert (config.fit if where == "all" else config.overrides["down_proj"]["fit"]) == name
+    made = reloaded(model, tmp_path)
+    found = next(layer for layer_name, layer in qlinears(made).items() if "down_proj" in layer_name).fit
+    # what is trained on has the default fit, and no other one under the same name
+    assert found == name
 
 
 def test_a_value_that_is_not_allowed_leaves_the_model_as_it_was():

@@ -4,9 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from quanto_hf.nn import QLinear
 from quanto_hf.nn.activation import fake_quantize
 from quanto_hf.qtypes import QType, qfloat8_e4m3fn, qfloat8_e5m2, qint8
+from quanto_hf.schemes import make_scheme
 
 TYPES = (qint8, qfloat8_e4m3fn, qfloat8_e5m2)
 every_type = pytest.mark.parametrize("kind", TYPES, ids=str)
@@ -127,3 +130,11 @@ def test_the_gradient_passes_straight_through_groups():
     x, grad = torch.randn(3, 50, requires_grad=True), torch.randn(3, 50)
     fake_quantize(x, qint8, 32).backward(grad)
     assert torch.equal(x.grad, grad)
+
+
+@pytest.mark.parametrize("scale", [None, 0.5, torch.tensor(0.5)], ids=["none", "number", "tensor"])
+def test_a_static_scale_is_where_the_layer_is_whatever_the_default_device_is(scale):
+    layer = QLinear.from_module(nn.Linear(8, 4), make_scheme("int8"), qint8)
+    with torch.device("meta"):
+        layer.make_static(scale)
+    assert layer.input_scale.device.type == "cpu" and (scale is None or layer.input_scale.item() == 0.5)

@@ -15,8 +15,17 @@ every_weight = pytest.mark.parametrize("weights", QTYPES)
 K, N = 80, 33
 
 
-def learning(weights: str = "int4", dtype=torch.float32, static: bool = True) -> QLinear:
-    layer = QLinear.from_module(nn.Linear(K, N).to(dtype), make_scheme(weights), qint8 if static else None)
+# grids that reach further down than up, so that the sign of a scale says something
+signed = pytest.mark.parametrize(
+    "weights, group_size", [("int4", None), ("int4", -1), ("int2", None), ("int2", 16)], ids=str
+)
+
+
+def learning(
+    weights: str = "int4", dtype=torch.float32, static: bool = True, group_size=None, symmetric=None
+) -> QLinear:
+    scheme = make_scheme(weights, group_size, symmetric)
+    layer = QLinear.from_module(nn.Linear(K, N).to(dtype), scheme, qint8 if static else None)
     if static:
         layer.make_static(0.02)
     layer.learn_scales()
@@ -122,6 +131,104 @@ def test_a_scale_below_0_has_a_gradient_that_leads_on():
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.5 * losses[0]
+
+
+@signed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_symmetric_int4_and_int2_train_scales_of_both_signs(weights, group_size, dtype):
+    layer, x = learning(weights, dtype, group_size=group_size, symmetric=True), torch.randn(5, K).to(dtype)
+    start = layer.learned_scale.detach().clone()
+    assert (start < 0).any() and (start > 0).any() and "learned_zero" not in dict(layer.named_parameters())
+    assert torch.equal(start, layer.scheme.quantize(layer.weight.detach())["scale"].float())
+    step(layer, x)
+    with torch.no_grad():
+        wanted = layer(x)
+    trained = layer.learned_scale.detach().clone()
+    assert not torch.equal(trained, start)
+    layer.freeze()
+    assert torch.equal(layer(x), wanted)
+    assert torch.equal(layer.weight_scale, trained.to(layer.weight_scale.dtype))
+
+
+@signed
+def test_the_gradient_of_a_signed_scale_is_that_of_its_numbers(weights, group_size):
+    """Of rounded values d/ds is the rounding error in steps, of cut ones the last number; the sign of s is in both."""
+    scheme = make_scheme(weights, group_size, True)
+    layer = QLinear.from_module(nn.Linear(K, N), scheme)
+    layer.learn_scales()
+    with torch.no_grad():
+        # some values are beyond the ends
+        layer.learned_scale.mul_(0.7).copy_(layer.learned_scale.to(scheme.scale_dtype))
+    x, grad = torch.randn(9, K), torch.randn(9, N)
+    layer(x).backward(grad)
+    size = scheme.group_size if scheme.group_size > 0 else K
+    groups = (torch.arange(K) // size).expand(N, -1)
+    s, weight = layer.learned_scale.detach().gather(1, groups), layer.weight.detach()
+    low, high = scheme.grid.lowest, scheme.grid.highest
+    u = weight / s
+    inside = (u >= low) & (u <= high)
+    assert 0.005 < (~inside).float().mean() < 0.9
+    for_weight = grad.T @ x
+    each = torch.where(inside, u.round().clamp(low, high) - u, u.clamp(low, high)) * for_weight
+    factor = (min(size, K) * -low) ** -0.5
+    wanted = torch.zeros_like(layer.learned_scale).scatter_add_(1, groups, each) * factor
+    torch.testing.assert_close(layer.learned_scale.grad, wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer.weight.grad, torch.where(inside, for_weight, 0.0), rtol=1e-4, atol=1e-5)
+
+
+@signed
+def test_training_brings_signed_scales_back_to_where_the_error_is_small(weights, group_size):
+    torch.manual_seed(0)
+    source, x = nn.Linear(K, N), torch.randn(64, K)
+    wanted = source(x).detach()
+    layer = QLinear.from_module(source, make_scheme(weights, group_size, True), fit="absmax")
+    layer.weight.requires_grad_(False)
+    layer.learn_scales()
+    signs = layer.learned_scale.detach().sign()
+    with torch.no_grad():
+        layer.learned_scale.mul_(2.5)
+    optimizer, losses = torch.optim.Adam([layer.learned_scale], 3e-3 if weights == "int2" else 1e-3), []
+    for _ in range(60):
+        loss = (layer(x) - wanted).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.6 * losses[0]
+    assert torch.equal(layer.learned_scale.detach().sign(), signs)
+
+
+@signed
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-42, -1e-42])
+def test_a_signed_scale_on_its_way_through_0_gives_numbers_and_has_a_gradient(weights, group_size, value):
+    layer, x = learning(weights, group_size=group_size, symmetric=True), torch.randn(3, K)
+    with torch.no_grad():
+        layer.learned_scale[::2] = value
+    made = layer(x)
+    made.sum().backward()
+    assert made.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())
+    assert (layer.learned_scale.grad[::2] != 0).any()
+    layer.freeze()
+    assert torch.equal(layer(x), made.detach()) and (layer.weight_scale != 0).all()
+    assert torch.equal(
+        layer.weight_scale[::2] < 0, torch.full_like(layer.weight_scale[::2] < 0, value < 0 or str(value) == "-0.0")
+    )
+
+
+def test_a_scheme_without_scales_has_nothing_to_learn():
+    layer = QLinear.from_module(nn.Linear(64, 8), make_scheme("aqlm-2x4"))
+    before = list(layer.state_dict())
+    with pytest.raises(ValueError, match="aqlm 2x4 g8 weights have no scales that can be learned; leave out"):
+        layer.learn_scales()
+    assert list(layer.state_dict()) == before
+
+
+def test_a_weight_that_has_become_no_number_is_not_packed():
+    layer = learning()
+    with torch.no_grad():
+        layer.weight[3, 4] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite values"):
+        layer.freeze()
 
 
 def test_casts_keep_learned_scales_in_float32():

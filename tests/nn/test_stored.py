@@ -95,6 +95,16 @@ def test_floats_are_averaged_as_ever():
     torch.testing.assert_close(averaged.module[0].bias, net[0].bias + 0.5)
 
 
+@every_weight
+def test_a_copy_of_a_state_dict_shares_nothing_with_the_model(weights):
+    net, _ = network(weights)
+    before = stored(net)
+    state = copy.deepcopy(net.state_dict())
+    for tensor in state.values():
+        tensor.zero_()
+    assert all(map(torch.equal, stored(net), before))
+
+
 def test_codes_that_differ_have_no_average():
     net, _ = network("int4")
     torch.manual_seed(1)

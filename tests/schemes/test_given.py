@@ -86,6 +86,24 @@ def test_gradients_are_those_of_learned_step_sizes(weights):
         torch.testing.assert_close(inputs[2].grad, summed(for_zero), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("weights", QTYPES)
+@pytest.mark.parametrize("symmetric", [None, True], ids=["default", "symmetric"])
+def test_scales_have_signs_where_the_grid_reaches_further_down_than_up(weights, symmetric):
+    scheme = make_scheme(weights, symmetric=symmetric)
+    weight = torch.randn(20, COLUMNS)
+    scale = scheme.quantize(weight)["scale"]
+    assert scheme.signed_scales == bool((scale < 0).any()) == (symmetric is True and weights in ("int4", "int2"))
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("-inf")])
+def test_a_signed_scale_that_is_0_or_no_number_is_refused(bad):
+    scheme = make_scheme("int4", symmetric=True)
+    scale = scheme.quantize(torch.randn(ROWS, COLUMNS))["scale"]
+    scale[2, 1] = bad
+    with pytest.raises(ValueError, match="scales of a int4 g64 weight are finite numbers other than 0"):
+        scheme.encode(torch.randn(ROWS, COLUMNS), scale)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_scale_that_is_not_a_positive_number_is_refused(bad):
     scheme, scale, zero = found("int4", torch.randn(ROWS, COLUMNS))

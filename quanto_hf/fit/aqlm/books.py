@@ -33,7 +33,7 @@ def start(targets: torch.Tensor, weights: torch.Tensor, layout: Layout, seed: in
     each = weights.repeat_interleave(columns)
     codebooks, codes = [], []
     for _ in range(layout.num_codebooks):
-        order = torch.randperm(rest.shape[0], generator=generator, device="cpu").to(rest.device)
+        order = torch.randperm(rest.shape[0], generator=generator, device="cpu", dtype=torch.int64).to(rest.device)
         book = _first_vectors(rest, order, layout.size)
         sample = order[: GROUPS_PER_VECTOR * layout.size]
         values, value_weights = rest[sample].contiguous(), each[sample].contiguous()
@@ -54,7 +54,7 @@ def start(targets: torch.Tensor, weights: torch.Tensor, layout: Layout, seed: in
 
 def _first_vectors(groups: torch.Tensor, order: torch.Tensor, size: int) -> torch.Tensor:
     """The first groups in the order, again from the start where there are too few; shape (1, size, values)."""
-    chosen = order[torch.arange(size, device=groups.device) % order.numel()]
+    chosen = order[torch.arange(size, device=groups.device, dtype=torch.int64) % order.numel()]
     return groups[chosen].unsqueeze(0).contiguous()
 
 

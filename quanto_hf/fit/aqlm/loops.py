@@ -116,9 +116,9 @@ def why_wrong(level: str) -> str | None:
 def _problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A weight, codebooks and codes of awkward sizes: 37 row groups of 2 rows, 13 column groups of 5."""
     generator = torch.Generator().manual_seed(0)
-    codebooks = torch.randn(3, 70, 10, generator=generator)
+    codebooks = torch.randn(3, 70, 10, generator=generator, dtype=torch.float32)
     codes = torch.randint(70, (37, 13, 3), generator=generator, dtype=torch.int32)
-    return torch.randn(37 * 13, 10, generator=generator), codebooks, codes
+    return torch.randn(37 * 13, 10, generator=generator, dtype=torch.float32), codebooks, codes
 
 
 def _search_error() -> float:
@@ -134,12 +134,12 @@ def _search_error() -> float:
 def _sweep_error() -> float:
     _, codebooks, start = _problem()
     generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(200, 65, generator=generator)
+    inputs = torch.randn(200, 65, generator=generator, dtype=torch.float32)
     hessian = inputs.T @ inputs / 200
     blocks = torch.stack([hessian[i : i + 5, i : i + 5] for i in range(0, 65, 5)])
     lower = torch.linalg.cholesky(blocks).contiguous()
     inverse = torch.linalg.inv(lower).transpose(1, 2).contiguous()
-    layout, weight = Layout(3, 7, 2, 5), torch.randn(74, 65, generator=generator)
+    layout, weight = Layout(3, 7, 2, 5), torch.randn(74, 65, generator=generator, dtype=torch.float32)
     worst = 0.0
     for ahead in (False, True):
         errors = []
@@ -156,6 +156,9 @@ def _sweep_error() -> float:
 
 def _sums_error() -> float:
     values, _, codes = _problem()
-    codes, weights = codes.reshape(-1, 3), torch.rand(37, generator=torch.Generator().manual_seed(2))
+    codes, weights = (
+        codes.reshape(-1, 3),
+        torch.rand(37, generator=torch.Generator().manual_seed(2), dtype=torch.float32),
+    )
     made, exact = (run(values, weights, codes, 70) for run in (native_code_sums, _torch_code_sums))
     return max(float((a - b).abs().nan_to_num(nan=torch.inf).max()) for a, b in zip(made, exact, strict=True))

@@ -68,7 +68,7 @@ class Metric:
         """
         columns, width, _ = self.lower.shape
         size = columns * width
-        upper = torch.eye(size, device=self.hessian.device)
+        upper = torch.eye(size, device=self.hessian.device, dtype=torch.float32)
         weighted = self.hessian.new_zeros(size, size)  # (V D)^T
         factors = torch.empty_like(self.lower)
         for j in range(columns - 1, -1, -1):

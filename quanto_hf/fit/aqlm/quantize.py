@@ -96,7 +96,7 @@ def quantize_aqlm(
         if hessian is not None:
             # large inputs first, so that those with errors that count less make up for them
             order = large_first(hessian.diagonal(), layout).to(weight.device)
-            columns = (order[:, None] * in_group + torch.arange(in_group)).flatten()
+            columns = (order[:, None] * in_group + torch.arange(in_group, dtype=torch.int64)).flatten()
             values, hessian = values[:, columns], hessian.to(weight.device)[columns][:, columns]
             metric = Metric.of(hessian, layout)
         count = (ITERATIONS if metric is None else ITERATIONS_WITH_HESSIAN) if iterations is None else iterations

@@ -33,7 +33,7 @@ def search(targets: torch.Tensor, codebooks: torch.Tensor, codes: torch.Tensor, 
 def _grown(targets: torch.Tensor, codebooks: torch.Tensor, half: torch.Tensor, beam: int) -> torch.Tensor:
     """The best set of codes that is found, shape (groups, K)."""
     count, size = codebooks.shape[:2]
-    groups = torch.arange(targets.shape[0], device=targets.device)[:, None]
+    groups = torch.arange(targets.shape[0], device=targets.device, dtype=torch.int64)[:, None]
     rest = targets.unsqueeze(1)  # (groups, kept sets, values): what their vectors leave of the target
     kept = torch.empty(targets.shape[0], 1, 0, dtype=torch.int64, device=targets.device)
     for k in range(count):

@@ -38,10 +38,10 @@ def products_per_second(layout: Layout, calibrated: bool) -> float:
     rows = layout.out_group
     while products((2 * rows, columns), layout, calibrated) < SAMPLE:
         rows *= 2
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     start = time.perf_counter()
     quantize_aqlm(
         weight, num_codebooks=layout.num_codebooks, nbits=layout.nbits, out_group=layout.out_group,
-        in_group=layout.in_group, hessian=torch.eye(columns) if calibrated else None,
+        in_group=layout.in_group, hessian=torch.eye(columns, dtype=torch.float32) if calibrated else None,
     )  # fmt: skip
     return products((rows, columns), layout, calibrated) / (time.perf_counter() - start)

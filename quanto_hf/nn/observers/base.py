@@ -81,7 +81,7 @@ class RangeObserver(Observer):
         quant_max: largest code.
         eps: smallest scale.
         is_dynamic: the scale will be found anew for each tensor.
-        factory_kwargs: device and dtype of the buffers.
+        factory_kwargs: device and dtype of the buffers; float32 whatever torch's default dtype is.
 
     Raises:
         ValueError: the values do not go together.
@@ -113,7 +113,9 @@ class RangeObserver(Observer):
         self.quant_min, self.quant_max = code_range(kind, quant_min, quant_max, reduce_range)
         if self.qscheme.endswith("symmetric") and reduce_range and kind.name == "quint8":
             raise ValueError("reduce_range does not work for symmetric quint8, whose zero point is 128; choose qint8")
-        self.register_buffer("eps", torch.tensor([eps], **(factory_kwargs or {})))
+        made = factory_kwargs or {}
+        eps_dtype = made.get("dtype") or torch.float32
+        self.register_buffer("eps", torch.tensor([eps], dtype=eps_dtype, device=made.get("device")))
 
     @property
     def is_symmetric(self) -> bool:

@@ -85,9 +85,9 @@ class HistogramObserver(MinMaxObserver):
     def _widened(self, old: tuple[float, float], new: tuple[float, float]) -> torch.Tensor:
         """The counts over a wider range: each bin is cut into parts, which go where their middle lies."""
         parts = self.bins * self.upsample_rate
-        starts = torch.linspace(*old, parts + 1, device=self.histogram.device)[:-1]
+        starts = torch.linspace(*old, parts + 1, dtype=torch.float32, device=self.histogram.device)[:-1]
         width = (self.max_val - self.min_val) / parts
-        edges = torch.linspace(*new, self.bins + 1, device=self.histogram.device)
+        edges = torch.linspace(*new, self.bins + 1, dtype=torch.float32, device=self.histogram.device)
         where = torch.bucketize(starts + 0.5 * width, edges, right=True) - 1
         weights = self.histogram.repeat_interleave(self.upsample_rate) / self.upsample_rate
         return torch.bincount(where.clamp(0, self.bins - 1), weights, self.bins).to(self.histogram.dtype)
@@ -142,7 +142,7 @@ class HistogramObserver(MinMaxObserver):
         step = width * (last - first + 1) / codes
         if step == 0.0:
             return 0.0
-        begin = (torch.arange(self.bins, device=self.histogram.device) - first) * width
+        begin = (torch.arange(self.bins, dtype=torch.float32, device=self.histogram.device) - first) * width
         end = begin + width
         code_begin = torch.div(begin, step, rounding_mode="floor").clamp(0, codes - 1)
         code_end = torch.div(end, step, rounding_mode="floor").clamp(0, codes - 1)

@@ -47,8 +47,8 @@ class MseObserver(HistogramObserver):
     def search(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The threshold, with both signs."""
         width = (self.max_val - self.min_val) / self.bins
-        middles = self.min_val + width * (torch.arange(self.bins, device=width.device) + 0.5)
-        ratios = torch.arange(1, RATIOS + 1, device=width.device) / RATIOS
+        middles = self.min_val + width * (torch.arange(self.bins, dtype=torch.float32, device=width.device) + 0.5)
+        ratios = torch.arange(1, RATIOS + 1, dtype=torch.float32, device=width.device) / RATIOS
         thresholds = ratios[:, None] * self.max_val
         steps = (thresholds / ((self.quant_max - self.quant_min) / 2)).clamp(min=1e-30)
         codes = (middles / steps).clamp(self.quant_min, self.quant_max)

@@ -31,8 +31,11 @@ class Quantize(OnGrid):
         super().__init__()
         kind = number(dtype)
         device = (factory_kwargs or {}).get("device")
-        step, zero = (torch.as_tensor(value, device=device).reshape(1) for value in (scale, zero_point))
-        self.set_qparams(step, zero, kind.low, kind.high, kind.name)
+        step = torch.as_tensor(scale, dtype=torch.float32, device=device)
+        # a float is refused as one
+        code = torch.float32 if isinstance(zero_point, float) else getattr(zero_point, "dtype", torch.int64)
+        zero = torch.as_tensor(zero_point, dtype=code, device=device)
+        self.set_qparams(step.reshape(1), zero.reshape(1), kind.low, kind.high, kind.name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` on the grid."""

@@ -4,6 +4,7 @@ The one place in which modules of the eager mode know how a weight is stored.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,11 +76,13 @@ def observer_for(mod: nn.Module) -> Any:
     qconfig: Any = getattr(mod, "qconfig", None)
     if qconfig is None:
         raise QConfigError(f"{type(mod).__name__} has no qconfig")
-    if qconfig.weight is None:
-        observer: Any = PerChannelMinMaxObserver(dtype="qint8", qscheme="per_channel_symmetric")
-    else:
-        observer = qconfig.weight()
     weight = next(mod.parameters(), None)
+    # a default device of torch may be another one, without memory
+    with nullcontext() if weight is None else weight.device:
+        if qconfig.weight is None:
+            observer: Any = PerChannelMinMaxObserver(dtype="qint8", qscheme="per_channel_symmetric")
+        else:
+            observer = qconfig.weight()
     return observer if weight is None else observer.to(weight.device)
 
 
@@ -192,7 +195,7 @@ class StoredWeights(KeepsNamed):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        probe = fn(torch.empty(0, dtype=self.weight_dtype))
+        probe = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu"))
         if probe.is_floating_point():
             self.weight_dtype = probe.dtype
         return self

@@ -88,13 +88,15 @@ def aqlm_errors(
     groups, lines = 560 // in_group + 3, 37
     kind = code_dtype(nbits)
     low, high = torch.iinfo(kind).min, torch.iinfo(kind).max + 1
-    codes = torch.randint(low, high, (lines, groups, count), generator=generator).to(kind)
-    books = (torch.rand((count, 1 << nbits, out_group, in_group), generator=generator) - 0.5).to(book_dtype)
-    scales = (torch.rand((lines, 1, 1, 1), generator=generator) + 0.5).to(book_dtype)
+    codes = torch.randint(low, high, (lines, groups, count), generator=generator, dtype=torch.int64).to(kind)
+    books = (torch.rand((count, 1 << nbits, out_group, in_group), generator=generator, dtype=torch.float32) - 0.5).to(
+        book_dtype
+    )
+    scales = (torch.rand((lines, 1, 1, 1), generator=generator, dtype=torch.float32) + 0.5).to(book_dtype)
     weight = aqlm_dequantize_op.reference(codes, books, scales, torch.float32)
     made = native_aqlm_dequantize(codes, books, scales, torch.empty_like(weight))
     worst = float((made - weight).abs().max()) / float(weight.abs().max())
-    inputs = torch.randn((MANY_ROWS[-1], weight.shape[1]), generator=generator).to(dtype)
+    inputs = torch.randn((MANY_ROWS[-1], weight.shape[1]), generator=generator, dtype=torch.float32).to(dtype)
     bias = torch.ones(weight.shape[0], dtype=dtype)
     error = 0.0
     for x in [inputs[:rows] for rows in (MANY_ROWS if many else FEW_ROWS)]:

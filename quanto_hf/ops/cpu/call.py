@@ -25,7 +25,8 @@ def value_table(qtype: str, asymmetric: bool) -> torch.Tensor:
     if kind.values is not None:
         table[:] = torch.tensor(kind.values, dtype=torch.float32, device="cpu")
     elif kind.is_packed:
-        table[: kind.levels] = torch.arange(kind.levels, device="cpu") - (0 if asymmetric else symmetric_offset(kind))
+        numbers = torch.arange(kind.levels, dtype=torch.float32, device="cpu")
+        table[: kind.levels] = numbers - (0 if asymmetric else symmetric_offset(kind))
     return table
 
 

@@ -68,14 +68,19 @@ def int8_error(
     """
     # blocks of 256 columns at most: two whole ones, and a short one, with a short group
     columns = 600 + (2 * group_size if 0 < group_size <= 512 else 0)
+    if qtype == "int8" and group_size > 0:
+        # there is a kernel for rows of a single group only
+        columns = group_size
     packed, scale, *rest = sample(qtype, group_size, asymmetric, 37, columns)
     scale, zero = scale.to(scale_dtype), rest[0].to(scale_dtype) if rest else None
-    inputs = torch.randn(2 * GEMV_ROWS + 3, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    inputs = torch.randn(
+        2 * GEMV_ROWS + 3, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    ).to(dtype)
     weight = dequantize.reference(packed, scale, zero, qtype, group_size, columns, torch.float32)
     size, group = inputs.float().abs() @ weight.abs().T, activation_group(QTYPES[qtype], QTYPES["int8"])
     error, stored = 0.0, (packed, scale, zero, None, qtype, group_size)
     # 2 / 127 cuts one number in twenty
-    for x_scale in (None, torch.tensor(2 / 127)):
+    for x_scale in (None, torch.tensor(2 / 127, dtype=torch.float32)):
         exact = round_activations(inputs, QTYPES["int8"], group, x_scale) @ weight.T
         for rows in (2 * GEMV_ROWS + 3,) if many else (1, 3):
             got = native_linear(inputs[:rows], *stored, activations="int8", x_scale=x_scale).float()

@@ -33,20 +33,23 @@ def sample(qtype: str, group_size: int, asymmetric: bool, rows: int, columns: in
     generator = torch.Generator().manual_seed(rows * columns)
     low = int(kind.qmin) if kind.storage is torch.int8 else 0
     high = low + kind.levels if kind.kind != "float" else 0x78
-    codes = torch.randint(low, high, (rows, columns), generator=generator).to(kind.storage)
+    codes = torch.randint(low, high, (rows, columns), generator=generator, dtype=torch.int64).to(kind.storage)
     if kind.kind == "float":  # the sign is the highest bit
         codes[:, ::2] |= 0x80
     shape = (rows, groups(columns, group_size))
-    scale = (torch.rand(shape, generator=generator) + 0.5) / kind.qmax
+    scale = (torch.rand(shape, generator=generator, dtype=torch.float32) + 0.5) / kind.qmax
     scale = scale.to(torch.bfloat16) if group_size > 0 else scale
-    zero = (torch.rand(shape, generator=generator) * kind.levels + min(kind.qmin, 0)).to(scale.dtype)
+    zero = (torch.rand(shape, generator=generator, dtype=torch.float32) * kind.levels + min(kind.qmin, 0)).to(
+        scale.dtype
+    )
     tensors = (pack(codes, kind.bits), scale)
     return (*tensors, zero) if asymmetric else tensors
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """The first call may stand under autocast, or under another default device."""
+    """The first call may stand under autocast, or another default device. Another default dtype, which belongs to the
+    whole process, cannot be put aside here: whatever is made for a check names its dtype."""
     with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.no_grad():
         yield
 
@@ -65,11 +68,13 @@ def errors(
     columns = 560 + (2 * group_size if 0 < group_size <= 512 else 0)
     packed, scale, *rest = sample(qtype, group_size, asymmetric, 37, columns)
     scale, zero = scale.to(scale_dtype), rest[0].to(scale_dtype) if rest else None
-    inputs = torch.randn(2 * GEMV_ROWS + 3, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    inputs = torch.randn(
+        2 * GEMV_ROWS + 3, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    ).to(dtype)
     bias = torch.ones(37, dtype=dtype)
     weight = dequantize.reference(packed, scale, zero, qtype, group_size, columns, torch.float32)
     made = native_dequantize(packed, scale, zero, qtype, group_size, torch.empty_like(weight))
-    error, chosen = 0.0, torch.tensor([36, 0, 5, 5])
+    error, chosen = 0.0, torch.tensor([36, 0, 5, 5], dtype=torch.int64)
     some = native_dequantize(packed, scale, zero, qtype, group_size, weight.new_empty(4, columns), chosen)
     worst = max(float((made - weight).abs().max()), float((some - weight[chosen]).abs().max()))
     for x in (inputs,) if many else (inputs[:1], inputs[:3]):  # one row has kernels of its own
@@ -108,13 +113,17 @@ def why_experts_wrong(level: str) -> str | None:
     packed, scale, zero = (t.view(4, 5, -1) for t in sample("int4", 32, True, 20, 200))
     rows = 4 * GEMV_ROWS
     # expert 2 has no rows, expert 0 more than the kernels for few rows take
-    mixed = (torch.arange(rows) * 7 % rows % 5).clamp(max=3).masked_fill(torch.arange(rows) % 5 == 2, 0)
+    mixed = (
+        (torch.arange(rows, dtype=torch.int64) * 7 % rows % 5)
+        .clamp(max=3)
+        .masked_fill(torch.arange(rows, dtype=torch.int64) % 5 == 2, 0)
+    )
     error = 0.0
     for experts in (mixed, mixed.sort().values, mixed[:3]):
         for dtype in (torch.float32, torch.bfloat16):
             generator = torch.Generator().manual_seed(0)
-            x = torch.randn(len(experts), 200, generator=generator).to(dtype)
-            bias = torch.randn(4, 5, generator=generator).to(dtype)
+            x = torch.randn(len(experts), 200, generator=generator, dtype=torch.float32).to(dtype)
+            bias = torch.randn(4, 5, generator=generator, dtype=torch.float32).to(dtype)
             got = native_expert_linear(x, experts, packed, scale, zero, bias, "int4", 32)
             for e in experts.unique().tolist():
                 mine = experts == e

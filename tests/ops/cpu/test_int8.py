@@ -339,6 +339,28 @@ def test_no_kernel_is_wrong_on_this_machine(level: str, dtype: torch.dtype, kind
         assert int8.why_int8_wrong(level, *key) is None
 
 
+@every_float
+@pytest.mark.parametrize("group_size", [16, 64, 256])
+def test_a_layer_as_narrow_as_a_group_has_the_kernel_of_whole_rows(level: str, dtype: torch.dtype, group_size: int):
+    """Such a layer was checked with rows of several groups, for which there is no kernel."""
+    if int8.refuses_int8("int8", group_size, False, group_size, "int8") is not None:
+        pytest.skip("this level has no product of int8 and int8")
+    for many in (False, True):
+        assert int8.why_not_int8("int8", group_size, False, torch.bfloat16, group_size, dtype, many, "int8") is None
+
+
+@pytest.mark.parametrize("columns", [1, 16, 40, 64])
+@pytest.mark.parametrize("batch", [1, 3, 19])
+def test_a_layer_narrower_than_a_group_gives_the_product_of_the_definition(level: str, columns: int, batch: int):
+    scheme = make_scheme("int8", 64)
+    tensors, x = scheme.quantize(torch.randn(9, columns)), torch.randn(batch, columns)
+    wanted = round_activations(x, qint8) @ scheme.dequantize(tensors, columns, torch.float32).T
+    call = scheme.bind(tensors, columns, "int8")
+    if call is None:
+        pytest.skip("this level has no product of int8 and int8")
+    torch.testing.assert_close(call(x, None), wanted, rtol=1e-5, atol=1e-5)
+
+
 @some_kinds
 @pytest.mark.parametrize("rows", [1, 3, 19])
 def test_a_wrong_kernel_is_reported_once_and_never_used(level: str, rows: int, kind: Kind, monkeypatch):
