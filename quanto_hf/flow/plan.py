@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from quanto_hf.fit import Fit
+from quanto_hf.flow.holders import held_parameters, replace_everywhere
 from quanto_hf.flow.patterns import first_match, unmatched
 from quanto_hf.nn import QuantizedWeight, qmodule_for
 from quanto_hf.nn.learned import LearnedScales
@@ -123,19 +124,25 @@ def _refusal(choice: Choice, module: nn.Module) -> str | None:
 
 
 def shared_weights(model: nn.Module) -> dict[str, str]:
-    """Module name -> full name of another parameter that is the same object as its weight."""
+    """Module name -> full name of another parameter, or of an attribute, that is or holds the same object as its
+    weight."""
     first: dict[int, str] = {}
     shared = {}
     # a module with several names comes up once: it shares its weight with nobody
     for owner, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{owner}.{leaf}" if owner else leaf
-            if id(parameter) in first and leaf == "weight":
-                shared[owner] = first[id(parameter)]
+            if id(parameter) in first:
                 other, _, other_leaf = first[id(parameter)].rpartition(".")
+                if leaf == "weight":
+                    shared[owner] = first[id(parameter)]
                 if other_leaf == "weight":
                     shared.setdefault(other, name)
             first.setdefault(id(parameter), name)
+    for number, place in held_parameters(model).items():
+        owner, _, leaf = first.get(number, "").rpartition(".")
+        if leaf == "weight":
+            shared.setdefault(owner, place)
     return shared
 
 
@@ -201,7 +208,8 @@ def quantized(
 
 
 def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each new module wherever its old one is, hooks included. The model itself cannot be replaced.
+    """Put each new module wherever its old one is, hooks included: also in lists and other attributes of modules
+    (:mod:`quanto_hf.flow.holders`). The model itself cannot be replaced.
 
     Raises:
         ValueError: the model itself is a key: there is no parent in which it could be replaced.
@@ -216,7 +224,7 @@ def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> No
             getattr(new, hooks).update(getattr(old, hooks))
         for flags in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
             getattr(new, flags).update(getattr(old, flags))
-    for parent in list(model.modules()):
-        for child_name, child in parent._modules.items():
-            if child is not None and child in made:
-                parent._modules[child_name] = made[child]
+    for name, module in list(model.named_modules()):
+        if module in made and isinstance(made[module], QuantizedWeight):
+            made[module].quantized_as = name  # type: ignore[assignment]
+    replace_everywhere(model, made)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from quanto_hf.hf.config import QuantoConfig
+from quanto_hf.hf.rescaled import scaled_back
 from quanto_hf.io import save_whole
 
 
@@ -34,7 +35,8 @@ def save_whole_models(cls: Any) -> None:
             return save(model, save_directory, *args, **kwargs)
         # transformers would take the name of the folder that it is given
         kwargs.setdefault("repo_id", Path(save_directory).name)
-        return save_whole(save_directory, lambda folder: save(model, folder, *args, **kwargs))
+        with scaled_back(model):
+            return save_whole(save_directory, lambda folder: save(model, folder, *args, **kwargs))
 
     save_pretrained.saves_whole = True  # type: ignore[attr-defined]
     cls.save_pretrained = save_pretrained

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from enum import Enum
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from quanto_hf.fit import Fit
 from quanto_hf.nn.activation import INPUT_SCALE
 from quanto_hf.nn.bound_call import BoundCall, Call
-from quanto_hf.nn.weight_view import WeightView, refuse_write
+from quanto_hf.nn.weight_view import WeightView
+from quanto_hf.nn.weight_writes import refuse_write, write_weight
 from quanto_hf.schemes import Scheme
 
 Q = TypeVar("Q", bound="QuantizedWeight")
@@ -50,6 +52,8 @@ class QuantizedWeight(nn.Module):
     weight_error: float | None
     # whether a float weight is rounded in the forward pass
     rounding: bool
+    # the name under which it was put into a model, for errors
+    quantized_as: str = ""
     # it must not outlive the tensors that it was made for
     _bound: BoundCall | None
 
@@ -112,21 +116,23 @@ class QuantizedWeight(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The weight as a float tensor in the shape of the float module's. Of a FROZEN module it is a
-        :class:`WeightView`, which is dequantized when its values are used, and cannot be written."""
+        :class:`WeightView`, which is dequantized when its values are used. What is written into it is stored if that is
+        exact (:func:`quanto_hf.nn.weight_writes.write_weight`), and an error otherwise."""
         weight = self._parameters.get("weight")
         if weight is not None:
             return weight
         if torch.compiler.is_compiling():
             return self.dequantized()
         stored = next(iter(self.tensors().values()))
-        view = WeightView(self.weight_shape, self.weight_dtype, stored.device, self.dequantized)
+        write = partial(write_weight, self)
+        view = WeightView(self.weight_shape, self.weight_dtype, stored.device, self.dequantized, write)
         # transformers initialises tensors that do not have this mark
         view._is_hf_initialized = True  # type: ignore[attr-defined]
         return view
 
     @weight.setter
     def weight(self, value: Any) -> None:
-        refuse_write()
+        refuse_write(self, "weight = ...")
 
     def dequantized(self) -> torch.Tensor:
         """The weight of a FROZEN module as a new plain tensor in ``weight_dtype``."""
@@ -135,7 +141,7 @@ class QuantizedWeight(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of nn.Module; refuses a ``weight`` for a FROZEN module, which nothing would read."""
         if name == "weight" and self.is_frozen:
-            refuse_write()
+            refuse_write(self, "weight = nn.Parameter(...)")
         super().register_parameter(name, param)
 
     @property
@@ -282,7 +288,7 @@ class QuantizedWeight(nn.Module):
 
     def reset_parameters(self) -> None:
         """Refused: a quantized module has no random initial weight."""
-        refuse_write()
+        refuse_write(self, "reset_parameters()")
 
     def _describe_state(self) -> str:
         """The last part of ``extra_repr``."""
