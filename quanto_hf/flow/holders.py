@@ -1,4 +1,4 @@
-"""Everything in a model that holds a module or a parameter: lists, hooks, closures, not only what nn.Module registers."""
+"""All that holds a module or a parameter in a model: lists, hooks, closures, not only what nn.Module registers."""
 
 import dataclasses
 import sys

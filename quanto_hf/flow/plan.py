@@ -11,8 +11,9 @@ from torch import nn
 from quanto_hf.fit import Fit
 from quanto_hf.flow.holders import held_parameters, replace_everywhere
 from quanto_hf.flow.patterns import first_match, unmatched
-from quanto_hf.nn import QuantizedWeight, qmodule_for
+from quanto_hf.nn import QuantizedWeight, qmodule_for, source_of, why_no_qmodule
 from quanto_hf.nn.learned import LearnedScales
+from quanto_hf.nn.subclasses import subclassed
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme, make_scheme
 
@@ -50,7 +51,8 @@ class Plan:
 
     Args:
         chosen: module name -> how its weight is quantized.
-        left: module name -> the reason why it stays float; modules with a quantized counterpart only.
+        left: module name -> the reason why it stays float; modules of a type with a quantized counterpart, and of
+            subclasses of it.
     """
 
     chosen: dict[str, Choice] = field(default_factory=dict)
@@ -72,7 +74,7 @@ def make_plan(
     Args:
         model: may be on meta.
         choice: what a module gets that no override names.
-        types: of the modules to quantize; a subclass is another type.
+        types: of the modules to quantize, and of subclasses of them that compute the same.
         include: patterns; only modules that match one are quantized. None means all.
         exclude: patterns of modules that stay float.
         skip: exact module name -> reason, for modules that stay float by default.
@@ -94,7 +96,7 @@ def make_plan(
     shared = shared_weights(model)
     plan = Plan()
     for name, module in named.items():
-        if type(module) not in types:
+        if source_of(module) not in types:
             continue
         reason = _reason(name, include, exclude, skip)
         values = overrides.get(first_match(name, overrides) or "", {})
@@ -102,8 +104,8 @@ def make_plan(
             reason = f"an override leaves {first_match(name, overrides)!r} in float"
         if reason is None and name in shared:
             reason = f"its weight is tied to {shared[name]}"
-        if reason is None and module._parameters.get("weight") is None:
-            reason = "its weight is computed from other parameters (a weight norm, pruning): make it one first"
+        if reason is None:
+            reason = why_no_qmodule(module)
         if reason is None:
             chosen = choice.override(values)
             try:
@@ -115,6 +117,11 @@ def make_plan(
         else:
             plan.left[name] = reason
     return plan
+
+
+def asked_by(overrides: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
+    """The patterns of overrides that quantize, and do not leave modules in float."""
+    return [pattern for pattern, values in (overrides or {}).items() if dict(values).get("weights", "") is not None]
 
 
 def _refusal(choice: Choice, module: nn.Module) -> str | None:
@@ -200,8 +207,11 @@ def quantized(
     """The quantized module of a float one, in state PREPARED, sharing its parameters.
 
     Args:
-        cls: its class; None is the registered one.
+        cls: the class that stands for its type; None is the registered one.
     """
+    source = source_of(module)
+    if cls is not None and source is not None:
+        cls = subclassed(cls, source, type(module))
     cls = cls or qmodule_for(module)
     made: QuantizedWeight = cls.from_module(module, scheme, activations, fit, static)
     return made
@@ -226,5 +236,5 @@ def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> No
             getattr(new, flags).update(getattr(old, flags))
     for name, module in list(model.named_modules()):
         if module in made and isinstance(made[module], QuantizedWeight):
-            made[module].quantized_as = name  # type: ignore[assignment]
+            made[module].quantized_as = name
     replace_everywhere(model, made)

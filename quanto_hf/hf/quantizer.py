@@ -8,7 +8,7 @@ import torch
 from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
-from quanto_hf.flow import Choice, Plan, dequantize, make_plan, not_quantizable, warn_of_codebooks
+from quanto_hf.flow import Choice, Plan, asked_by, dequantize, make_plan, not_quantizable, warn_of_codebooks
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.deferred import Deferred
 from quanto_hf.hf.flags import flags, refuse_mixed
@@ -124,7 +124,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             model,
             config.choice(),
             exclude=config.modules_to_not_convert or (),
-            skip=default_skips(model, self._dtype, config.default_skips),
+            skip=default_skips(model, self._dtype, config.default_skips, asked_by(config.overrides)),
             overrides=config.overrides,
         )
 

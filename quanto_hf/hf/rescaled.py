@@ -7,8 +7,8 @@ from typing import Any
 
 @contextmanager
 def scaled_back(model: Any) -> Iterator[None]:
-    """Let RWKV, which divides weights by powers of two in eval mode, have the weights meanwhile that it was loaded with:
-    what is saved divided would be divided once more. (The float model of transformers has that fault.)
+    """Give RWKV, which divides weights by powers of two in eval mode, meanwhile the weights that it was loaded with:
+    weights that are saved divided would be divided once more after a reload. (The float model has that fault.)
 
     Args:
         model: any model.

@@ -11,6 +11,7 @@ from torch import nn
 from quanto_hf.fit import Fit
 from quanto_hf.nn.activation import INPUT_SCALE
 from quanto_hf.nn.bound_call import BoundCall, Call
+from quanto_hf.nn.subclasses import own_attributes, source_class
 from quanto_hf.nn.weight_view import WeightView
 from quanto_hf.nn.weight_writes import refuse_write, write_weight
 from quanto_hf.schemes import Scheme
@@ -52,6 +53,8 @@ class QuantizedWeight(nn.Module):
     weight_error: float | None
     # whether a float weight is rounded in the forward pass
     rounding: bool
+    # names of the attributes of the float module that it has too
+    handed_on: tuple[str, ...] = ()
     # the name under which it was put into a model, for errors
     quantized_as: str = ""
     # it must not outlive the tensors that it was made for
@@ -68,8 +71,10 @@ class QuantizedWeight(nn.Module):
     def _adopt(self, module: nn.Module, scheme: Scheme, fit: Fit | str | None) -> None:
         """Become a PREPARED module that shares its parameters with a float one."""
         nn.Module.__init__(self)
-        for name in self.constants:
-            setattr(self, name, getattr(module, name))
+        own = own_attributes(module)
+        vars(self).update(own)
+        # in_features and the like are among them
+        self.handed_on = tuple({*own, *self.constants})
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
         self._setup(scheme, weight.dtype, fit)
         # the weight first, as in the float module: optimizers know parameters by their order
@@ -225,13 +230,12 @@ class QuantizedWeight(nn.Module):
 
     def plain(self, weight: torch.Tensor) -> nn.Module:
         """A float module of the type that this one stands for, with this weight and the same other parameters."""
-        kind: Any = next(
-            cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.nn.") and cls is not nn.Module
-        )
+        kind: Any = source_class(type(self))
         module: nn.Module = kind.__new__(kind)
         nn.Module.__init__(module)
-        for name in self.constants:
-            setattr(module, name, getattr(self, name))
+        for name in self.handed_on or self.constants:
+            if hasattr(self, name):
+                vars(module)[name] = getattr(self, name)
         module._parameters["weight"] = nn.Parameter(weight)
         if "bias" in self._parameters:
             module._parameters["bias"] = self._parameters["bias"]

@@ -1,5 +1,4 @@
-"""What is written into the weight of a frozen layer: a power of two times the weight goes into its scales, anything else
-is refused."""
+"""Writes into the weight of a frozen layer: a power of two goes into its scales, anything else is refused."""
 
 import math
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -70,9 +69,9 @@ def refuse_write(layer: nn.Module, operation: str) -> NoReturn:
     name = getattr(layer, "quantized_as", "")
     where, pattern = (f"{name}: ", f"[{name!r}]") if name else ("", "[...]")
     raise RuntimeError(
-        f"{where}{operation} would change the weight of a frozen {type(layer).__name__}, which cannot be written: it is "
-        "held quantized, and takes no other change than a power of two times the weight. Where the model's own code "
-        f"writes, leave the layer in float: modules_to_not_convert={pattern}. Else, to merge adapters for example: "
-        "Replace the layer by an nn.Linear, or dequantize the model first (quanto_hf.dequantize(model), or "
+        f"{where}{operation} would change the weight of a frozen {type(layer).__name__}, which cannot be written: "
+        "it is held quantized, and takes no other change than a power of two times the weight. Where the model's own "
+        f"code writes, leave the layer in float: modules_to_not_convert={pattern}. Else, to merge adapters for example:"
+        " Replace the layer by an nn.Linear, or dequantize the model first (quanto_hf.dequantize(model), or "
         "model.dequantize())"
     )
