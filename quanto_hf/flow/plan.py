@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from quanto_hf.fit import Fit
@@ -126,8 +125,9 @@ def asked_by(overrides: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
 
 def _refusal(choice: Choice, module: nn.Module) -> str | None:
     """Why the weight of a module cannot be stored as wanted, or None."""
-    rows, *rest = module.weight.shape  # type: ignore[misc]
-    return choice.scheme().refuses((rows, torch.Size(rest).numel()))
+    scheme = choice.scheme()
+    # the rows of a transposed convolution are not its first dimension: its quantized module knows
+    return scheme.refuses(quantized(module, scheme).matrix_shape)
 
 
 def shared_weights(model: nn.Module) -> dict[str, str]:

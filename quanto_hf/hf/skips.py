@@ -50,8 +50,7 @@ def task_heads(model: Any) -> set[nn.Module]:
 
     A head is a part outside of the base model with a few layers (``HEAD_LAYERS``: an MLP, a dense layer and a
     projection); lists hold one part each. A part with more layers is a network, such as the decoder of ViT-MAE: only
-    its last layer is a head. Layers in repeated blocks are not the last ones; neither are those of a model inside of the
-    model, such as a codec.
+    its last layer is a head. Layers in repeated blocks are not the last ones.
 
     Args:
         model: a PreTrainedModel.
@@ -73,7 +72,7 @@ def _parts(module: nn.Module, base: nn.Module) -> Iterator[nn.Module]:
     """The parts of a model outside of its base model, each as large as it can be; lists are taken apart."""
     inside = {id(m) for m in base.modules()}
     for child in module.children():
-        if id(child) in inside or hasattr(child, "base_model_prefix"):
+        if id(child) in inside:
             continue
         if isinstance(child, nn.ModuleList | nn.ModuleDict) or any(m is base for m in child.modules()):
             yield from _parts(child, base)

@@ -42,6 +42,8 @@ class QuantizedWeight(nn.Module):
 
     # in front of the names of the scheme
     prefix: ClassVar[str] = PREFIX
+    # whether each row of the stored matrix is one entry of the weight's first dimension
+    rows_first: ClassVar[bool] = True
     # attributes that the float module has from its arguments
     constants: ClassVar[tuple[str, ...]] = ()
 
