@@ -69,9 +69,8 @@ def refuse_write(layer: nn.Module, operation: str) -> NoReturn:
     name = getattr(layer, "quantized_as", "")
     where, pattern = (f"{name}: ", f"[{name!r}]") if name else ("", "[...]")
     raise RuntimeError(
-        f"{where}{operation} would change the weight of a frozen {type(layer).__name__}, which cannot be written: "
-        "it is held quantized, and takes no other change than a power of two times the weight. Where the model's own "
-        f"code writes, leave the layer in float: modules_to_not_convert={pattern}. Else, to merge adapters for example:"
-        " Replace the layer by an nn.Linear, or dequantize the model first (quanto_hf.dequantize(model), or "
-        "model.dequantize())"
+        f"{where}{operation} writes, but the weight of a frozen {type(layer).__name__} cannot be written: it is held "
+        "quantized, and only a power of two times the weight is stored exactly. Where the code of the model writes, "
+        f"leave the layer in float: modules_to_not_convert={pattern}. Replace the layer by an nn.Linear, or dequantize "
+        "the model first (quanto_hf.dequantize(model), or model.dequantize()): adapters can be merged then"
     )
