@@ -6,12 +6,15 @@ parameter, which stays float anyway; this rule does the same for those with a li
 
 A layer is a router if its name says so *and* it has few outputs:
 
-- it is called router, wg, shared_expert_gate, igate, fgate or the like (``ROUTERS``, ``LSTM_GATES``), and has at most
-  twice as many outputs as there are experts, or heads for the gates of xLSTM (some route to keys, or to no expert as
-  well, or hold two gates at once); if no number of experts is known, at most a quarter as many outputs as inputs;
+- it is called router, wg, or the like (``ROUTERS``), or is a gate of xLSTM (``LSTM_GATES``), and has at most twice as
+  many outputs as there are experts, or heads (some route to keys, or to no expert as well, or hold two gates at once);
+- it is the gate of a shared expert (``EXPERT_GATES``), and has at most a quarter as many outputs as inputs;
 - it is called gate, is in no expert, has no twin of its shape beside it (the up projection of a gated MLP), and has at
   most as many outputs as there are experts;
-- it is in a module that is called router or gate, and the last linear layer of that is a router.
+- it is in a module that is called router or gate, and the last linear layer of that has as few outputs.
+
+The number of experts is that of the config, of an attribute, or of the experts that are seen beside the layer; where
+nothing tells it, a name alone is not enough.
 
 So ``gate_proj``, ``gate_up_proj``, ``output_gate`` and other wide gates are quantized as ever.
 """
@@ -26,7 +29,8 @@ from quanto_hf.flow.patterns import matches
 
 REASON = "routers and gates stay float by default: an error there takes another expert, not a little precision"
 
-ROUTERS = re.compile(r"(.*_)?(router|wg)(_.*)?|(.*_)?experts?_gat(e|ing)")
+ROUTERS = re.compile(r"(.*_)?(router|wg)(_.*)?")
+EXPERT_GATES = re.compile(r"(.*_)?experts?_gat(e|ing)")
 LSTM_GATES = re.compile(r"(.*_)?(i|f|if)gate(_.*)?")
 GATES = re.compile(r"gate|gating(_network)?|gate_network|gating_layer|moe_gate|gate_layer|switch")
 EXPERTS = re.compile(r"(.*_)?experts?(_.*)?")
@@ -68,29 +72,30 @@ def _names(name: str, pattern: str) -> bool:
 
 
 def _chooses(
-    modules: Mapping[str, nn.Module], name: str, module: nn.Linear, experts: int, heads: int, inner: bool = False
+    modules: Mapping[str, nn.Module], name: str, module: nn.Linear, in_config: int, heads_in_config: int
 ) -> bool:
     *path, leaf = name.split(".")
-    outputs, inputs = module.out_features, module.in_features
-    if ROUTERS.fullmatch(leaf) or LSTM_GATES.fullmatch(leaf) or inner:
-        lstm = LSTM_GATES.fullmatch(leaf) is not None
-        most = max(heads, _nearby(modules, path, HEADS)) if lstm else max(experts, _nearby(modules, path, COUNTS))
-        return outputs <= (2 * most if most else inputs // 4)
+    outputs, experts = module.out_features, max(in_config, _nearby(modules, path, COUNTS))
+    if EXPERT_GATES.fullmatch(leaf):
+        return outputs <= module.in_features // 4
+    if LSTM_GATES.fullmatch(leaf):
+        return outputs <= 2 * max(heads_in_config, _nearby(modules, path, HEADS))
+    if ROUTERS.fullmatch(leaf):
+        return outputs <= 2 * experts
     if GATES.fullmatch(leaf):
-        if any(EXPERTS.fullmatch(segment) for segment in path) or _has_twin(modules, path, module):
-            return False
-        return outputs <= max(experts, _nearby(modules, path, COUNTS))
+        return outputs <= experts and not _in_an_expert(path) and not _has_twin(modules, path, module)
     for depth in range(len(path), 0, -1):
         # router.layer, gate.wg, gate.router_mlp.out_proj
-        if ROUTERS.fullmatch(path[depth - 1]) or (
-            GATES.fullmatch(path[depth - 1]) and not any(EXPERTS.fullmatch(segment) for segment in path[: depth - 1])
-        ):
+        around = path[depth - 1]
+        if ROUTERS.fullmatch(around) or (GATES.fullmatch(around) and not _in_an_expert(path[: depth - 1])):
             whole = modules[".".join(path[:depth])]
             last = [layer for layer in whole.modules() if isinstance(layer, nn.Linear)][-1]
-            known = max(experts, _nearby(modules, path, COUNTS))
-            if ROUTERS.fullmatch(path[depth - 1]) or known:
-                return last.out_features <= (2 * known if known else last.in_features // 4)
+            return last.out_features <= 2 * experts
     return False
+
+
+def _in_an_expert(path: list[str]) -> bool:
+    return any(EXPERTS.fullmatch(segment) for segment in path)
 
 
 def _has_twin(modules: Mapping[str, nn.Module], path: list[str], module: nn.Linear) -> bool:
@@ -104,17 +109,25 @@ def _has_twin(modules: Mapping[str, nn.Module], path: list[str], module: nn.Line
 
 
 def _nearby(modules: Mapping[str, nn.Module], path: list[str], names: re.Pattern[str]) -> int:
-    """The largest number of experts (or heads) that the modules around a layer tell: by an attribute, or by a list."""
+    """The largest number of experts (or heads) that the modules around a layer tell: by an attribute, or by experts."""
     most = 0
     for depth in range(len(path), max(-1, len(path) - 4), -1):
-        around = modules.get(".".join(path[:depth]))
-        if around is None:
-            continue
+        around = modules[".".join(path[:depth])]
         most = max([most, *_numbers(vars(around).items(), names)])
         if names is COUNTS:
-            lists = (child for leaf, child in around.named_children() if EXPERTS.fullmatch(leaf))
-            most = max([most, *(len(child) for child in lists if isinstance(child, nn.ModuleList | nn.ModuleDict))])
+            most = max([most, *_experts_of(around)])
     return most
+
+
+def _experts_of(around: nn.Module) -> Iterator[int]:
+    """Numbers of experts that a module holds: in a list, or in a parameter with one matrix for each."""
+    tensors = [tensor for leaf, tensor in around.named_parameters(recurse=False) if EXPERTS.fullmatch(leaf)]
+    for leaf, child in around.named_children():
+        if EXPERTS.fullmatch(leaf):
+            if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+                yield len(child)
+            tensors += child.parameters(recurse=False)
+    yield from (tensor.shape[0] for tensor in tensors if tensor.dim() == 3)
 
 
 def _counts(config: Any, names: re.Pattern[str], depth: int = 0) -> int:

@@ -1,6 +1,7 @@
 """Routers and gates stay float by one rule; wide gates are quantized."""
 
 import pytest
+import torch
 from torch import nn
 
 from quanto_hf import QLinear, quantize, report
@@ -44,6 +45,7 @@ ROUTERS = {
     "self_attention.experts.router.layer": (64, 8),
     "mlp.shared_expert_gate": (64, 1),
     "altup.modality_router": (64, 4),
+    "expert_gate": (64, 1),
     "mlstm_layer.igate_preact": (64, 4),
     "mlstm_layer.fgate_preact": (64, 4),
     "mlstm_layer.ifgate_preact": (64, 8),
@@ -99,6 +101,18 @@ def test_the_number_of_experts_is_seen_in_the_model_where_no_config_tells():
     assert routers(alone) == {}
     alone.n_routed_experts = 8
     assert list(routers(alone)) == ["gate"]
+    raw = nn.ModuleDict({"router": nn.Linear(64, 8), "experts": nn.Module()})
+    raw["experts"].w = nn.Parameter(torch.zeros(8, 4, 64))
+    assert list(routers(raw)) == ["router"]
+    own = nn.ModuleDict({"router": nn.Linear(64, 8)})
+    own.register_parameter("experts_up", nn.Parameter(torch.zeros(8, 4, 64)))
+    assert list(routers(own)) == ["router"]
+
+
+def test_where_nothing_tells_of_experts_a_name_is_not_enough():
+    assert routers(nn.ModuleDict({"router": nn.Linear(64, 8), "gate": nn.Linear(64, 8)})) == {}
+    # a shared expert has one gate
+    assert list(routers(nn.ModuleDict({"shared_expert_gate": nn.Linear(64, 1)}))) == ["shared_expert_gate"]
 
 
 def test_all_of_a_router_network_stays_float():
