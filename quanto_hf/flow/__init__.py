@@ -12,7 +12,7 @@ from quanto_hf.flow.comparison import Comparison, LayerRow
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
 from quanto_hf.flow.moments import collect_moments
 from quanto_hf.flow.patterns import first_match, matches
-from quanto_hf.flow.plan import OVERRIDABLE, Choice, Plan, apply_plan, make_plan, quantized, replace_modules
+from quanto_hf.flow.plan import OVERRIDABLE, Choice, Plan, apply_plan, asked_by, make_plan, quantized, replace_modules
 from quanto_hf.flow.report import Report, Row, not_quantizable, report
 from quanto_hf.flow.smooth import Fold, Smoothing, smooth
 from quanto_hf.flow.verbs import (
@@ -42,6 +42,7 @@ __all__ = [
     "activation_type",
     "apply_plan",
     "as_patterns",
+    "asked_by",
     "calibrate",
     "codebooks_of",
     "collect_moments",

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 from torch import nn
 
 from quanto_hf.fit import Fit
+from quanto_hf.flow.holders import held_parameters, replace_everywhere
 from quanto_hf.flow.patterns import first_match, unmatched
-from quanto_hf.nn import QuantizedWeight, qmodule_for
+from quanto_hf.nn import QuantizedWeight, qmodule_for, source_of, why_no_qmodule
 from quanto_hf.nn.learned import LearnedScales
+from quanto_hf.nn.subclasses import subclassed
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme, make_scheme
 
@@ -65,7 +66,8 @@ class Plan:
 
     Args:
         chosen: module name -> how its weight is quantized.
-        left: module name -> the reason why it stays float; modules with a quantized counterpart only.
+        left: module name -> the reason why it stays float; modules of a type with a quantized counterpart, and of
+            subclasses of it.
     """
 
     chosen: dict[str, Choice] = field(default_factory=dict)
@@ -88,7 +90,7 @@ def make_plan(
     Args:
         model: may be on meta.
         choice: what a module gets that no override names.
-        types: of the modules to quantize; a subclass is another type.
+        types: of the modules to quantize, and of subclasses of them that compute the same.
         include: patterns; only modules that match one are quantized. None means all.
         exclude: patterns of modules that stay float.
         skip: exact module name -> reason, for modules that stay float by default.
@@ -114,7 +116,7 @@ def make_plan(
     shared = shared_weights(model)
     plan = Plan()
     for name, module in named.items():
-        if type(module) not in types:
+        if source_of(module) not in types:
             continue
         reason = _reason(name, include, exclude, skip)
         values = overrides.get(first_match(name, overrides) or "", {})
@@ -122,8 +124,8 @@ def make_plan(
             reason = f"an override leaves {first_match(name, overrides)!r} in float"
         if reason is None and name in shared:
             reason = f"its weight is tied to {shared[name]}"
-        if reason is None and module._parameters.get("weight") is None:
-            reason = "its weight is computed from other parameters (a weight norm, pruning): make it one first"
+        if reason is None:
+            reason = why_no_qmodule(module)
         if reason is None:
             chosen = choice.override(values)
             # first with the name of the module, which says more than the pattern
@@ -151,26 +153,38 @@ def _check_keys(overrides: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
+def asked_by(overrides: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
+    """The patterns of overrides that quantize, and do not leave modules in float."""
+    return [pattern for pattern, values in (overrides or {}).items() if dict(values).get("weights", "") is not None]
+
+
 def _refusal(choice: Choice, module: nn.Module) -> str | None:
     """Why the weight of a module cannot be stored as wanted, or None."""
-    rows, *rest = module.weight.shape  # type: ignore[misc]
-    return choice.scheme().refuses((rows, torch.Size(rest).numel()))
+    scheme = choice.scheme()
+    # the rows of a transposed convolution are not its first dimension: its quantized module knows
+    return scheme.refuses(quantized(module, scheme).matrix_shape)
 
 
 def shared_weights(model: nn.Module) -> dict[str, str]:
-    """Module name -> full name of another parameter that is the same object as its weight."""
+    """Module name -> full name of another parameter, or of an attribute, that is or holds the same object as its
+    weight."""
     first: dict[int, str] = {}
     shared = {}
     # a module with several names comes up once: it shares its weight with nobody
     for owner, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{owner}.{leaf}" if owner else leaf
-            if id(parameter) in first and leaf == "weight":
-                shared[owner] = first[id(parameter)]
+            if id(parameter) in first:
                 other, _, other_leaf = first[id(parameter)].rpartition(".")
+                if leaf == "weight":
+                    shared[owner] = first[id(parameter)]
                 if other_leaf == "weight":
                     shared.setdefault(other, name)
             first.setdefault(id(parameter), name)
+    for number, place in held_parameters(model).items():
+        owner, _, leaf = first.get(number, "").rpartition(".")
+        if leaf == "weight":
+            shared.setdefault(owner, place)
     return shared
 
 
@@ -228,15 +242,19 @@ def quantized(
     """The quantized module of a float one, in state PREPARED, sharing its parameters.
 
     Args:
-        cls: its class; None is the registered one.
+        cls: the class that stands for its type; None is the registered one.
     """
+    source = source_of(module)
+    if cls is not None and source is not None:
+        cls = subclassed(cls, source, type(module))
     cls = cls or qmodule_for(module)
     made: QuantizedWeight = cls.from_module(module, scheme, activations, fit, static)
     return made
 
 
 def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each new module wherever its old one is, hooks included. The model itself cannot be replaced.
+    """Put each new module wherever its old one is, hooks included: also in lists and other attributes of modules
+    (:mod:`quanto_hf.flow.holders`). The model itself cannot be replaced.
 
     Raises:
         ValueError: the model itself is a key: there is no parent in which it could be replaced.
@@ -251,7 +269,7 @@ def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> No
             getattr(new, hooks).update(getattr(old, hooks))
         for flags in ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"):
             getattr(new, flags).update(getattr(old, flags))
-    for parent in list(model.modules()):
-        for child_name, child in parent._modules.items():
-            if child is not None and child in made:
-                parent._modules[child_name] = made[child]
+    for name, module in list(model.named_modules()):
+        if module in made and isinstance(made[module], QuantizedWeight):
+            made[module].quantized_as = name
+    replace_everywhere(model, made)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from quanto_hf.flow.codebooks import codebooks_of
-from quanto_hf.nn import QuantizedWeight
+from quanto_hf.nn import QuantizedWeight, why_no_qmodule
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ def _reason(module: nn.Module, leaf: str) -> str:
 def not_quantizable(model: nn.Module) -> tuple[float, list[str]]:
     """Share of the weights of a model that are in modules of a type that cannot be quantized, and these types.
 
-    Embeddings, and parameters of less than 2 dimensions, do not count: nobody expects them to be quantized.
+    Embeddings, and parameters of less than 2 dimensions, do not count: nobody expects them to be quantized. A subclass
+    of ``nn.Linear`` counts by what it computes (:func:`quanto_hf.nn.why_no_qmodule`).
 
     Example:
         >>> not_quantizable(nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 1)))
@@ -135,7 +136,7 @@ def not_quantizable(model: nn.Module) -> tuple[float, list[str]]:
         if isinstance(module, nn.Embedding):
             continue
         # a quantized layer that is empty has its float placeholder as well, or packed codes only
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and (type(module) is nn.Linear or why_no_qmodule(module) is None):
             total += module.in_features * module.out_features
             continue
         numel = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)

@@ -11,7 +11,8 @@ from torch import nn
 
 from quanto_hf.fit import Fit
 from quanto_hf.flow.codebooks import warn_of_codebooks
-from quanto_hf.flow.plan import Choice, apply_plan, make_plan, quantized, replace_modules
+from quanto_hf.flow.plan import Choice, apply_plan, asked_by, make_plan, quantized, replace_modules
+from quanto_hf.flow.routers import routers
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
 from quanto_hf.ops.scratch import free
 from quanto_hf.qtypes import QType, qtype
@@ -68,7 +69,8 @@ def quantize(
     tried, and trained (QAT), before :func:`freeze` packs them.
 
     Args:
-        model: any torch model. Weights that are tied to another parameter, and a ``lm_head``, stay float.
+        model: any torch model. Weights that are tied to another parameter, a ``lm_head``, and routers and gates of
+            experts (:mod:`quanto_hf.flow.routers`) stay float.
         weights: a number type: int8, int4, int2, float8, nf4, fp4 ...
         activations: None, "int8" or "float8": also round the inputs of these layers, per token; inputs of int4 and
             int2 layers to int8 per 32 columns.
@@ -78,7 +80,8 @@ def quantize(
         group_size: columns that share a scale, -1 for whole rows; None is the default of the type.
         symmetric: None is the default of the type.
         optimizer: the fit: "absmax", "minmax", "mse", "hqq" or a :class:`quanto_hf.fit.Fit`; None is the default.
-        include: patterns of modules to quantize (whole name segments or globs); None means all.
+        include: patterns of modules to quantize (whole name segments or globs); None means all. A router or gate is
+            quantized if a pattern, here or of ``overrides``, names it itself, and not only a module that it is in.
         exclude: patterns of modules that stay float.
         overrides: pattern -> values that differ there, such as ``{"*.down_proj": {"weights": "int8"}}``.
 
@@ -102,15 +105,17 @@ def quantize(
     skip = {
         name: "output heads stay float by default"
         for name, _ in model.named_modules()
-        if name.rpartition(".")[2] == "lm_head"
+        if name.rpartition(".")[2] == "lm_head" and include is None
     }
+    asked = [*(as_patterns(include) or ()), *asked_by(overrides)]
+    skip.update(routers(model, getattr(model, "config", None), asked))
     plan = make_plan(
         model,
         choice,
         types=TYPES,
         include=as_patterns(include),
         exclude=as_patterns(exclude) or (),
-        skip={} if include is not None else skip,
+        skip=skip,
         overrides=overrides,
         learn=learn_scales,
     )

@@ -12,7 +12,7 @@ from quanto_hf.hf.aqlm_config import SIZES, AqlmConfig
 from quanto_hf.hf.quantizer import QuantoHfQuantizer
 from quanto_hf.hf.replace import replace_by_plan
 from quanto_hf.hf.skips import default_skips
-from quanto_hf.nn import QuantizedLinear, QuantizedWeight
+from quanto_hf.nn import QuantizedLinear, QuantizedWeight, source_of, why_no_qmodule
 
 
 def aqlm_plan(
@@ -29,12 +29,14 @@ def aqlm_plan(
     """
     shared, plan = shared_weights(model), Plan()
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear:
+        if source_of(module) is not nn.Linear:
             continue
         found = (pattern for prefix in prefixes if (pattern := first_match(prefix + name, not_to_quantize)) is not None)
         reason = next((f"{pattern!r} is not to be quantized" for pattern in found), None)
         if reason is None and name in shared:
             reason = f"its weight is tied to {shared[name]}"
+        if reason is None:
+            reason = why_no_qmodule(module)
         if reason is None:
             plan.chosen[name] = config.choice()
         else:

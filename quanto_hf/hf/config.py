@@ -39,9 +39,9 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
             :func:`quanto_hf.freeze` packs them. A quantized checkpoint has no float weights, and is refused.
         learn_scales: with ``qat``, train the scales as well. May be given for a checkpoint of training that was saved
             without.
-        modules_to_not_convert: patterns of modules that stay float, besides the defaults (output and task heads, tied
-            weights, what the model keeps in float32). A pattern is a run of whole name segments or a glob: ``fc1``
-            does not match ``fc10``, ``*.down_proj`` does what it says.
+        modules_to_not_convert: patterns of modules that stay float, besides the defaults (output and task heads,
+            routers and gates of experts, tied weights, what the model keeps in float32). A pattern is a run of whole
+            name segments or a glob: ``fc1`` does not match ``fc10``, ``*.down_proj`` does what it says.
         group_size: columns that share a scale: 16, 32, 64, 128, 256, or -1 for whole rows. None is the default of
             the type: whole rows for 8 bits, 64 for int4 and int2, 32 for nf4 and fp4. Of AQLM: columns that share a
             code, any number, 8 by default.
@@ -49,8 +49,9 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         fit: how scales are found: absmax, minmax, mse, mse_gain, hqq. None is the best data-free one of the type.
         overrides: pattern -> values of weights, group_size, symmetric and fit that differ for these modules, such as
             ``{"*.down_proj": {"weights": "int8"}}``; ``{"weights": None}`` leaves them in float. The first pattern
-            that matches counts.
-        default_skips: False also quantizes output and task heads. Tied weights stay float all the same.
+            that matches counts. One that names a router or a gate itself (``mlp.gate``, not ``mlp``) quantizes it.
+        default_skips: False also quantizes output and task heads, routers and gates. Tied weights stay float all the
+            same.
         dequantize: load with float weights in plain layers: those of the quantized checkpoint, or, of a float one,
             the weights rounded as they would be.
         format_version: format of the checkpoint; written by the library.

@@ -15,6 +15,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from quanto_hf.flow import replace_modules
 from quanto_hf.io import check_tensors
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import TensorSpec
@@ -114,7 +115,7 @@ def quantize_into(
     """
     pieces = weight if isinstance(weight, list) else [weight]
     found = _check_shape(layer, pieces, name)
-    if len(pieces) > 1 and not layer.scheme.by_rows:
+    if len(pieces) > 1 and not (layer.scheme.by_rows and layer.rows_first):
         pieces[:] = [torch.cat(pieces)]
         found = [layer.weight_shape]
     stored, errors = list[dict[str, torch.Tensor]](), list[tuple[int, float]]()
@@ -170,14 +171,17 @@ def check_before_loading(
     targets, unexpected, converted = _rename(model, headers, conversions, state)
     tied = set(model.all_tied_weights_keys)
     wanted: dict[str, TensorSpec] = {}
+    absent: dict[str, QuantizedWeight] = {}
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedWeight):
             continue
         names = _checkpoint_names(module, name, pre_quantized)
         if not complete and not any(n in targets for n in names):
-            _leave_in_float(model, name, module)
+            absent[name] = module
         else:
             wanted.update({n: _spec(state[n]) for n in names})
+    if absent:
+        _leave_in_float(model, absent)
     if pre_quantized and complete:
         ignored = _ignored(model._keys_to_ignore_on_load_missing)
         buffers = {name for name, _ in model.named_buffers()}
@@ -277,14 +281,20 @@ def _belongs_to(model: nn.Module, name: str) -> bool:
         return False
 
 
-def _leave_in_float(model: nn.Module, name: str, module: QuantizedWeight) -> None:
-    """Put a plain layer on meta in the place of a quantized one that the checkpoint does not have."""
-    warnings.warn(
-        f"{name} is not in the checkpoint: it is newly initialised and stays float. Add it to modules_to_not_convert "
-        f"to say so yourself",
-        stacklevel=2,
-    )
-    parent, leaf = split_name(model, name)
-    plain = module.plain(torch.empty(module.weight_shape, dtype=module.weight_dtype, device="meta"))
-    plain.quanto_hf_left = "it is not in the checkpoint"  # type: ignore[assignment]
-    parent._modules[leaf] = plain
+def _leave_in_float(model: nn.Module, absent: Mapping[str, QuantizedWeight]) -> None:
+    """Put plain layers on meta in the places of quantized ones that the checkpoint does not have."""
+    names = list(absent)
+    if len(names) == 1:
+        said = f"{names[0]} is not in the checkpoint: it is newly initialised and stays float. Add it"
+    else:
+        said = (
+            f"{names[0]} and {len(names) - 1} other layers are not in the checkpoint: they are newly initialised and "
+            "stay float. Add them"
+        )
+    warnings.warn(f"{said} to modules_to_not_convert to say so yourself", stacklevel=2)
+    made: dict[nn.Module, nn.Module] = {}
+    for module in absent.values():
+        empty = torch.empty(module.weight_shape, dtype=module.weight_dtype, device="meta")
+        made[module] = plain = module.plain(empty)
+        plain.quanto_hf_left = "it is not in the checkpoint"  # type: ignore[assignment]
+    replace_modules(model, made)

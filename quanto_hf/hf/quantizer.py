@@ -9,7 +9,16 @@ from torch import nn
 from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
-from quanto_hf.flow import Choice, Plan, dequantize, first_match, make_plan, not_quantizable, warn_of_codebooks
+from quanto_hf.flow import (
+    Choice,
+    Plan,
+    asked_by,
+    dequantize,
+    first_match,
+    make_plan,
+    not_quantizable,
+    warn_of_codebooks,
+)
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.deferred import Deferred
 from quanto_hf.hf.flags import flags, refuse_mixed
@@ -127,7 +136,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             model,
             config.choice(),
             exclude=config.modules_to_not_convert or (),
-            skip=default_skips(model, self._dtype, config.default_skips),
+            skip=default_skips(model, self._dtype, config.default_skips, asked_by(config.overrides)),
             overrides=config.overrides,
         )
 

@@ -13,6 +13,7 @@ import torch
 
 from quanto_hf.hf.composite import described, is_described, is_ours, quantized_layers
 from quanto_hf.hf.config import QuantoConfig
+from quanto_hf.hf.rescaled import scaled_back
 from quanto_hf.io import save_whole
 from quanto_hf.nn.saved_by import when_layers_are_made
 
@@ -54,7 +55,7 @@ def _watched(save: Any, is_base: bool) -> Any:
     def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_described(model):
             return save(model, *args, **kwargs)
-        with described(model):
+        with described(model), scaled_back(model):
             given = _argument("state_dict", args, kwargs) if is_base else None
             if given is None:
                 return _save_whole(save, model, args, kwargs)

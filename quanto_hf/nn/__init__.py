@@ -9,7 +9,7 @@ from quanto_hf.nn.qconv import QConv1d, QConv2d, QConv3d, QConvTranspose1d, QCon
 from quanto_hf.nn.qembedding import QEmbedding, QEmbeddingBag
 from quanto_hf.nn.qlinear import QLinear
 from quanto_hf.nn.qweight import QuantizedWeight, State
-from quanto_hf.nn.registry import QMODULES, qmodule_for, register_qmodule
+from quanto_hf.nn.registry import QMODULES, qmodule_for, register_qmodule, source_of, why_no_qmodule
 
 __all__ = [
     "QMODULES",
@@ -28,4 +28,6 @@ __all__ = [
     "State",
     "qmodule_for",
     "register_qmodule",
+    "source_of",
+    "why_no_qmodule",
 ]

@@ -71,6 +71,8 @@ class QuantizedConvTranspose(QuantizedConv):
     """The same for transposed convolutions. Their weight has the output channels second: a row of the stored weight is
     one of these, for all groups."""
 
+    rows_first: ClassVar[bool] = False
+
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """(in_channels, out_channels / groups, *kernel_size)"""

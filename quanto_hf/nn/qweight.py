@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from enum import Enum
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -12,7 +13,9 @@ from quanto_hf.nn.activation import INPUT_SCALE
 from quanto_hf.nn.bound_call import BoundCall, Call
 from quanto_hf.nn.saved_by import layer_is_made, refuse_unknown_saver
 from quanto_hf.nn.stored import StoredParameter, stored_parameter
-from quanto_hf.nn.weight_view import WeightView, refuse_write
+from quanto_hf.nn.subclasses import own_attributes, source_class
+from quanto_hf.nn.weight_view import WeightView
+from quanto_hf.nn.weight_writes import refuse_write, write_weight
 from quanto_hf.schemes import Scheme
 
 Q = TypeVar("Q", bound="QuantizedWeight")
@@ -41,6 +44,8 @@ class QuantizedWeight(nn.Module):
 
     # in front of the names of the scheme
     prefix: ClassVar[str] = PREFIX
+    # whether each row of the stored matrix is one entry of the weight's first dimension
+    rows_first: ClassVar[bool] = True
     # attributes that the float module has from its arguments
     constants: ClassVar[tuple[str, ...]] = ()
 
@@ -52,6 +57,10 @@ class QuantizedWeight(nn.Module):
     weight_error: float | None
     # whether a float weight is rounded in the forward pass
     rounding: bool
+    # names of the attributes of the float module that it has too
+    handed_on: tuple[str, ...] = ()
+    # the name under which it was put into a model, for errors
+    quantized_as: str = ""
     # it must not outlive the tensors that it was made for
     _bound: BoundCall | None
 
@@ -67,8 +76,10 @@ class QuantizedWeight(nn.Module):
     def _adopt(self, module: nn.Module, scheme: Scheme, fit: Fit | str | None) -> None:
         """Become a PREPARED module that shares its parameters with a float one."""
         nn.Module.__init__(self)
-        for name in self.constants:
-            setattr(self, name, getattr(module, name))
+        own = own_attributes(module)
+        vars(self).update(own)
+        # in_features and the like are among them
+        self.handed_on = tuple({*own, *self.constants})
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
         self._setup(scheme, weight.dtype, fit)
         # the weight first, as in the float module: optimizers know parameters by their order
@@ -116,21 +127,23 @@ class QuantizedWeight(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The weight as a float tensor in the shape of the float module's. Of a FROZEN module it is a
-        :class:`WeightView`, which is dequantized when its values are used, and cannot be written."""
+        :class:`WeightView`, which is dequantized when its values are used. What is written into it is stored if that is
+        exact (:func:`quanto_hf.nn.weight_writes.write_weight`), and an error otherwise."""
         weight = self._parameters.get("weight")
         if weight is not None:
             return weight
         if torch.compiler.is_compiling():
             return self.dequantized()
         stored = next(iter(self.tensors().values()))
-        view = WeightView(self.weight_shape, self.weight_dtype, stored.device, self.dequantized)
+        write = partial(write_weight, self)
+        view = WeightView(self.weight_shape, self.weight_dtype, stored.device, self.dequantized, write)
         # transformers initialises tensors that do not have this mark
         view._is_hf_initialized = True  # type: ignore[attr-defined]
         return view
 
     @weight.setter
     def weight(self, value: Any) -> None:
-        refuse_write()
+        refuse_write(self, "weight = ...")
 
     def dequantized(self) -> torch.Tensor:
         """The weight of a FROZEN module as a new plain tensor in ``weight_dtype``."""
@@ -139,7 +152,7 @@ class QuantizedWeight(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of nn.Module; refuses a ``weight`` for a FROZEN module, which nothing would read."""
         if name == "weight" and self.is_frozen:
-            refuse_write()
+            refuse_write(self, "weight = nn.Parameter(...)")
         if param is not None and name in self.stored_names:
             param = self.as_stored(name, param)
         super().register_parameter(name, param)
@@ -242,13 +255,12 @@ class QuantizedWeight(nn.Module):
 
     def plain(self, weight: torch.Tensor) -> nn.Module:
         """A float module of the type that this one stands for, with this weight and the same other parameters."""
-        kind: Any = next(
-            cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.nn.") and cls is not nn.Module
-        )
+        kind: Any = source_class(type(self))
         module: nn.Module = kind.__new__(kind)
         nn.Module.__init__(module)
-        for name in self.constants:
-            setattr(module, name, getattr(self, name))
+        for name in self.handed_on or self.constants:
+            if hasattr(self, name):
+                vars(module)[name] = getattr(self, name)
         module._parameters["weight"] = nn.Parameter(weight)
         if "bias" in self._parameters:
             module._parameters["bias"] = self._parameters["bias"]
@@ -320,7 +332,7 @@ class QuantizedWeight(nn.Module):
 
     def reset_parameters(self) -> None:
         """Refused: a quantized module has no random initial weight."""
-        refuse_write()
+        refuse_write(self, "reset_parameters()")
 
     def _describe_state(self) -> str:
         """The last part of ``extra_repr``."""

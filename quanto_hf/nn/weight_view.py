@@ -4,32 +4,40 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 class WeightView(torch.Tensor):
-    """A read-only float view of a quantized weight.
+    """A float view of a quantized weight.
 
     Shape, dtype and device cost nothing: T5 asks for the dtype at every step. Any operation dequantizes the weight
-    and returns plain tensors; writing is an error, because nobody would ever see what was written. It is made anew at
-    each read and never stored.
+    and returns plain tensors, which are copies: ``weight.T`` or ``weight[0]`` does not lead back to the layer. What is
+    written into the view itself, or into its ``data``, is handed to the layer, which stores it or refuses. It is made
+    anew at each read and never stored.
 
     Args:
         shape: of the weight.
         dtype: of the weight.
         device: of the weight.
         make: dequantizes the weight.
+        write: takes the name of an operation, and what it has made of the weight.
     """
 
     _make: Callable[[], torch.Tensor]
+    _write: Callable[[str, torch.Tensor], None]
 
     @staticmethod
     def __new__(
-        cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, make: Callable[[], torch.Tensor]
+        cls,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        make: Callable[[], torch.Tensor],
+        write: Callable[[str, torch.Tensor], None],
     ) -> "WeightView":
         """See the class."""
         view: WeightView = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        view._make = make
+        view._make, view._write = make, write
         return view
 
     # subclass handling belongs to __torch_dispatch__ alone: results are plain tensors
@@ -42,14 +50,26 @@ class WeightView(torch.Tensor):
         """Run an operation on the dequantized weight.
 
         Raises:
-            RuntimeError: the operation writes into it.
+            RuntimeError: the operation writes into it what the layer cannot store.
         """
         kwargs = kwargs or {}
         given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
-        if any(a.is_write and isinstance(given.get(a.name), WeightView) for a in func._schema.arguments):
-            refuse_write()
-        args, kwargs = tree_map_only(WeightView, lambda view: view.dequantize(), (args, kwargs))
-        return func(*args, **kwargs)
+        into = [given.get(a.name) for a in func._schema.arguments if a.is_write]
+        # a list of tensors is one argument of torch._foreach_mul_ and the like
+        views = [leaf for leaf in tree_leaves(into) if isinstance(leaf, WeightView)]
+        copies = [(view, view.dequantize()) for view in views]
+
+        def plain_of(leaf: Any) -> Any:
+            for view, copy in copies:
+                if leaf is view:
+                    return copy
+            return leaf.dequantize() if isinstance(leaf, WeightView) else leaf
+
+        result = func(*tree_map(plain_of, args), **tree_map(plain_of, kwargs))
+        for view, copy in copies:
+            view._write(func._schema.name.rpartition(":")[2], copy)
+        # in-place operations return what they wrote into
+        return tree_map(lambda leaf: next((view for view, copy in copies if leaf is copy), leaf), result)
 
     def dequantize(self) -> torch.Tensor:
         """A plain tensor with the same values."""
@@ -57,15 +77,18 @@ class WeightView(torch.Tensor):
 
     @property
     def data(self) -> torch.Tensor:
-        """The view itself: what writes through ``data`` is refused too."""
+        """The view itself: what writes through ``data`` writes into it."""
         return self
 
     @data.setter
     def data(self, value: Any) -> None:
-        refuse_write()
+        if value is not self:
+            self._write("data = ...", value.dequantize() if isinstance(value, WeightView) else value)
 
-    def __setitem__(self, *args: Any) -> None:
-        refuse_write()
+    def __setitem__(self, index: Any, value: Any) -> None:
+        copy = self.dequantize()
+        copy[index] = value
+        self._write("weight[...] = ...", copy)
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         """As of a plain tensor."""
@@ -83,15 +106,3 @@ class WeightView(torch.Tensor):
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return repr(self.dequantize())
-
-
-def refuse_write() -> None:
-    """Raise the error of everything that would change the weight of a frozen layer.
-
-    Raises:
-        RuntimeError: always.
-    """
-    raise RuntimeError(
-        "the weight of a frozen QLinear cannot be written: it is held quantized. Replace the layer by an nn.Linear, or "
-        "dequantize the model first (quanto_hf.dequantize(model), or model.dequantize()): adapters can be merged then"
-    )

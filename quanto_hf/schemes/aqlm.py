@@ -46,6 +46,7 @@ class Aqlm(Scheme):
 
     kind: ClassVar[str] = "aqlm"
     by_rows: ClassVar[bool] = False
+    scale_name: ClassVar[str] = "scales"
 
     def __post_init__(self) -> None:
         for name, most in (("num_codebooks", None), ("nbits", MAX_BITS), ("out_group", None), ("in_group", None)):

@@ -41,6 +41,8 @@ class Scheme(ABC):
     kind: ClassVar[str]
     # whether rows are quantized each on its own, so that the stored tensors of some rows are rows of those of all
     by_rows: ClassVar[bool] = True
+    # the stored tensor that every value of the weight is a multiple of
+    scale_name: ClassVar[str] = "scale"
 
     @property
     def signed_scales(self) -> bool:

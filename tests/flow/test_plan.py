@@ -134,3 +134,12 @@ def test_a_bare_linear_layer_cannot_be_replaced_in_place():
     bare = nn.Linear(8, 8)
     with pytest.raises(ValueError, match=r"the model is a bare Linear.*wrap it: torch.nn.Sequential"):
         replace_modules(bare, {bare: nn.Linear(8, 8)})
+
+
+def test_a_transposed_convolution_is_judged_by_the_rows_that_are_stored():
+    # AQLM needs columns in blocks of 8; a row of a transposed convolution is an output channel over inputs and kernel
+    choice = Choice("aqlm-1x8")
+    fits, does_not = nn.ConvTranspose1d(8, 3, 5), nn.ConvTranspose1d(3, 8, 5)
+    plan = make_plan(nn.ModuleList([fits, does_not]), choice, types=(nn.ConvTranspose1d,))
+    assert list(plan.chosen) == ["0"]
+    assert plan.left["1"].startswith("in_features=15 is not a multiple of the 8")

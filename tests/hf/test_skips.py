@@ -6,7 +6,7 @@ import transformers
 from tiny_models import TINY, llama_config, qlinears, save
 
 from quanto_hf import QuantoConfig, report
-from quanto_hf.hf.skips import default_skips
+from quanto_hf.hf.skips import default_skips, task_heads
 
 
 def empty(name, **values):
@@ -92,3 +92,83 @@ def test_a_linear_layer_outside_of_the_base_model_is_a_task_head():
     with torch.device("meta"):
         model = transformers.LlamaForSequenceClassification(llama_config(num_labels=3))
     assert linear_skips(model, torch.float32) == {"score": "task heads stay float by default"}
+
+
+class Composite(torch.nn.Module):
+    """The parts of a model outside of its base model, as task_heads reads them."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        self.base_model = torch.nn.Linear(8, 8)
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+def heads(**parts):
+    model = Composite(**parts)
+    ends = task_heads(model)
+    return [n for n, module in model.named_modules() if module in ends and isinstance(module, torch.nn.Linear)]
+
+
+def linear():
+    return torch.nn.Linear(8, 8)
+
+
+def part(**children):
+    made = torch.nn.Module()
+    for name, child in children.items():
+        made.add_module(name, child)
+    return made
+
+
+def block():
+    return part(q=linear(), k=linear(), v=linear(), o=linear())
+
+
+def mlp(layers=3):
+    return part(layers=torch.nn.ModuleList(linear() for _ in range(layers)))
+
+
+def test_a_head_is_a_layer_or_a_small_part_as_a_whole():
+    assert heads(score=linear()) == ["score"]
+    assert heads(classifier=part(dense=linear(), out_proj=linear())) == ["classifier.dense", "classifier.out_proj"]
+    assert heads(box=mlp()) == ["box.layers.0", "box.layers.1", "box.layers.2"]
+
+
+def test_each_entry_of_a_list_of_heads_is_one():
+    found = heads(boxes=torch.nn.ModuleList(mlp() for _ in range(6)))
+    assert len(found) == 18
+
+
+def test_of_a_network_only_the_last_layer_is_a_head():
+    blocks = torch.nn.ModuleList([block(), block()])
+    assert heads(decoder=part(embed=linear(), blocks=blocks, pred=linear())) == ["decoder.pred"]
+    assert heads(neck=part(blocks=blocks)) == []
+    # fewer layers, but none of them the last one
+    assert heads(neck=part(blocks=blocks[:1])) == []
+
+
+@pytest.mark.parametrize("name", ["ViTMAEForPreTraining", "VideoMAEForPreTraining"])
+def test_the_decoder_of_a_masked_autoencoder_is_quantized_but_for_its_last_layer(name):
+    cls = getattr(transformers, name)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    decoder = {f"decoder_{key}": value for key, value in shape.items()}
+    with torch.device("meta"):
+        model = cls(cls.config_class(**shape, **decoder, image_size=16, patch_size=8))
+    left = [n for n, reason in linear_skips(model, torch.float32).items() if "head" in reason]
+    outside = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and n.startswith("decoder")]
+    assert len(outside) > 6 and [n for n in left if n in outside] == outside[-1:]
+
+
+def test_a_network_that_is_not_in_the_checkpoint_is_initialised_anew_and_said_in_one_sentence(tmp_path):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    decoder = {f"decoder_{key}": value for key, value in shape.items()}
+    config = transformers.ViTMAEConfig(**shape, **decoder, image_size=16, patch_size=8)
+    transformers.ViTMAEModel(config).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="not in the checkpoint") as caught:
+        model = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path, quantization_config=QuantoConfig("int8"))
+    assert len([w for w in caught if "not in the checkpoint" in str(w.message)]) == 1
+    assert not any(name.startswith("decoder") for name in qlinears(model)) and qlinears(model)
+    assert all(torch.isfinite(p).all() for p in model.decoder.parameters())
+    reasons = {row.name: row.reason for row in report(model).rows}
+    assert reasons["decoder.decoder_embed.weight"] == "it is not in the checkpoint"

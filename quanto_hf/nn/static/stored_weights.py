@@ -16,7 +16,7 @@ from quanto_hf.nn.grid import round_to_grid
 from quanto_hf.nn.observers import PerChannelMinMaxObserver
 from quanto_hf.nn.static.errors import QConfigError
 from quanto_hf.nn.static.kept import KeepsNamed
-from quanto_hf.nn.weight_view import refuse_write
+from quanto_hf.nn.weight_writes import refuse_write
 from quanto_hf.ops import pack
 from quanto_hf.schemes import Affine
 
@@ -202,12 +202,12 @@ class StoredWeights(KeepsNamed):
 
     def refuse(self, value: Any) -> None:
         """Setter of ``weight`` in modules that answer with a float copy."""
-        refuse_write()
+        refuse_write(self, "weight = ...")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of nn.Module; refuses a float weight where a quantized one is held, which nothing would read."""
         if name in self.__dict__.get("held", {}):
-            refuse_write()
+            refuse_write(self, f"{name} = nn.Parameter(...)")
         super().register_parameter(name, param)
 
     def weights_repr(self) -> str:
