@@ -106,7 +106,7 @@ def make_plan(
     """
     exclude, skip, overrides = list(exclude), skip or {}, overrides or {}
     include = None if include is None else list(include)
-    _check_keys(overrides)
+    check_overrides(overrides)
     if (problem := choice.refusal(learn)) is not None:
         raise ValueError(problem)
     named = dict(model.named_modules())
@@ -143,7 +143,8 @@ def make_plan(
     return plan
 
 
-def _check_keys(overrides: Mapping[str, Mapping[str, Any]]) -> None:
+def check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError for overrides that are not patterns with known values."""
     for pattern, values in overrides.items():
         if not isinstance(values, Mapping):
             raise ValueError(f"overrides[{pattern!r}]={values!r}; give a dict such as {{'weights': 'int8'}}")
@@ -155,7 +156,8 @@ def _check_keys(overrides: Mapping[str, Mapping[str, Any]]) -> None:
 
 def asked_by(overrides: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
     """The patterns of overrides that quantize, and do not leave modules in float."""
-    return [pattern for pattern, values in (overrides or {}).items() if dict(values).get("weights", "") is not None]
+    check_overrides(overrides or {})
+    return [pattern for pattern, values in (overrides or {}).items() if values.get("weights", "") is not None]
 
 
 def _refusal(choice: Choice, module: nn.Module) -> str | None:

@@ -163,11 +163,11 @@ class QuantizedWeight(nn.Module):
             return tensor
         first, *others = self.scheme.tensors(self.matrix_shape, self.weight_dtype).items()
         if name != self.prefix + first[0]:
-            return stored_parameter(tensor)
+            return stored_parameter(tensor, like=tensor)
         # scales and zeros count themselves: together they are as many as the weights, unless these are fewer
         count = torch.Size(self.weight_shape).numel()
         count -= sum(torch.Size(spec.shape).numel() for _, spec in others)
-        return stored_parameter(tensor, count if count > 0 else None)
+        return stored_parameter(tensor, count if count > 0 else None, like=tensor)
 
     @property
     def stored_names(self) -> tuple[str, ...]:

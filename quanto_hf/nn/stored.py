@@ -153,19 +153,26 @@ class StoredParameter(nn.Parameter):
         return stored_parameter, (plain(self), self.weights)
 
 
-def stored_parameter(data: torch.Tensor, weights: int | None = None) -> StoredParameter:
+def stored_parameter(
+    data: torch.Tensor, weights: int | None = None, like: torch.Tensor | None = None
+) -> StoredParameter:
     """A stored tensor as a Parameter.
 
     Args:
         data: the tensor.
         weights: what its ``numel()`` is to answer, or None.
+        like: a tensor whose Python attributes it gets, such as the mark of transformers for what is not to be
+            initialised.
 
     Example:
         >>> packed = stored_parameter(torch.zeros(4, 8, dtype=torch.uint8), weights=64)
         >>> packed.numel(), packed.element_size(), packed.nbytes, packed.requires_grad
         (64, 0.5, 32, False)
     """
-    return _counting(weights)(data)
+    made = _counting(weights)(data)
+    if like is not None:
+        vars(made).update(vars(like))
+    return made
 
 
 @cache
