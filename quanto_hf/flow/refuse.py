@@ -34,7 +34,8 @@ def refuse_other_dtypes(model: nn.Module, names: Iterable[str]) -> None:
         advice = "convert them with model.float()" if first == torch.float64 else "convert them to float32"
         found = _some([f"{name or type(model).__name__} ({dtype})" for name, dtype in wrong.items()])
         raise ValueError(
-            f"{found}: a weight that is quantized is in float32, bfloat16 or float16; {advice}, or exclude these modules"
+            f"{found}: a weight that is quantized is in float32, bfloat16 or float16; {advice}, or exclude these "
+            f"modules"
         )
 
 

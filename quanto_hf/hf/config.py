@@ -9,7 +9,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quanto_hf.fit import FITS
 from quanto_hf.flow import ACTIVATIONS, Choice, activation_type
-from quanto_hf.hf.foreign_words import SHORT, unknown_keywords
+from quanto_hf.hf.foreign_words import SHORT, hints, unknown_keywords
 from quanto_hf.io import FORMAT_VERSION, INTERRUPTED, check_version, refuse_interrupted
 from quanto_hf.qtypes import QType, weight_names
 from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL, is_aqlm_name
@@ -197,11 +197,10 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         values = {key: value for key, value in config_dict.items() if key not in older}
         unknown = sorted(set(values) - known)
         if unknown:
-            foreign = {key: values[key] for key in unknown}
-            hint = unknown_keywords("QuantoConfig", foreign, sorted(known - {*WRITTEN}))
+            advice = hints({key: values[key] for key in unknown}, known)
             raise ValueError(
-                f"unknown keys in the quantization config: {', '.join(unknown)}; known are {', '.join(sorted(known))}. "
-                f"{hint}"
+                f"unknown keys in the quantization config: {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+                + (f"; write {'; '.join(advice)}" if advice else "")
             )
         config = cls(**values)
         unused = config.update(**kwargs)

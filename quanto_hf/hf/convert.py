@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from quanto_hf.flow import Report, report
 from quanto_hf.hf.config import QuantoConfig
 from quanto_hf.hf.outfolder import INDEX, LAST, WEIGHTS, OutFolder, fingerprint
+from quanto_hf.hf.refusals import refuse_no_config
 from quanto_hf.hf.skeleton import Skeleton, build_skeleton
 from quanto_hf.hf.sources import side_files
 from quanto_hf.hf.streaming import NotStreamable, Reader, find_sources, freeze_empty, output_tensors
@@ -78,6 +79,7 @@ def convert_checkpoint(
     Raises:
         CheckpointError: the source is quantized already or damaged, or ``out`` holds something else.
         ValueError: a value is not allowed.
+        TypeError: the config is not one.
         OSError: ``out`` cannot be written.
 
     Example:
@@ -86,6 +88,7 @@ def convert_checkpoint(
         >>> convert_checkpoint(quanto_hf.tiny_lm(), out, QuantoConfig(weights="int4")).written
         1
     """
+    refuse_no_config(config, "config")
     folder, config = Path(source), config or QuantoConfig()
     size = _shard_bytes(max_shard_size)
     _check_source(folder, config)

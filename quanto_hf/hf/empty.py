@@ -18,7 +18,7 @@ from quanto_hf.hf.aqlm_config import AqlmConfig
 from quanto_hf.hf.config import QuantoConfig
 from quanto_hf.hf.loading import check_before_loading
 from quanto_hf.hf.quantizer import QuantoHfQuantizer, was_written_from
-from quanto_hf.hf.refusals import refuse_optimum_quanto
+from quanto_hf.hf.refusals import refuse_no_config, refuse_optimum_quanto
 from quanto_hf.hf.replace import replace_by_plan
 from quanto_hf.hf.skeleton import Skeleton, build_skeleton, saved_config, skeleton_of_config
 from quanto_hf.hf.sources import has_weights, headers_only
@@ -67,7 +67,9 @@ def empty_model(
 
     Raises:
         ValueError: it is no model, or the config cannot be used with it.
+        TypeError: the config is not one.
     """
+    refuse_no_config(config, "config")
     if isinstance(what, nn.Module):
         return _of_model(what, config)
     if not isinstance(what, str | os.PathLike):

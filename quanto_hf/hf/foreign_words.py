@@ -67,6 +67,18 @@ def instead(keyword: str, value: Any, known: Iterable[str]) -> str | None:
     return f"{near[0]}={SHORT.repr(value)}" if near else None
 
 
+def hints(given: Mapping[str, Any], known: Iterable[str]) -> list[str]:
+    """What to write for each keyword of another tool that somebody knows.
+
+    Args:
+        given: the unknown ones.
+        known: the keywords that there are.
+    """
+    known = list(known)
+    pairs = [(f"{name}={SHORT.repr(value)}", instead(name, value, known)) for name, value in given.items()]
+    return [f"{there} in place of {here}" for here, there in pairs if there]
+
+
 def unknown_keywords(what: str, given: Mapping[str, Any], known: Iterable[str]) -> str:
     """The sentence for keywords that there are not.
 
@@ -76,9 +88,8 @@ def unknown_keywords(what: str, given: Mapping[str, Any], known: Iterable[str]) 
         known: all that there are.
     """
     known = list(known)
-    pairs = [(f"{name}={SHORT.repr(value)}", instead(name, value, known)) for name, value in given.items()]
-    hints = [f"{there} in place of {here}" for here, there in pairs if there]
-    if not any("weights=" in hint for hint in hints):
-        hints.append(f'a number type as {what}({"model, " if what == "quantize" else ""}weights="int4")')
-    took = ", ".join(here for here, _ in pairs)
-    return f"{what} does not take {took}: write {'; '.join(hints)} (its arguments are {', '.join(known)})"
+    advice = hints(given, known)
+    if not any("weights=" in hint for hint in advice):
+        advice.append(f'a number type as {what}({"model, " if what == "quantize" else ""}weights="int4")')
+    took = ", ".join(f"{name}={SHORT.repr(value)}" for name, value in given.items())
+    return f"{what} does not take {took}: write {'; '.join(advice)} (its arguments are {', '.join(known)})"

@@ -5,6 +5,7 @@ from os import PathLike
 from typing import Any
 
 from quanto_hf.hf.config import QuantoConfig
+from quanto_hf.hf.refusals import refuse_no_config
 
 
 def load_and_quantize_model(
@@ -27,6 +28,7 @@ def load_and_quantize_model(
     """
     import transformers
 
+    refuse_no_config(config, "config")
     if auto_class is None or config is None:
         saved = transformers.AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in HUB_KEYS if k in kwargs})
         if auto_class is None:

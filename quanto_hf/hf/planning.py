@@ -84,7 +84,7 @@ def plan(
     limits = read_max_memory(max_memory, only_device(device_map))
     places = {"cache_dir": cache_dir, "revision": revision, "subfolder": subfolder}
     flags = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
-    hub = {key: value for key, value in {**places, **flags}.items() if value}
+    hub: dict[str, Any] = {key: value for key, value in {**places, **flags}.items() if value}
     if token is not None:
         hub["token"] = token
     empty = empty_model(model, config, dtype, auto_class, hub)

@@ -4,31 +4,36 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from quanto_hf.hf.config import METHOD, as_name
 from quanto_hf.hf.foreign_words import SHORT
-from quanto_hf.hf.saved_config import quantized_already
+from quanto_hf.hf.saved_config import method_of, quantized_already
 from quanto_hf.io import CheckpointError
 from quanto_hf.qtypes import QType, weight_names
 
-METHOD = "quanto_hf"
 # of optimum-quanto: a file beside the weights, and what their names end in
 QMAP = "quanto_qmap.json"
 QMAP_NAMES = (".weight._data", ".weight._data._data", ".weight._scale", ".weight._shift")
 
 
-def refuse_no_config(given: Any) -> None:
-    """Raise TypeError for a ``quantization_config`` that names a number type, or is a class."""
+def refuse_no_config(given: Any, argument: str = "quantization_config") -> None:
+    """Raise TypeError for a config that is the name of a number type, or a class.
+
+    Args:
+        given: what was given for the config.
+        argument: its name there.
+    """
     if isinstance(given, str | QType):
-        name = given.name if isinstance(given, QType) else given
-        weights = name if name in weight_names() else "int4"
+        name = as_name(given)
+        weights = name.removeprefix("q") if name.removeprefix("q") in weight_names() else "int4"
         said = "a number type" if isinstance(given, QType) else "a str"
         raise TypeError(
-            f"quantization_config={SHORT.repr(given)} is {said}, not a config: write "
-            f'quantization_config=quanto_hf.QuantoConfig(weights="{weights}")'
+            f"{argument}={SHORT.repr(name)} is {said}, not a config: write "
+            f'{argument}=quanto_hf.QuantoConfig(weights="{weights}")'
         )
     if isinstance(given, type) and given.__module__.startswith("quanto_hf"):
         raise TypeError(
-            f"quantization_config={given.__name__} is the class, not a config: write {given.__name__}(), such as "
-            f'quantization_config=quanto_hf.QuantoConfig(weights="int4")'
+            f"{argument}={given.__name__} is the class, not a config: write {given.__name__}(), such as "
+            f'{argument}=quanto_hf.QuantoConfig(weights="int4")'
         )
 
 
@@ -39,10 +44,7 @@ def refuse_other_method(saved: Any) -> None:
     Args:
         saved: a dict, or a config.
     """
-    values = saved if isinstance(saved, dict) else vars(saved)
-    method = values.get("quant_method")
-    if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
-        method = "bitsandbytes"
+    method = method_of(saved if isinstance(saved, dict) else vars(saved))
     if method is not None and method != METHOD:
         raise quantized_already(method, "a QuantoConfig")
 

@@ -5,6 +5,7 @@ import importlib.abc
 import importlib.util
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -21,15 +22,22 @@ AUTO = "transformers.quantizers.auto"
 
 OVERRIDES = ("quanto", AQLM_METHOD)
 
+# Seconds to wait for another thread that imports transformers' quantizers.
+LONGEST = 5.0
+
 _lock = threading.RLock()
 _overrides: set[str] = set()
 
 
 def register() -> None:
     """Register the method ``quanto_hf`` with transformers, now or when its quantizers are imported."""
-    # waits for another thread that is importing it
-    auto = importlib.import_module(AUTO) if AUTO in sys.modules else None
-    # without it this thread itself is importing it, and the finder registers the method at the end
+    auto = sys.modules.get(AUTO)
+    # Another thread may be importing it, and did so before there was a finder. Not by the lock of the import: that
+    # thread may itself wait for what this one is importing.
+    latest = time.monotonic() + LONGEST
+    while auto is not None and not hasattr(auto, "AutoHfQuantizer") and time.monotonic() < latest:
+        time.sleep(0.01)
+        auto = sys.modules.get(AUTO)
     if hasattr(auto, "AutoHfQuantizer"):
         _register(auto)
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
@@ -88,15 +96,13 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def _register(auto: Any) -> None:
-    # not under the lock: another thread may be importing the quantizer, and comes here at its end
+    # not under the lock: these may be imported
     quantizer = _quantizer("quanto_hf.hf.quantizer", "QuantoHfQuantizer")
     aqlm = None
     if AQLM_METHOD in _overrides or AQLM_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         # the latter in a transformers that does not have it any more; its module imports that of the quantizer
-        there = isinstance(quantizer, type)
-        aqlm = (
-            _quantizer("quanto_hf.hf.aqlm", "AqlmQuantizer") if there else _late("quanto_hf.hf.aqlm", "AqlmQuantizer")
-        )
+        module, name = "quanto_hf.hf.aqlm", "AqlmQuantizer"
+        aqlm = _quantizer(module, name) if isinstance(quantizer, type) else _late(module, name)
     with _lock:
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QuantoConfig
         auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer
@@ -109,15 +115,17 @@ def _register(auto: Any) -> None:
 
 
 def _quantizer(module: str, name: str) -> Any:
-    """A quantizer class; while its module is being imported, which has imported transformers' quantizers, what makes
-    one later. The module registers the class at its end."""
-    try:
-        cls = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        # not an error: it would be one of whatever imports transformers' models
-        warnings.warn(f"quanto_hf cannot quantize with this transformers: {error}", stacklevel=2)
-        cls = None
-    return cls or _late(module, name)
+    """A quantizer class, or what makes one later: while its module is being imported, which has imported transformers'
+    quantizers, and the module registers the class at its end; and where there are several threads. To import it here,
+    in the middle of other imports, would then mean to wait for a thread that waits for those."""
+    found = sys.modules.get(module)
+    if found is None and threading.active_count() == 1:
+        try:
+            found = importlib.import_module(module)
+        except ImportError as error:
+            # not an error: it would be one of whatever imports transformers' models
+            warnings.warn(f"quanto_hf cannot quantize with this transformers: {error}", stacklevel=2)
+    return getattr(found, name, None) or _late(module, name)
 
 
 def _late(module: str, name: str) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ from quanto_hf.flow import (
     replace_modules,
 )
 from quanto_hf.hf.config import QuantoConfig
+from quanto_hf.hf.refusals import refuse_no_config
 from quanto_hf.nn import QuantizedInput, QuantizedWeight
 from quanto_hf.nn.learned import LearnedScales
 
@@ -113,6 +114,7 @@ def replace_with_quanto_layers(
         >>> replaced, model[0].weight_packed.device.type
         (True, 'meta')
     """
+    refuse_no_config(quantization_config)
     config = quantization_config if quantization_config is not None else QuantoConfig()
     if not isinstance(config, QuantoConfig):
         config = QuantoConfig(config.weights, config.activations, config.modules_to_not_convert)

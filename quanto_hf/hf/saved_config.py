@@ -3,6 +3,7 @@
 transformers itself would use the saved one with no more than a warning.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from quanto_hf.hf.aqlm_config import AQLM_METHOD, AqlmConfig
@@ -50,7 +51,7 @@ def merge_saved_aqlm(saved: Any, given: AqlmConfig) -> AqlmConfig:
         ValueError: the checkpoint has another method, or the given config contradicts the saved one.
     """
     values = saved if isinstance(saved, dict) else saved.to_dict()
-    method = values.get("quant_method")
+    method = method_of(values)
     if method != AQLM_METHOD:
         raise quantized_already(method, "an AqlmConfig")
     config: AqlmConfig = AqlmConfig.from_dict(values)
@@ -58,6 +59,14 @@ def merge_saved_aqlm(saved: Any, given: AqlmConfig) -> AqlmConfig:
     if given.quant_method == SKELETON_METHOD:
         config.quant_method = SKELETON_METHOD
     return config
+
+
+def method_of(values: Mapping[str, Any]) -> Any:
+    """The method of the config of a checkpoint, or None; bitsandbytes does not always name itself."""
+    method = values.get("quant_method")
+    if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
+        return "bitsandbytes"
+    return method
 
 
 def quantized_already(method: Any, given: str) -> ValueError:

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,6 @@ import torch
 
 from quanto_hf.hf.config import QuantoConfig
 from quanto_hf.io import save_whole
-
-# two threads that wrap one class would wrap it twice
-_lock = threading.Lock()
 
 
 def save_whole_models(cls: Any) -> None:
@@ -25,13 +21,10 @@ def save_whole_models(cls: Any) -> None:
     Args:
         cls: of a transformers model.
     """
-    with _lock:
-        save = cls.save_pretrained
-        if not getattr(save, "saves_whole", False):
-            cls.save_pretrained = _saving_whole(save)
+    save = cls.save_pretrained
+    if getattr(save, "saves_whole", False):
+        return
 
-
-def _saving_whole(save: Any) -> Any:
     @functools.wraps(save)
     def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         main = args[0] if args else kwargs.get("is_main_process", True)
@@ -44,7 +37,7 @@ def _saving_whole(save: Any) -> Any:
         return save_whole(save_directory, lambda folder: save(model, folder, *args, **kwargs))
 
     save_pretrained.saves_whole = True  # type: ignore[attr-defined]
-    return save_pretrained
+    cls.save_pretrained = save_pretrained
 
 
 def _is_ours(model: Any) -> bool:
