@@ -74,6 +74,8 @@ def prefetch(
         make_lane: the way to a device.
     """
     prefetchers: dict[torch.device, Prefetcher] = {}
+    # as they are now: what calibration adds to a layer later is in no file
+    names = {name: offloaded_names(model.get_submodule(name), hook) for name, hook in hooks.items()}
     for name, hook in hooks.items():
         module: Any = model.get_submodule(name)
         if module._hf_hook is not hook:
@@ -82,7 +84,7 @@ def prefetch(
 
         def read(key: Hashable) -> dict[str, torch.Tensor]:
             weights = hooks[str(key)].weights_map
-            return {leaf: weights[leaf] for leaf in offloaded_names(model.get_submodule(str(key)), hooks[str(key)])}
+            return {leaf: weights[leaf] for leaf in names[str(key)]}
 
         if device not in prefetchers:
             prefetchers[device] = Prefetcher(make_lane(device), read)

@@ -3,12 +3,13 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import pytest
 from filelock import FileLock
 
 from quanto_hf.io import folder_lock
 from quanto_hf.io.folder_lock import only_one
+from quanto_hf.io.whole_save import LOCK, save_whole
 
 
 def test_one_at_a_time_is_inside_and_no_file_is_left(tmp_path):
@@ -74,6 +75,24 @@ def test_the_file_is_gone_before_the_lock_is_free(tmp_path, monkeypatch):
     assert there[0] is False
 
 
-def test_a_folder_that_does_not_exist_is_an_error(tmp_path):
-    with pytest.raises(OSError), only_one(tmp_path / "nothing" / "lock"):
-        pass
+def test_saves_into_one_folder_never_overlap_however_slowly_the_lock_file_goes(tmp_path, monkeypatch):
+    # removed after the lock was given back, it would be the file of the next one, and a third one would make a new one
+    unlink, inside, most = Path.unlink, 0, 0
+
+    def slow(self, *args, **kwargs):
+        if self.name == LOCK:
+            time.sleep(0.2)
+        return unlink(self, *args, **kwargs)
+
+    def write(folder):
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.15)
+        (folder / "config.json").write_text("{}")
+        inside -= 1
+
+    monkeypatch.setattr(Path, "unlink", slow)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: save_whole(tmp_path, write), range(9)))
+    assert most == 1 and [file.name for file in tmp_path.iterdir()] == ["config.json"]
