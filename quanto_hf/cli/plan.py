@@ -32,6 +32,13 @@ def plan_command(
         list[str] | None, typer.Option(help="PATTERN=TYPE: another type, or 'float', for some modules; repeatable.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of what stays float: auto, float32, bfloat16 or float16.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Of a hub id: a branch, tag or commit.")] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Where the hub is cached. Default: its own place.")] = None,
+    subfolder: Annotated[str, typer.Option(help="Of the folder or hub id, in which the model is.")] = "",
+    local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Ask nobody but the cache.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the checkpoint.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What a model will take once it is loaded, and whether it fits; no weights are read.
@@ -53,7 +60,18 @@ def plan_command(
             modules_to_not_convert=exclude,
             overrides=parse_overrides(override or []),
         )
-    found = plan(model, config, limits, device_map=device_map, context=context, batch=batch, dtype=dtype)
+    found = plan(
+        *(model, config, limits),
+        device_map=device_map,
+        context=context,
+        batch=batch,
+        dtype=dtype,
+        revision=revision,
+        cache_dir=cache_dir,
+        subfolder=subfolder,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+    )
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
     else:

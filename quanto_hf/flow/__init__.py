@@ -13,6 +13,7 @@ from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
 from quanto_hf.flow.moments import collect_moments
 from quanto_hf.flow.patterns import first_match, matches
 from quanto_hf.flow.plan import OVERRIDABLE, Choice, Plan, apply_plan, asked_by, make_plan, quantized, replace_modules
+from quanto_hf.flow.refuse import refuse_other_dtypes
 from quanto_hf.flow.report import Report, Row, not_quantizable, report
 from quanto_hf.flow.smooth import Fold, Smoothing, smooth
 from quanto_hf.flow.verbs import (
@@ -58,6 +59,7 @@ __all__ = [
     "quantization_map",
     "quantize",
     "quantized",
+    "refuse_other_dtypes",
     "replace_modules",
     "report",
     "requantize",

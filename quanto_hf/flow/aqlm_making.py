@@ -15,6 +15,7 @@ from quanto_hf.fit.aqlm.work import products, products_per_second
 from quanto_hf.flow.batches import batches, every_tensor
 from quanto_hf.flow.layer_store import LayerStore, digest
 from quanto_hf.flow.moments import collect_moments
+from quanto_hf.flow.refuse import refuse_other_dtypes
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.ops.cpu.aqlm_fit import refuses_aqlm_fit
 from quanto_hf.ops.scratch import free
@@ -72,6 +73,7 @@ def freeze_aqlm(
     }
     if not layers:
         raise ValueError("no layer of this model waits to be AQLM; quantize(model, 'aqlm-2x8') comes first")
+    refuse_other_dtypes(model, layers)
     if data is not None and iter(data) is data:
         raise ValueError("the data is an iterator, which can be read only once; give a list or a DataLoader")
     store = None if folder is None else LayerStore(folder)

@@ -3,6 +3,7 @@
 The names and meanings are those of optimum-quanto.
 """
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch import nn
 
 from quanto_hf.fit import Fit
 from quanto_hf.flow.codebooks import warn_of_codebooks
+from quanto_hf.flow.patterns import first_match
 from quanto_hf.flow.plan import Choice, apply_plan, asked_by, make_plan, quantized, replace_modules
+from quanto_hf.flow.refuse import refuse_other_dtypes, refuse_quantized
 from quanto_hf.flow.routers import routers
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
+from quanto_hf.nn.registry import QMODULES
 from quanto_hf.ops.scratch import free
 from quanto_hf.qtypes import QType, qtype
 from quanto_hf.schemes import scheme_from_dict
@@ -38,7 +42,9 @@ def activation_type(activations: str | QType | None) -> QType | None:
         # TypeError: a list, say, cannot be looked up
         kind = None
     if kind is None or kind.name not in ACTIVATIONS:
-        raise ValueError(f"activations={activations!r} is not supported; choose None, {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"activations={reprlib.repr(activations)} is not supported; choose None, {', '.join(ACTIVATIONS)}"
+        )
     return kind
 
 
@@ -89,7 +95,9 @@ def quantize(
         The model itself.
 
     Raises:
-        ValueError: a value is not allowed, or the model is a bare linear layer. Nothing has been changed then.
+        ValueError: a value is not allowed, the model is a bare linear layer, a weight is in float64 or another dtype
+            that cannot be quantized, or a layer that the patterns ask for is quantized already in another way. Nothing
+            has been changed then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -119,11 +127,42 @@ def quantize(
         overrides=overrides,
         learn=learn_scales,
     )
+    refuse_other_dtypes(model, plan.chosen)
+    refuse_quantized(
+        model,
+        _quantized_again(model, choice, skip, include, exclude, overrides),
+        kind,
+        static_activations,
+        learn_scales,
+    )
     warn_of_codebooks(model, plan)
     apply_plan(model, plan, kind, static_activations, learn_scales)
     # the search for scales to learn has filled them
     free()
     return model
+
+
+def _quantized_again(
+    model: nn.Module,
+    choice: Choice,
+    skip: Mapping[str, str],
+    include: str | Iterable[str] | None,
+    exclude: str | Iterable[str] | None,
+    overrides: Mapping[str, Mapping[str, Any]] | None,
+) -> dict[str, Choice]:
+    """Layers that are quantized already, by name, and how :func:`quantize` would quantize them were they float."""
+    types = tuple(kind for source in TYPES if (kind := QMODULES.get(source)) is not None)
+    included, excluded = as_patterns(include), as_patterns(exclude) or ()
+    found: dict[str, Choice] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, types) or name in skip or first_match(name, excluded) is not None:
+            continue
+        if included is not None and first_match(name, included) is None:
+            continue
+        values = dict((overrides or {}).get(first_match(name, overrides or {}) or "", {}))
+        if values.get("weights", "") is not None:
+            found[name] = choice.override(values)
+    return found
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -133,8 +172,10 @@ def freeze(model: nn.Module) -> nn.Module:
         The model itself.
 
     Raises:
-        ValueError: a weight has NaN or infinite values; the text names the layer.
+        ValueError: a weight has NaN or infinite values, or a dtype that cannot be quantized, such as float64; the text
+            names the layer.
     """
+    refuse_other_dtypes(model, _waiting(model))
     try:
         for name, module in model.named_modules():
             if isinstance(module, QuantizedWeight):
@@ -145,6 +186,11 @@ def freeze(model: nn.Module) -> nn.Module:
     finally:
         free()
     return model
+
+
+def _waiting(model: nn.Module) -> list[str]:
+    """Names of the quantized layers that hold a float weight."""
+    return [name for name, m in model.named_modules() if isinstance(m, QuantizedWeight) and not m.is_frozen]
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -200,6 +246,7 @@ def requantize(
         raise ValueError(
             f"the quantization map names what this model has not, or what is not quantized: {', '.join(unfit)}"
         )
+    refuse_other_dtypes(model, quantization_map)
     made: dict[nn.Module, nn.Module] = {}
     for name, entry in quantization_map.items():
         scheme, kind = scheme_from_dict(dict(entry["scheme"])), activation_type(entry.get("activations"))

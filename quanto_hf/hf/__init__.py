@@ -6,6 +6,8 @@ Imports: every room above. The quantizer itself is imported when transformers' q
 from importlib import import_module
 from typing import Any
 
+# first: an error that says which transformers is needed, and not the first thing that an older one lacks
+import quanto_hf.hf.requirements  # noqa: F401  # isort: skip
 from quanto_hf.hf.adopt import quantize
 from quanto_hf.hf.aqlm_config import AqlmConfig
 from quanto_hf.hf.config import METHOD, QuantoConfig

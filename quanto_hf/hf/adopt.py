@@ -1,5 +1,6 @@
 """``quantize`` for models of transformers too: what it has quantized can be saved and loaded like any other."""
 
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +10,13 @@ from torch import nn
 from quanto_hf import flow
 from quanto_hf.fit import Fit, name_of_fit
 from quanto_hf.hf.config import QuantoConfig
+from quanto_hf.hf.foreign_words import unknown_keywords
 from quanto_hf.hf.gguf import forget_gguf, is_float_gguf, refuse_gguf_blocks
 from quanto_hf.hf.other_savers import watch_other_savers
 from quanto_hf.hf.saving import watch_saving
 from quanto_hf.qtypes import QType
+
+KEYWORDS = tuple(inspect.signature(flow.quantize).parameters)[1:]
 
 
 def quantize(model: nn.Module, weights: Any = "int8", activations: Any = None, **kwargs: Any) -> nn.Module:
@@ -30,6 +34,9 @@ def quantize(model: nn.Module, weights: Any = "int8", activations: Any = None, *
         >>> quantize(model, weights="int4").hf_quantizer.is_qat_trainable
         True
     """
+    unknown = {name: value for name, value in kwargs.items() if name not in KEYWORDS}
+    if unknown:
+        raise TypeError(unknown_keywords("quantize", unknown, KEYWORDS))
     transformers = sys.modules.get("transformers")
     adopted = transformers is not None and isinstance(model, transformers.PreTrainedModel)
     held: Any = getattr(model, "hf_quantizer", None)

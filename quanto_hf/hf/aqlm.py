@@ -8,7 +8,7 @@ from torch import nn
 
 from quanto_hf.flow import Plan, first_match
 from quanto_hf.flow.plan import shared_weights
-from quanto_hf.hf.aqlm_config import SIZES, AqlmConfig
+from quanto_hf.hf.aqlm_config import AQLM_METHOD, SIZES, AqlmConfig
 from quanto_hf.hf.quantizer import QuantoHfQuantizer
 from quanto_hf.hf.replace import replace_by_plan
 from quanto_hf.hf.skips import default_skips
@@ -118,7 +118,10 @@ class AqlmQuantizer(QuantoHfQuantizer):
     @staticmethod
     def read_config(config: Any) -> AqlmConfig:
         """A config that is given, in our own class."""
-        return read_config(config)
+        found = read_config(config)
+        # of a config that asks for an empty model
+        found.quant_method = AQLM_METHOD
+        return found
 
     @staticmethod
     def check_saved(config: Any) -> None:

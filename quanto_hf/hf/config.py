@@ -1,6 +1,7 @@
 """What a user of transformers writes: QuantoConfig."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -8,8 +9,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quanto_hf.fit import FITS
 from quanto_hf.flow import ACTIVATIONS, OVERRIDABLE, Choice, activation_type
+from quanto_hf.hf.foreign_words import SHORT, hints, unknown_keywords
 from quanto_hf.io import FORMAT_VERSION, INTERRUPTED, check_version, refuse_interrupted
-from quanto_hf.qtypes import weight_names
+from quanto_hf.qtypes import QType, weight_names
 from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL, is_aqlm_name
 
 METHOD = "quanto_hf"
@@ -20,6 +22,9 @@ SKELETON_METHOD = "quanto_hf_skeleton"
 # Keys that a former format version had and that have no meaning any more: format version -> names. Versions 0
 # and 1 have the same keys.
 OLDER_KEYS: dict[int, frozenset[str]] = {}
+
+# keywords that the library writes
+WRITTEN = ("format_version", "schemes", "quant_method")
 
 
 @dataclass
@@ -58,8 +63,11 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         schemes: resolved scheme of each module; written by the library.
         quant_method: "quanto_hf".
 
+    Number types may also be given as :class:`quanto_hf.QType`, such as ``quanto_hf.qint4``; the config has their names.
+
     Raises:
         ValueError: lists every value that is not allowed, and the allowed ones.
+        TypeError: a keyword is not known; the text says what to write in place of those of other tools.
 
     Example:
         >>> QuantoConfig(weights="int4", overrides={"*.down_proj": {"weights": "int8"}}).weights
@@ -87,31 +95,45 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         self.overrides = {} if self.overrides is None else self.overrides
+        self._name_types()
         problems = self._problems()
         if problems:
             raise ValueError("this QuantoConfig cannot be used:\n  " + "\n  ".join(problems))
         check_version(self.format_version)
 
+    def _name_types(self) -> None:
+        """Names in the place of number types: a config is written as JSON."""
+        self.weights, self.activations = as_name(self.weights), as_name(self.activations)
+        if isinstance(self.overrides, Mapping):
+            self.overrides = {
+                pattern: {key: as_name(value) for key, value in values.items()}
+                if isinstance(values, Mapping)
+                else values
+                for pattern, values in self.overrides.items()
+            }
+
     def _problems(self) -> list[str]:
         """One sentence for each bad value."""
         problems = _value_problems(vars(self), self.weights)
         if self.quant_method not in (METHOD, "quanto"):
-            problems.append(f"quant_method={self.quant_method!r}; it is {METHOD!r}")
+            problems.append(f"quant_method={SHORT.repr(self.quant_method)}; it is {METHOD!r}")
         try:
             activation_type(self.activations)
         except ValueError:
-            problems.append(f"activations={self.activations!r}; choose None, {', '.join(ACTIVATIONS)}")
+            problems.append(f"activations={SHORT.repr(self.activations)}; choose None, {', '.join(ACTIVATIONS)}")
         names = self.modules_to_not_convert
         if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
-            problems.append(f"modules_to_not_convert={names!r}; give a list of names or patterns, or None")
+            problems.append(f"modules_to_not_convert={SHORT.repr(names)}; give a list of names or patterns, or None")
         for flag in ("default_skips", "dequantize", "static_activations", "qat", "learn_scales"):
             if not isinstance(getattr(self, flag), bool):
-                problems.append(f"{flag}={getattr(self, flag)!r}; choose True or False")
+                problems.append(f"{flag}={SHORT.repr(getattr(self, flag))}; choose True or False")
         if not isinstance(self.overrides, Mapping):
-            return [*problems, f"overrides={self.overrides!r}; give a dict of pattern -> values"]
+            return [*problems, f"overrides={SHORT.repr(self.overrides)}; give a dict of pattern -> values"]
         for pattern, values in self.overrides.items():
             if not isinstance(values, Mapping):
-                problems.append(f"overrides[{pattern!r}]={values!r}; give a dict such as {{'weights': 'int8'}}")
+                problems.append(
+                    f"overrides[{pattern!r}]={SHORT.repr(values)}; give a dict such as {{'weights': 'int8'}}"
+                )
                 continue
             where = f"overrides[{pattern!r}]: "
             problems += [
@@ -174,8 +196,10 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         values = {key: value for key, value in config_dict.items() if key not in older}
         unknown = sorted(set(values) - known)
         if unknown:
+            advice = hints({key: values[key] for key in unknown}, known)
             raise ValueError(
                 f"unknown keys in the quantization config: {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+                + (f"; write {'; '.join(advice)}" if advice else "")
             )
         config = cls(**values)
         unused = config.update(**kwargs)
@@ -207,6 +231,28 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         }
 
 
+def as_name(value: Any) -> Any:
+    """The name of a number type; anything else as it is."""
+    return value.name if isinstance(value, QType) else value
+
+
+def _known_keywords_only(init: Callable[..., None]) -> Callable[..., None]:
+    """``__init__`` with a sentence for the keywords of other tools, and the same signature."""
+
+    @functools.wraps(init)
+    def checked(self: QuantoConfig, *args: Any, **kwargs: Any) -> None:
+        known = [f.name for f in fields(QuantoConfig)]
+        unknown = {name: value for name, value in kwargs.items() if name not in known}
+        if unknown:
+            raise TypeError(unknown_keywords("QuantoConfig", unknown, [n for n in known if n not in WRITTEN]))
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+QuantoConfig.__init__ = _known_keywords_only(QuantoConfig.__init__)  # type: ignore[method-assign]
+
+
 def _value_problems(values: Mapping[str, Any], weights: Any, may_be_float: bool = False) -> list[str]:
     """Bad values among weights, group_size, symmetric and fit.
 
@@ -218,14 +264,16 @@ def _value_problems(values: Mapping[str, Any], weights: Any, may_be_float: bool 
         if not (may_be_float and values["weights"] is None):
             none = ", or None for float" if may_be_float else ""
             names = ", ".join([*weight_names(), "aqlm-1x8", "aqlm-2x8", "aqlm-1x16"])
-            problems.append(f"weights={values['weights']!r}; choose one of {names} (any aqlm-KxB){none}")
+            problems.append(f"weights={SHORT.repr(values['weights'])}; choose one of {names} (any aqlm-KxB){none}")
     group_size = values.get("group_size")
     # what an AQLM layout does not take is said by its scheme
     if group_size is not None and group_size not in (PER_CHANNEL, *GROUP_SIZES) and not is_aqlm_name(weights):
-        problems.append(f"group_size={group_size!r}; choose one of {', '.join(map(str, (PER_CHANNEL, *GROUP_SIZES)))}")
+        problems.append(
+            f"group_size={SHORT.repr(group_size)}; choose one of {', '.join(map(str, (PER_CHANNEL, *GROUP_SIZES)))}"
+        )
     if values.get("symmetric") not in (None, True, False):
-        problems.append(f"symmetric={values['symmetric']!r}; choose None, True or False")
+        problems.append(f"symmetric={SHORT.repr(values['symmetric'])}; choose None, True or False")
     # a list of the names: what is not hashable is no name either
     if values.get("fit") is not None and values["fit"] not in list(FITS):
-        problems.append(f"fit={values['fit']!r}; choose one of {', '.join(sorted(FITS))}")
+        problems.append(f"fit={SHORT.repr(values['fit'])}; choose one of {', '.join(sorted(FITS))}")
     return problems

@@ -19,6 +19,7 @@ from quanto_hf.flow import Report, report
 from quanto_hf.hf.config import QuantoConfig
 from quanto_hf.hf.gguf import SUFFIX, float_folder, named_gguf
 from quanto_hf.hf.outfolder import INDEX, LAST, WEIGHTS, OutFolder, fingerprint
+from quanto_hf.hf.refusals import refuse_no_config
 from quanto_hf.hf.skeleton import Skeleton, build_skeleton
 from quanto_hf.hf.sources import side_files
 from quanto_hf.hf.streaming import NotStreamable, Reader, find_sources, freeze_empty, output_tensors
@@ -80,6 +81,7 @@ def convert_checkpoint(
     Raises:
         CheckpointError: the source is quantized already or damaged, or ``out`` holds something else.
         ValueError: a value is not allowed.
+        TypeError: the config is not one.
         OSError: ``out`` cannot be written.
 
     Example:
@@ -88,6 +90,7 @@ def convert_checkpoint(
         >>> convert_checkpoint(quanto_hf.tiny_lm(), out, QuantoConfig(weights="int4")).written
         1
     """
+    refuse_no_config(config, "config")
     config, size = config or QuantoConfig(), _shard_bytes(max_shard_size)
     _check_config(config)
     file = named_gguf(source)

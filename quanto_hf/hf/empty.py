@@ -2,7 +2,9 @@
 
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from quanto_hf.hf.aqlm_config import AqlmConfig
 from quanto_hf.hf.config import QuantoConfig
 from quanto_hf.hf.loading import check_before_loading
 from quanto_hf.hf.quantizer import QuantoHfQuantizer, was_written_from
+from quanto_hf.hf.refusals import refuse_no_config, refuse_optimum_quanto
 from quanto_hf.hf.replace import replace_by_plan
 from quanto_hf.hf.skeleton import Skeleton, build_skeleton, saved_config, skeleton_of_config
 from quanto_hf.hf.sources import has_weights, headers_only
@@ -46,7 +49,13 @@ class Empty:
     notes: tuple[str, ...] = ()
 
 
-def empty_model(what: Any, config: QuantoConfig | None, dtype: Any = "auto", auto_class: Any = None) -> Empty:
+def empty_model(
+    what: Any,
+    config: QuantoConfig | None,
+    dtype: Any = "auto",
+    auto_class: Any = None,
+    hub: Mapping[str, Any] = MappingProxyType({}),
+) -> Empty:
     """Build it. No weight is read.
 
     Args:
@@ -54,42 +63,53 @@ def empty_model(what: Any, config: QuantoConfig | None, dtype: Any = "auto", aut
         config: how it is quantized; None is the saved config of a quantized model, and else ``QuantoConfig()``.
         dtype: as of ``from_pretrained``; a model in memory keeps its own.
         auto_class: as of :func:`quanto_hf.load_and_quantize_model`.
+        hub: where a checkpoint is, as of ``from_pretrained`` (:data:`quanto_hf.hf.load.HUB_KEYS`).
 
     Raises:
         ValueError: it is no model, or the config cannot be used with it.
+        TypeError: the config is not one.
     """
+    refuse_no_config(config, "config")
     if isinstance(what, nn.Module):
         return _of_model(what, config)
     if not isinstance(what, str | os.PathLike):
         if not hasattr(what, "model_type"):
             raise ValueError(f"{type(what).__name__} is not a model: give a folder, a hub id, a config or a model")
-        return _of_config(what, config, dtype, auto_class, None)
-    folder, headers = headers_only(what)
+        return _of_config(what, config, dtype, auto_class, None, hub)
+    folder, headers = headers_only(what, hub)
     if folder is None:
-        return _of_config(_read_config(what, f"{what}"), config, dtype, auto_class, headers)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is not a model: it has no config.json")
-    saved = _read_config(folder, f"{folder / 'config.json'}")
-    if not has_weights(folder):
-        return _of_config(saved, config, dtype, auto_class, None)
+        return _of_config(_read_config(what, f"{what}", hub), config, dtype, auto_class, headers, hub)
+    # what is here is taken from here; of the other keys these count here too
+    hub = {key: hub[key] for key in ("subfolder", "trust_remote_code") if key in hub}
+    place = folder / (hub.get("subfolder") or "")
+    if not (place / "config.json").is_file():
+        raise CheckpointError(f"{place} is not a model: it has no config.json")
+    saved = _read_config(folder, f"{place / 'config.json'}", hub)
+    if not has_weights(place):
+        return _of_config(saved, config, dtype, auto_class, None, hub)
     try:
-        return _made(build_skeleton(str(folder), config, dtype, auto_class), saved)
+        return _made(build_skeleton(str(folder), config, dtype, auto_class, hub), saved)
     except SafetensorError as error:
-        raise CheckpointError(f"a weight file of {folder} cannot be read: {error}") from None
+        raise CheckpointError(f"a weight file of {place} cannot be read: {error}") from None
     except FileNotFoundError as error:
-        raise CheckpointError(f"a weight file of {folder} is missing: {error}") from None
+        raise CheckpointError(f"a weight file of {place} is missing: {error}") from None
 
 
-def _read_config(model: Any, name: str) -> Any:
+def _read_config(model: Any, name: str, hub: Mapping[str, Any]) -> Any:
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, **hub)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{name} cannot be read: {first}") from None
 
 
 def _of_config(
-    saved: Any, config: QuantoConfig | None, dtype: Any, auto_class: Any, headers: dict[str, TensorSpec] | None
+    saved: Any,
+    config: QuantoConfig | None,
+    dtype: Any,
+    auto_class: Any,
+    headers: dict[str, TensorSpec] | None,
+    hub: Mapping[str, Any],
 ) -> Empty:
     notes = []
     if headers is None:
@@ -99,8 +119,9 @@ def _of_config(
         dtype = floats[0] if floats else torch.float32
         if not floats:
             notes.append("the config names no dtype: float32 is assumed")
-    skeleton = skeleton_of_config(saved, config, dtype, auto_class)
+    skeleton = skeleton_of_config(saved, config, dtype, auto_class, hub)
     if headers is not None:
+        refuse_optimum_quanto(headers)
         quantized, complete = skeleton.quantizer.pre_quantized, was_written_from(skeleton.model)
         check_before_loading(skeleton.model, headers, copy.deepcopy(skeleton.conversions), quantized, complete=complete)
     return _made(skeleton, saved, tuple(notes))

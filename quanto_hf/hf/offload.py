@@ -100,6 +100,17 @@ def is_on_cpu(hooks: Mapping[str, AlignDevicesHook]) -> bool:
     return all(d is None or (not isinstance(d, int) and torch.device(d).type == "cpu") for d in devices)
 
 
+def where_it_runs(module: nn.Module) -> torch.device:
+    """The device on which a module computes: that of its tensors, and for those that are on meta until they are used
+    that of the hook which brings them in."""
+    device = next(module.parameters()).device
+    hook = getattr(module, "_hf_hook", None)
+    for part in hook.hooks if isinstance(hook, SequentialHook) else [hook]:
+        if device.type == "meta" and isinstance(part, AlignDevicesHook) and part.execution_device is not None:
+            return torch.device(part.execution_device)
+    return device
+
+
 def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook]) -> None:
     """Make offloaded weights parameters that are pages of their files, and take accelerate's hooks away, where a model
     runs on the CPU as a whole. Elsewhere weights are brought to the device ahead of their use.

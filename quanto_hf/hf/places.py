@@ -1,6 +1,7 @@
 """Devices of a plan: their limits, what is placed on them, and in which order they are shown."""
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -113,17 +114,30 @@ def cache_by_device(model: Any, cache: KVCache, places: Mapping[str, Device], ma
     return found
 
 
+class _Hush(logging.Filter):
+    """Lets nothing below an error pass in the threads that have asked for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = threading.local()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """As of logging.Filter."""
+        return record.levelno >= logging.ERROR or not getattr(self.asked, "depth", 0)
+
+
+_hush = _Hush()
+# for good: a level that is set and put back would be one of the process
+for _name in ("accelerate.utils.modeling", "transformers.integrations.accelerate"):
+    logging.getLogger(_name).addFilter(_hush)
+
+
 @contextmanager
 def quiet_maps() -> Iterator[None]:
-    """No words about accelerators of the plan that this machine has not."""
-    loggers = [
-        logging.getLogger(name) for name in ("accelerate.utils.modeling", "transformers.integrations.accelerate")
-    ]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Silence warnings about planned accelerators that this machine lacks, in this thread."""
+    asked = _hush.asked
+    asked.depth = getattr(asked, "depth", 0) + 1
     try:
         yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        asked.depth -= 1

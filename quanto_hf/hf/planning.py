@@ -1,13 +1,17 @@
 """What a model will take, before anything of it is loaded: bytes per device, whether it fits, and what would."""
 
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.integrations import accelerate as maps
 
-from quanto_hf.flow import report
-from quanto_hf.hf.config import QuantoConfig
+from quanto_hf.flow import first_match, report
+from quanto_hf.hf.aqlm_config import AqlmConfig
+from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.empty import Empty, empty_model
 from quanto_hf.hf.kv_cache import kv_cache
 from quanto_hf.hf.memory_plan import DevicePlan, MemoryPlan
@@ -37,6 +41,12 @@ def plan(
     batch: int = 1,
     dtype: Any = "auto",
     auto_class: Any = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    subfolder: str = "",
 ) -> MemoryPlan:
     """What a model will take once it is loaded, from its config and the headers of its files. No weight is read, and
     nothing is written.
@@ -53,6 +63,12 @@ def plan(
         batch: sequences.
         dtype: as of ``from_pretrained``.
         auto_class: as of :func:`quanto_hf.load_and_quantize_model`.
+        cache_dir: as of ``from_pretrained``, like all that follow: where the hub is cached.
+        revision: of a hub id.
+        token: for the hub.
+        local_files_only: look into the cache only.
+        trust_remote_code: whether code of the checkpoint may be run.
+        subfolder: of the folder or hub id, in which the model is.
 
     Raises:
         ValueError: it is no model, a value is not allowed, or a file is damaged.
@@ -66,28 +82,51 @@ def plan(
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"{name}={value!r} is not a number of {name}s; give 0 or more")
     limits = read_max_memory(max_memory, only_device(device_map))
-    empty = empty_model(model, config, dtype, auto_class)
+    places = {"cache_dir": cache_dir, "revision": revision, "subfolder": subfolder}
+    flags = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
+    hub: dict[str, Any] = {key: value for key, value in {**places, **flags}.items() if value}
+    if token is not None:
+        hub["token"] = token
+    empty = empty_model(model, config, dtype, auto_class, hub)
     found = _plan(empty, limits, device_map, context, batch)
     if found.fits or empty.source is None:
         return found
-    others = {}
+    others, notes = {}, list(found.notes)
     for weights in OTHERS:
         if weights == empty.config.weights:
             continue
-        other = empty_model(empty.source, _with_weights(empty.config, weights), "auto", type(empty.skeleton.model))
+        try:
+            wanted = with_weights(empty.config, weights, empty.skeleton.model)
+            other = empty_model(empty.source, wanted, "auto", type(empty.skeleton.model))
+        except ValueError as error:
+            notes.append(f"{weights} was not tried: {error}")
+            continue
         planned = _plan(other, limits, device_map, context, batch)
         others[weights] = planned.nbytes, planned.fits
-    return MemoryPlan(**{**vars(found), "others": others})
+    return MemoryPlan(**{**vars(found), "others": others, "notes": tuple(notes)})
 
 
-def _with_weights(config: QuantoConfig, weights: str) -> QuantoConfig:
-    return QuantoConfig(
-        weights=weights,
-        activations=config.activations,
-        modules_to_not_convert=config.modules_to_not_convert,
-        overrides=config.overrides,
-        default_skips=config.default_skips,
-    )
+def with_weights(config: Any, weights: str, model: nn.Module) -> QuantoConfig:
+    """The same config with another number type, which starts from its own defaults: a group size, a zero point or a fit
+    was for the type that it was given with, in an override that names no type too.
+
+    Args:
+        config: a :class:`QuantoConfig`, or an AqlmConfig, whose list of names goes on to count.
+        weights: the other type.
+        model: what was planned with ``config``.
+    """
+    if isinstance(config, AqlmConfig):
+        names, prefix = config.linear_weights_not_to_quantize or [], getattr(model, "base_model_prefix", "")
+        kept = [
+            name
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and (first_match(name, names) or first_match(f"{prefix}.{name}", names))
+        ]
+        return QuantoConfig(weights, modules_to_not_convert=kept)
+    overrides = {pattern: dict(values) if "weights" in values else {} for pattern, values in config.overrides.items()}
+    cleared = {"group_size": None, "symmetric": None, "fit": None, "schemes": None}
+    made: QuantoConfig = replace(config, weights=weights, overrides=overrides, quant_method=METHOD, **cleared)
+    return made
 
 
 def _plan(empty: Empty, limits: dict[Device, int] | None, device_map: Any, context: int, batch: int) -> MemoryPlan:

@@ -76,13 +76,15 @@ def prefetch(
         make_lane: the way to a device.
     """
     prefetchers: dict[torch.device, Prefetcher] = {}
+    # as they are now: what calibration adds to a layer later is in no file
+    names = {name: offloaded_names(model.get_submodule(name), hook) for name, hook in hooks.items()}
     for name, hook in hooks.items():
         module: Any = model.get_submodule(name)
         if module._hf_hook is not hook:
             continue
         device = torch.device(hook.execution_device)
         if device not in prefetchers:
-            prefetchers[device] = Prefetcher(make_lane(device), _Reader(model, hooks))
+            prefetchers[device] = Prefetcher(make_lane(device), _Reader(hooks, names))
         mine = PrefetchHook(hook, name, prefetchers[device])
         hook.original_devices = {}  # so that taking it off moves nothing
         remove_hook_from_module(module)
@@ -94,15 +96,14 @@ def prefetch(
 
 @dataclass(frozen=True)
 class _Reader:
-    """The tensors of a module of this model, from its files."""
+    """The tensors of a module, from its files."""
 
-    model: nn.Module
     hooks: Mapping[str, AlignDevicesHook]
+    names: Mapping[str, list[str]]
 
     def __call__(self, key: Hashable) -> dict[str, torch.Tensor]:
-        name = str(key)
-        weights = self.hooks[name].weights_map
-        return {leaf: weights[leaf] for leaf in offloaded_names(self.model.get_submodule(name), self.hooks[name])}
+        weights = self.hooks[str(key)].weights_map
+        return {leaf: weights[leaf] for leaf in self.names[str(key)]}
 
 
 def _run_guarded(module: nn.Module, hook: PrefetchHook, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -19,15 +19,17 @@ from quanto_hf.flow import (
     not_quantizable,
     warn_of_codebooks,
 )
+from quanto_hf.hf import building
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.deferred import Deferred
 from quanto_hf.hf.flags import flags, refuse_mixed
 from quanto_hf.hf.legacy import LegacyHooks
 from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, waits_for_weight
 from quanto_hf.hf.merging import merge_late
-from quanto_hf.hf.offload import add_to_index, folder_of, offload_hooks, use_in_place
+from quanto_hf.hf.offload import add_to_index, folder_of, offload_hooks, use_in_place, where_it_runs
 from quanto_hf.hf.other_savers import watch_other_savers
 from quanto_hf.hf.owner import Owned
+from quanto_hf.hf.refusals import refuse_optimum_quanto
 from quanto_hf.hf.register import register
 from quanto_hf.hf.replace import finish_prepared, replace_by_plan
 from quanto_hf.hf.saving import given_state, watch_saving
@@ -107,6 +109,8 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype} cannot be quantized; choose one of {', '.join(map(str, DTYPES))}")
         self._dtype = dtype
+        # the last hook before the model is built
+        building.begin()
         return dtype
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -127,6 +131,8 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
         if files and all(file.endswith(".safetensors") for file in files):
             self._headers = read_headers(files)
+        else:
+            refuse_optimum_quanto((), files)
         return model
 
     def _new_plan(self, model: Any) -> Plan:
@@ -178,10 +184,14 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The conversions of the model, with pieces of quantized weights merged late. The last hook before the weights
         are read, so the check of the checkpoint is here."""
+        # the first hook after the model was built
+        if building.end():
+            building.tie_alone(model)
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
         if not self.pre_quantized:
             conversions = self._conversions = merge_late(conversions)
         if self._headers is not None:
+            refuse_optimum_quanto(self._headers)
             # a copy: conversions remember which names they have seen
             seen = copy.deepcopy(conversions)
             check_before_loading(model, self._headers, seen, self.pre_quantized, complete=was_written_from(model))
@@ -234,6 +244,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------- after loading
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        building.tie_as_ever(model)
         if not self.pre_quantized:
             _own_floats(model)
         self._finish_offload(model)
@@ -289,10 +300,10 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             # a converter whose first tensor stays float hands the others over as they are
             module.freeze()
             if config.static_activations and isinstance(module, QuantizedInput) and not module.is_static:
-                module.make_static(device=next(iter(module.tensors().values())).device)
-            for name in module.kept_names:
+                module.make_static(device=where_it_runs(module))
+            for kept in module.kept_names:
                 # the loader marks every float parameter as trainable
-                if (tensor := module.held(name)) is not None:
+                if (tensor := module.held(kept)) is not None:
                     tensor.requires_grad_(False)
         if absent:
             raise ValueError(

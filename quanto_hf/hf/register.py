@@ -4,12 +4,17 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 from quanto_hf.hf.aqlm_config import AQLM_METHOD, AqlmConfig
 from quanto_hf.hf.config import METHOD, QuantoConfig
+from quanto_hf.hf.refusals import refuse_no_config, refuse_other_method, refuse_without_optimum_quanto
 from quanto_hf.hf.saved_config import merge_saved, merge_saved_aqlm
 
 # Importing it takes 0.9 s, so it is patched when somebody else imports it, which from_pretrained does.
@@ -17,13 +22,24 @@ AUTO = "transformers.quantizers.auto"
 
 OVERRIDES = ("quanto", AQLM_METHOD)
 
+# Seconds to wait for another thread that imports transformers' quantizers.
+LONGEST = 5.0
+
+_lock = threading.RLock()
 _overrides: set[str] = set()
 
 
 def register() -> None:
     """Register the method ``quanto_hf`` with transformers, now or when its quantizers are imported."""
-    if AUTO in sys.modules:
-        _register(sys.modules[AUTO])
+    auto = sys.modules.get(AUTO)
+    # Another thread may be importing it, and did so before there was a finder. Not by the lock of the import: that
+    # thread may itself wait for what this one is importing.
+    latest = time.monotonic() + LONGEST
+    while auto is not None and not hasattr(auto, "AutoHfQuantizer") and time.monotonic() < latest:
+        time.sleep(0.01)
+        auto = sys.modules.get(AUTO)
+    if hasattr(auto, "AutoHfQuantizer"):
+        _register(auto)
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
@@ -43,64 +59,115 @@ def install(override: str) -> None:
     """
     if override not in OVERRIDES:
         raise ValueError(f"override={override!r} is not possible; choose one of {', '.join(map(repr, OVERRIDES))}")
-    _overrides.add(override)
+    with _lock:
+        _overrides.add(override)
     register()
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Registers the method right after :data:`AUTO` has been imported."""
 
+    def __init__(self) -> None:
+        # threads that are looking for the module now, by whatever finders there are besides
+        self._asking = threading.local()
+
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != AUTO:
+        if fullname != AUTO or getattr(self._asking, "now", False):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking.now = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking.now = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
+                self._remove()
                 _register(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
+    def _remove(self) -> None:
+        # a new list: a thread that goes through the old one just now, to import something, would leave out a finder
+        sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
+
 
 def _register(auto: Any) -> None:
-    quantizer = getattr(importlib.import_module("quanto_hf.hf.quantizer"), "QuantoHfQuantizer", None)
-    if quantizer is None:
-        # its module is being imported right now, which imported transformers' quantizers; it registers at its end
-        return
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QuantoConfig
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer
-    for method in _overrides:
-        if method == AQLM_METHOD:
-            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = AqlmConfig
-            auto.AUTO_QUANTIZER_MAPPING[method] = importlib.import_module("quanto_hf.hf.aqlm").AqlmQuantizer
-        else:
-            auto.AUTO_QUANTIZER_MAPPING[method] = quantizer
-    merge = auto.AutoHfQuantizer.merge_quantization_configs
+    # not under the lock: these may be imported
+    quantizer = _quantizer("quanto_hf.hf.quantizer", "QuantoHfQuantizer")
+    aqlm = None
+    if AQLM_METHOD in _overrides or AQLM_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        # the latter in a transformers that does not have it any more; its module imports that of the quantizer
+        module, name = "quanto_hf.hf.aqlm", "AqlmQuantizer"
+        aqlm = _quantizer(module, name) if isinstance(quantizer, type) else _late(module, name)
+    with _lock:
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QuantoConfig
+        auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer
+        if "quanto" in _overrides:
+            auto.AUTO_QUANTIZER_MAPPING["quanto"] = quantizer
+        if aqlm is not None:
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[AQLM_METHOD] = AqlmConfig
+            auto.AUTO_QUANTIZER_MAPPING[AQLM_METHOD] = aqlm
+        _patch(auto)
+
+
+def _quantizer(module: str, name: str) -> Any:
+    """A quantizer class, or what makes one later: while its module is being imported, which has imported transformers'
+    quantizers, and the module registers the class at its end; and where there are several threads. To import it here,
+    in the middle of other imports, would then mean to wait for a thread that waits for those."""
+    found = sys.modules.get(module)
+    if found is None and threading.active_count() == 1:
+        try:
+            found = importlib.import_module(module)
+        except ImportError as error:
+            # not an error: it would be one of whatever imports transformers' models
+            warnings.warn(f"quanto_hf cannot quantize with this transformers: {error}", stacklevel=2)
+    return getattr(found, name, None) or _late(module, name)
+
+
+def _late(module: str, name: str) -> Callable[..., Any]:
+    """What imports the module of a quantizer class when the first one is made."""
+
+    def make(config: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(config, **kwargs)
+
+    return make
+
+
+def _patch(auto: Any) -> None:
+    """Let the configs of quanto_hf be read by us, whatever a checkpoint says of its own."""
+    merge, from_config = auto.AutoHfQuantizer.merge_quantization_configs, auto.AutoHfQuantizer.from_config
     if getattr(merge, "checks_quanto_hf", False):
         return
 
     def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
         given = quantization_config_from_args
+        refuse_no_config(given)
         if isinstance(given, QuantoConfig):
+            refuse_other_method(quantization_config)
             return merge_saved(merge(quantization_config, None), given)
         if isinstance(given, AqlmConfig):
             return merge_saved_aqlm(quantization_config, given)
         return merge(quantization_config, given)
 
-    merge_quantization_configs.checks_quanto_hf = True  # type: ignore[attr-defined]
-    auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)
-    from_config = auto.AutoHfQuantizer.from_config
-
     def quantizer_from_config(quantization_config: Any, **kwargs: Any) -> Any:
+        refuse_no_config(quantization_config)
+        method = getattr(quantization_config, "quant_method", None)
+        if method == "quanto" and _is_of_transformers(auto, "quanto"):
+            refuse_without_optimum_quanto()
         # who gives our class means us, also where transformers serves the method
-        theirs = auto.AUTO_QUANTIZER_MAPPING[AQLM_METHOD].__module__.startswith("transformers.")
-        asked = isinstance(quantization_config, AqlmConfig) and quantization_config.quant_method == AQLM_METHOD
-        if asked and theirs:
+        if isinstance(quantization_config, AqlmConfig) and method == AQLM_METHOD:
             return importlib.import_module("quanto_hf.hf.aqlm").AqlmQuantizer(quantization_config, **kwargs)
         return from_config(quantization_config, **kwargs)
 
+    merge_quantization_configs.checks_quanto_hf = True  # type: ignore[attr-defined]
+    auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)
     auto.AutoHfQuantizer.from_config = staticmethod(quantizer_from_config)
+
+
+def _is_of_transformers(auto: Any, method: str) -> bool:
+    """Whether transformers' own quantizer serves a method."""
+    return getattr(auto.AUTO_QUANTIZER_MAPPING.get(method), "__module__", "").startswith("transformers.")

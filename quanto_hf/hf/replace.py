@@ -4,11 +4,20 @@ import warnings
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
-from quanto_hf.flow import Choice, Plan, activation_type, first_match, make_plan, quantized, replace_modules
+from quanto_hf.flow import (
+    Choice,
+    Plan,
+    activation_type,
+    first_match,
+    make_plan,
+    quantized,
+    refuse_other_dtypes,
+    replace_modules,
+)
 from quanto_hf.hf.config import QuantoConfig
+from quanto_hf.hf.refusals import refuse_no_config
 from quanto_hf.nn import QuantizedInput, QuantizedWeight
 from quanto_hf.nn.learned import LearnedScales
 
@@ -27,14 +36,14 @@ def empty_module(
         cls: class of the module; None is the registered one.
     """
     static = config.static_activations and pre_quantized
-    with init_empty_weights():
-        layer = quantized(module, choice.scheme(), activation_type(config.activations), choice.fit, static, cls)
-        weight = torch.empty(layer.weight_shape, dtype=layer.weight_dtype, device="meta")
-        layer.make_empty()
-        for name, parameter in layer._parameters.items():
-            # of a module that is not on meta itself, and keeps its own
-            if parameter is not None and parameter.device.type != "meta":
-                layer._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    # without accelerate's init_empty_weights, which is one of the process: what other threads make lands on meta too
+    layer = quantized(module, choice.scheme(), activation_type(config.activations), choice.fit, static, cls)
+    weight = torch.empty(layer.weight_shape, dtype=layer.weight_dtype, device="meta")
+    layer.make_empty()
+    for name, parameter in layer._parameters.items():
+        # of a module that is not on meta itself, and keeps its own
+        if parameter is not None and parameter.device.type != "meta":
+            layer._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
     if config.qat:
         for name in layer.stored_names:
             del layer._parameters[name]
@@ -64,7 +73,12 @@ def finish_prepared(layer: QuantizedWeight, config: QuantoConfig) -> None:
 def replace_by_plan(
     model: nn.Module, plan: Plan, config: Any, pre_quantized: bool, cls: type[QuantizedWeight] | None = None
 ) -> None:
-    """Put empty quantized modules where a plan wants them. In place."""
+    """Put empty quantized modules where a plan wants them. In place.
+
+    Raises:
+        ValueError: a weight is in float64 or another dtype that cannot be quantized. Nothing has been changed then.
+    """
+    refuse_other_dtypes(model, plan.chosen)
     made: dict[nn.Module, nn.Module] = {}
     for name, choice in plan.chosen.items():
         module = model.get_submodule(name)
@@ -100,6 +114,7 @@ def replace_with_quanto_layers(
         >>> replaced, model[0].weight_packed.device.type
         (True, 'meta')
     """
+    refuse_no_config(quantization_config)
     config = quantization_config if quantization_config is not None else QuantoConfig()
     if not isinstance(config, QuantoConfig):
         config = QuantoConfig(config.weights, config.activations, config.modules_to_not_convert)

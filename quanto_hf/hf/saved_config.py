@@ -3,17 +3,15 @@
 transformers itself would use the saved one with no more than a warning.
 """
 
-from reprlib import Repr
+from collections.abc import Mapping
 from typing import Any
 
 from quanto_hf.hf.aqlm_config import AQLM_METHOD, AqlmConfig
 from quanto_hf.hf.config import SKELETON_METHOD, QuantoConfig
+from quanto_hf.hf.foreign_words import SHORT
 
 # what a config may ask of a checkpoint that was saved without it
 ASKED = ("learn_scales", "static_activations")
-# a list may name every layer of a model
-SHORT = Repr()
-SHORT.maxlist, SHORT.maxstring = 3, 80
 
 
 def merge_saved(saved: Any, given: QuantoConfig) -> QuantoConfig:
@@ -23,7 +21,7 @@ def merge_saved(saved: Any, given: QuantoConfig) -> QuantoConfig:
         ValueError: the checkpoint has another method, or the given config contradicts the saved one.
     """
     if not isinstance(saved, QuantoConfig):
-        raise _quantized_already(getattr(saved, "quant_method", saved), "a QuantoConfig")
+        raise quantized_already(getattr(saved, "quant_method", saved), "a QuantoConfig")
     # QuantoConfig(dequantize=True) alone asks for no scheme
     if not (given.dequantize and not QuantoConfig(dequantize=True).conflicts(given)):
         _refuse(saved, given, saved.conflicts(given))
@@ -53,15 +51,31 @@ def merge_saved_aqlm(saved: Any, given: AqlmConfig) -> AqlmConfig:
         ValueError: the checkpoint has another method, or the given config contradicts the saved one.
     """
     values = saved if isinstance(saved, dict) else saved.to_dict()
-    method = values.get("quant_method")
+    method = method_of(values)
     if method != AQLM_METHOD:
-        raise _quantized_already(method, "an AqlmConfig")
+        raise quantized_already(method, "an AqlmConfig")
     config: AqlmConfig = AqlmConfig.from_dict(values)
     _refuse(config, given, config.conflicts(given))
+    if given.quant_method == SKELETON_METHOD:
+        config.quant_method = SKELETON_METHOD
     return config
 
 
-def _quantized_already(method: Any, given: str) -> ValueError:
+def method_of(values: Mapping[str, Any]) -> Any:
+    """The method of the config of a checkpoint, or None; bitsandbytes does not always name itself."""
+    method = values.get("quant_method")
+    if method is None and (values.get("load_in_4bit") or values.get("load_in_8bit")):
+        return "bitsandbytes"
+    return method
+
+
+def quantized_already(method: Any, given: str) -> ValueError:
+    """The error for a checkpoint of another method.
+
+    Args:
+        method: a name, or a member of transformers' enum.
+        given: what kind of config was given for it.
+    """
     return ValueError(
         # the methods of transformers are an enum
         f"the checkpoint is quantized already, with {getattr(method, 'value', method)}; "

@@ -1,8 +1,9 @@
 """The empty quantized model that ``from_pretrained`` builds, without the weights."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -14,7 +15,7 @@ from quanto_hf.hf.aqlm_config import AQLM_METHOD, AqlmConfig
 from quanto_hf.hf.config import METHOD as SAVED_METHOD
 from quanto_hf.hf.config import SKELETON_METHOD as METHOD
 from quanto_hf.hf.config import QuantoConfig
-from quanto_hf.hf.load import load_and_quantize_model, named_class
+from quanto_hf.hf.load import class_without_files, load_and_quantize_model
 from quanto_hf.hf.quantizer import QuantoHfQuantizer
 
 
@@ -62,7 +63,13 @@ class AqlmSkeletonQuantizer(SkeletonQuantizer, AqlmQuantizer):
     """The same for models in the AQLM format."""
 
 
-def build_skeleton(path: str, config: QuantoConfig | None, dtype: Any = "auto", auto_class: Any = None) -> Skeleton:
+def build_skeleton(
+    path: str,
+    config: QuantoConfig | None,
+    dtype: Any = "auto",
+    auto_class: Any = None,
+    hub: Mapping[str, Any] = MappingProxyType({}),
+) -> Skeleton:
     """The empty quantized model of a checkpoint: from ``from_pretrained`` itself, so that every decision (class,
     dtype, names, modules that stay float) is the one that loading makes.
 
@@ -71,17 +78,22 @@ def build_skeleton(path: str, config: QuantoConfig | None, dtype: Any = "auto", 
         config: how it is quantized; None is the saved config of a quantized checkpoint, and else the default.
         dtype: as of ``from_pretrained``.
         auto_class: the class whose ``from_pretrained`` is called; None is the class that the checkpoint names.
+        hub: further arguments of ``from_pretrained`` that say where it is (:data:`quanto_hf.hf.load.HUB_KEYS`).
 
     Raises:
         ValueError: the checkpoint or the config cannot be used.
     """
-    saved = saved_config(AutoConfig.from_pretrained(path)) if config is None else None
-    marked = None if isinstance(saved, AqlmConfig) else _marked(config or saved)
-    return _catch(path, marked, lambda: load_and_quantize_model(path, marked, auto_class, dtype=dtype))
+    saved = saved_config(AutoConfig.from_pretrained(path, **hub)) if config is None else None
+    marked = _marked(config or saved)
+    return _catch(path, lambda: load_and_quantize_model(path, marked, auto_class, dtype=dtype, **hub))
 
 
 def skeleton_of_config(
-    model_config: Any, config: QuantoConfig | None, dtype: Any = "auto", auto_class: Any = None
+    model_config: Any,
+    config: QuantoConfig | None,
+    dtype: Any = "auto",
+    auto_class: Any = None,
+    hub: Mapping[str, Any] = MappingProxyType({}),
 ) -> Skeleton:
     """The same from the config of a model alone: there need not be a checkpoint.
 
@@ -89,12 +101,9 @@ def skeleton_of_config(
         model_config: a ``PreTrainedConfig``, as of ``AutoConfig.from_pretrained``.
     """
     saved = saved_config(model_config) if config is None else None
-    marked = None if isinstance(saved, AqlmConfig) else _marked(config or saved)
-    cls = named_class(model_config) if auto_class is None else auto_class
-    arguments = {"config": model_config, "state_dict": {}, "dtype": dtype}
-    if marked is not None:
-        arguments["quantization_config"] = marked
-    return _catch(type(model_config).__name__, marked, lambda: cls.from_pretrained(None, **arguments))
+    cls, marked = class_without_files(model_config, auto_class, hub), _marked(config or saved)
+    arguments = {"config": model_config, "state_dict": {}, "dtype": dtype, "quantization_config": marked}
+    return _catch(type(model_config).__name__, lambda: cls.from_pretrained(None, **arguments))
 
 
 def saved_config(model_config: Any) -> Any:
@@ -113,28 +122,28 @@ def saved_config(model_config: Any) -> Any:
 
 
 def _marked(config: Any) -> Any:
+    """A copy of a config for which transformers makes the quantizer that stops the loader."""
     marked = QuantoConfig() if config is None else copy.deepcopy(config)
     marked.quant_method = METHOD
     return marked
 
 
-def _catch(what: str, marked: Any, load: Callable[[], Any]) -> Skeleton:
+def _catch(what: str, load: Callable[[], Any]) -> Skeleton:
     """Args:
     what: names the model.
-    marked: the config that ``load`` gives; None: that of an AQLM checkpoint, which no other config may replace.
-    load: calls ``from_pretrained``.
+    load: calls ``from_pretrained`` with a marked config.
     """
-    aqlm = marked is None or isinstance(marked, AqlmConfig)
-    method, mapping = METHOD if marked is not None else AQLM_METHOD, auto.AUTO_QUANTIZER_MAPPING
-    before = mapping.get(method)
-    mapping[method] = AqlmSkeletonQuantizer if aqlm else SkeletonQuantizer
     try:
         load()
     except _Built as built:
         return built.skeleton
-    finally:
-        if before is None:
-            del mapping[method]
-        else:
-            mapping[method] = before
     raise ValueError(f"{what} cannot be quantized: transformers loaded it without asking the quantizer")
+
+
+def _quantizer(config: Any, **kwargs: Any) -> SkeletonQuantizer:
+    cls = AqlmSkeletonQuantizer if isinstance(config, AqlmConfig) else SkeletonQuantizer
+    return cls(config, **kwargs)
+
+
+# Once and for all: what is put there and taken away again would serve the loads of other threads meanwhile.
+auto.AUTO_QUANTIZER_MAPPING[METHOD] = _quantizer

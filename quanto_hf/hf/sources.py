@@ -1,7 +1,10 @@
 """Where a float model is, and which of its files belong to it besides the weights."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from quanto_hf.io.checkpoint import DTYPES
 from quanto_hf.schemes import TensorSpec
@@ -40,8 +43,14 @@ def local_folder(model: str | os.PathLike[str]) -> Path:
     return found
 
 
-def headers_only(model: str | os.PathLike[str]) -> tuple[Path | None, dict[str, TensorSpec] | None]:
+def headers_only(
+    model: str | os.PathLike[str], hub: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Path | None, dict[str, TensorSpec] | None]:
     """Where the config and the headers of a model are, without its weights being downloaded.
+
+    Args:
+        model: a folder or a hub id.
+        hub: where on the hub, as of ``from_pretrained``: revision, token, cache_dir, local_files_only, subfolder.
 
     Returns:
         The folder: the one given, or the snapshot of a hub id in the cache; None for a hub id whose weights are not in
@@ -58,16 +67,23 @@ def headers_only(model: str | os.PathLike[str]) -> tuple[Path | None, dict[str, 
 
     if path.exists() or name.startswith((".", "/", "~")):
         raise ValueError(f"{name} is not a folder with a model")
+    named = {key: hub[key] for key in ("revision", "token") if hub.get(key) is not None}
+    cache = {"cache_dir": hub["cache_dir"]} if hub.get("cache_dir") else {}
+    subfolder = hub.get("subfolder") or ""
     try:
-        found = Path(snapshot_download(name, local_files_only=True))
-        if has_weights(found):
+        found = Path(snapshot_download(name, local_files_only=True, **cache, **named))
+        if has_weights(found / subfolder) or hub.get("local_files_only"):
             return found, None
     except HFValidationError:
         raise ValueError(f"{name} is neither a folder nor a hub id") from None
     except OSError:
-        pass  # not in the cache
+        if hub.get("local_files_only"):
+            raise ValueError(
+                f"{name} is not a folder and not in the cache of the hub, and local_files_only=True asks nobody else"
+            ) from None
     try:
-        files = get_safetensors_metadata(name).files_metadata.values()
+        # of files in a subfolder the hub tells no sizes in one answer
+        files = () if subfolder else get_safetensors_metadata(name, **named).files_metadata.values()
     except NotASafetensorsRepoError:
         return None, None
     except Exception as error:  # offline mode, no such model, no network: each library below has errors of its own
@@ -76,6 +92,8 @@ def headers_only(model: str | os.PathLike[str]) -> tuple[Path | None, dict[str, 
             f"{name} is not a folder and not in the cache of the hub, and the hub does not tell its sizes: {first}; "
             f"give a folder, or one with its config.json alone"
         ) from None
+    if subfolder:
+        return None, None
     return None, {
         key: TensorSpec(tuple(info.shape), DTYPES.get(info.dtype, info.dtype))  # type: ignore[arg-type]
         for file in files

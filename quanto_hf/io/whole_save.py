@@ -12,9 +12,8 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from filelock import FileLock
-
 from quanto_hf.io.checkpoint import CheckpointError
+from quanto_hf.io.folder_lock import only_one
 
 CONFIG = "config.json"
 WORK = ".quanto_hf_save-"
@@ -41,7 +40,7 @@ def save_whole(folder: str | os.PathLike[str], write: Callable[[Path], object]) 
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place / LOCK):
+    with only_one(place / LOCK):
         _finish(place)
         for left in place.glob(f"{WORK}*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -58,8 +57,6 @@ def save_whole(folder: str | os.PathLike[str], write: Callable[[Path], object]) 
             shutil.rmtree(work, ignore_errors=True)
             raise
         _put_in_place(place, work)
-    # older versions of filelock leave it
-    (place / LOCK).unlink(missing_ok=True)
 
 
 def finish_save(folder: str | os.PathLike[str]) -> bool:
@@ -69,10 +66,8 @@ def finish_save(folder: str | os.PathLike[str]) -> bool:
         CheckpointError: the files are gone.
     """
     place = Path(folder)
-    with FileLock(place / LOCK):
-        found = _finish(place)
-    (place / LOCK).unlink(missing_ok=True)
-    return found
+    with only_one(place / LOCK):
+        return _finish(place)
 
 
 def refuse_interrupted(name: object) -> None:

@@ -1,6 +1,7 @@
 """quanto-hf plan."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -79,3 +80,13 @@ def test_what_is_not_a_model_is_a_sentence(tmp_path):
     result = run(tmp_path)
     assert result.exit_code == 1
     assert result.stderr == f"error: {tmp_path} is not a model: it has no config.json\n"
+
+
+def test_the_arguments_of_from_pretrained_reach_the_plan(tmp_path):
+    shutil.copytree(TINY, tmp_path / "part")
+    result = run(tmp_path, "--subfolder", "part", "--weights", "int4", "--max-memory", "16MiB", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["nbytes"] == quanto_hf.plan(TINY, QuantoConfig("int4"), "16MiB").nbytes
+    words = ("--revision", "v1", "--cache-dir", tmp_path / "cache", "--local-files-only", "--trust-remote-code")
+    result = run("team/model", *words)
+    assert result.exit_code == 1 and "local_files_only=True" in result.stderr

@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 
 import accelerate
@@ -18,7 +19,7 @@ from tiny_models import llama_config, tokens
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 
-from quanto_hf import QLinear, QuantoConfig
+from quanto_hf import Calibration, QLinear, QuantoConfig
 from quanto_hf.hf import offload
 from quanto_hf.hf.prefetch_hook import PrefetchHook, prefetch
 from quanto_hf.io.lanes import PlainLane
@@ -401,6 +402,31 @@ def test_a_forward_pass_moves_the_packed_bytes_of_the_offloaded_modules_and_no_m
     before = lane.copied
     logits(model)
     assert lane.copied - before == wanted
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True], ids=["buffers-stay", "buffers-go"])
+@pytest.mark.parametrize("way", ["on-the-fly", "pre-quantized"])
+def test_static_scales_of_streamed_layers_lie_where_they_run(way, offload_buffers, folders, tmp_path, monkeypatch):
+    # on meta, where the weights are until they are used, they would count as calibrated, and be no numbers
+    monkeypatch.setattr(offload, "is_on_cpu", lambda hooks: False)
+    monkeypatch.setattr(offload, "prefetch", lambda model, hooks: prefetch(model, hooks, PlainLane))
+    load_it = partial(transformers.LlamaForCausalLM.from_pretrained, dtype=torch.bfloat16)
+    source, given = folders / "float", QuantoConfig("int8", activations="int8", static_activations=True)
+    if way == "pre-quantized":
+        source = tmp_path / "saved"
+        load_it(folders / "float", quantization_config=QuantoConfig("int8", "int8")).save_pretrained(source)
+    options = {"device_map": MAPS["cpu-and-disk"], "offload_folder": tmp_path / "o", "offload_buffers": offload_buffers}
+    model, resident = (load_it(source, quantization_config=given, **more) for more in (options, {}))
+    layer = model.model.layers[1].mlp.up_proj
+    assert layer.weight_packed.is_meta and not layer.is_calibrated
+    scales = [module.input_scale for module in model.modules() if isinstance(module, QLinear)]
+    assert {scale.device.type for scale in scales} == {"cpu"}
+    with pytest.raises(RuntimeError, match="never calibrated"):
+        logits(model)
+    for each in (model, resident):
+        with Calibration(each):
+            logits(each)
+    assert torch.equal(logits(model), logits(resident))
 
 
 def test_streamed_weights_go_after_an_exception_too(folders, streamed, monkeypatch):

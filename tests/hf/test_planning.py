@@ -17,7 +17,7 @@ from torch import nn
 from transformers.integrations.accelerate import get_device
 
 import quanto_hf
-from quanto_hf import CheckpointError, QuantoConfig, plan, report
+from quanto_hf import AqlmConfig, CheckpointError, QuantoConfig, plan, report
 from quanto_hf.hf.places import read_max_memory
 
 SCHEMES = {
@@ -396,3 +396,48 @@ def test_offline_the_sentence_says_what_to_do(hub):
 def test_a_snapshot_in_the_cache_is_used(llama, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only: str(llama))
     assert plan("org/llama", QuantoConfig("int4"), "1GiB").notes == ()
+
+
+# ------------------------------------------------------------------------------------ the others, where it does not fit
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuantoConfig("int4", overrides={"*.down_proj": {"symmetric": False}}),
+        QuantoConfig("int4", overrides={"*.down_proj": {"fit": "hqq"}, "up_proj": {"group_size": 32}}),
+        QuantoConfig("aqlm-1x4", overrides={"*.down_proj": {"group_size": 16}}),
+        QuantoConfig("nf4", fit="absmax", group_size=64, overrides={"*.down_proj": {"fit": "minmax"}}),
+        QuantoConfig("int4", activations="int8", static_activations=True),
+        QuantoConfig("int4", qat=True, learn_scales=False),
+    ],
+    ids=str,
+)
+def test_values_that_are_for_the_type_that_was_asked_for_do_not_stop_the_others(config, tmp_path):
+    found = plan(save("llama", tmp_path), config, "1KiB")
+    assert set(found.others) == {"int8", "int4", "int2"} - {config.weights}
+    assert found.verdict().startswith("It does not fit")
+
+
+def test_overrides_that_name_a_type_go_on_to_count_in_the_others(tmp_path):
+    folder = save("llama", tmp_path)
+    # the first pattern that matches counts, and one without a type is of the type that is tried
+    overrides = {"layers.0": {"symmetric": True}, "*.down_proj": {"weights": None}}
+    found = plan(folder, QuantoConfig("int4", overrides=overrides), "1KiB")
+    kept = QuantoConfig("int8", overrides={"layers.0": {}, "*.down_proj": {"weights": None}})
+    assert found.others["int8"] == (plan(folder, kept, "1KiB").nbytes, False)
+
+
+def test_what_an_aqlm_config_leaves_float_is_float_in_the_others_too(tmp_path):
+    folder = save("llama", tmp_path)
+    names = ["lm_head.weight", "model.layers.0.mlp.down_proj.weight", "model.layers.1"]
+    config = AqlmConfig(num_codebooks=1, nbits_per_codebook=4, linear_weights_not_to_quantize=names)
+    found = plan(folder, config, "1KiB")
+    same = QuantoConfig("int8", modules_to_not_convert=["layers.0.mlp.down_proj", "layers.1"])
+    assert found.others["int8"][0] == plan(folder, same).nbytes != plan(folder, QuantoConfig("int8")).nbytes
+
+
+def test_a_dequantized_model_fits_with_no_other_type(tmp_path):
+    folder = save("llama", tmp_path)
+    found = plan(folder, QuantoConfig("int8", dequantize=True), "1KiB")
+    assert {nbytes for nbytes, _ in found.others.values()} == {found.nbytes}

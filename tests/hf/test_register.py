@@ -187,3 +187,39 @@ def test_whatever_is_imported_first_the_method_is_registered(first):
         "assert mapping['quanto_hf'] is quanto_hf.QuantoHfQuantizer"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# ------------------------------------------------------------------------------ a transformers that no longer has AQLM
+
+
+WITHOUT_AQLM = """
+import sys, torch
+import quanto_hf, transformers
+from transformers.quantizers import auto
+folder, when = sys.argv[1:]
+def forget():
+    for table in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        del table["aqlm"]
+forget()
+if when == "registered":
+    quanto_hf.hf.register()
+config = quanto_hf.QuantoConfig("int4")
+load = transformers.AutoModelForCausalLM.from_pretrained
+print(len(quanto_hf.quantization_map(load(folder, quantization_config=config))))
+aqlm = quanto_hf.AqlmConfig(num_codebooks=1, nbits_per_codebook=4)
+model = load(folder, quantization_config=aqlm)
+print(type(model.model.layers[0].mlp.up_proj).__name__)
+if when == "registered":
+    model.save_pretrained(folder + "/saved")
+    again = load(folder + "/saved")
+    print(type(again.model.layers[0].mlp.up_proj).__name__, quanto_hf.plan(folder + "/saved").nbytes > 0)
+"""
+
+
+@pytest.mark.parametrize("when", ["gone", "registered"])
+def test_a_transformers_that_does_not_have_aqlm_loads_everything_else_and_aqlm_by_us(when, llama, tmp_path):
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_AQLM, str(tmp_path), when]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["14", "QuantizedLinear", *(["QuantizedLinear", "True"] if when != "gone" else [])]
