@@ -64,12 +64,14 @@ def _name(value: Any) -> Any:
 
 
 def _adopt(model: Any, config: QuantoConfig) -> None:
+    from quanto_hf.hf.model_dtype import know_dtypes
     from quanto_hf.hf.quantizer import QuantoHfQuantizer
     from quanto_hf.hf.saving import save_whole_models
 
     quantizer = QuantoHfQuantizer(config, pre_quantized=False)
     quantizer.describe(model)
     model.hf_quantizer = quantizer
+    know_dtypes()
     save_whole_models(type(model))
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method

@@ -17,8 +17,12 @@ from torch import nn
 
 from quanto_hf.hf.loading import split_name
 from quanto_hf.hf.prefetch_hook import prefetch
-from quanto_hf.io import MappedFiles
+from quanto_hf.io import MappedFiles, aligned
 from quanto_hf.schemes import TensorSpec
+
+# Bytes up to which a float tensor is copied if it does not begin at a cache line, as in memory: a larger one was left on
+# disk for its size, and lies at a cache line in the files that quanto_hf writes.
+COPIED = 1 << 20
 
 
 class MappedWeights(Mapping[str, torch.Tensor]):
@@ -151,7 +155,10 @@ def _place(module: nn.Module, hook: AlignDevicesHook, shared: dict[tuple[str, st
             owner._buffers[leaf] = mapped[prefix + name]
             continue
         if key not in shared:
-            shared[key] = nn.Parameter(mapped[prefix + name], requires_grad=tensors[name].requires_grad)
+            tensor = mapped[prefix + name]
+            if tensor.is_floating_point() and tensor.nbytes <= COPIED:
+                tensor = aligned(tensor)
+            shared[key] = nn.Parameter(tensor, requires_grad=tensors[name].requires_grad)
         owner._parameters[leaf] = shared[key]
     return True
 

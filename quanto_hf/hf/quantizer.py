@@ -13,15 +13,16 @@ from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.deferred import Deferred
 from quanto_hf.hf.flags import flags, refuse_mixed
 from quanto_hf.hf.legacy import LegacyHooks
-from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, waits_for_weight
+from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, expect_guards, waits_for_weight
 from quanto_hf.hf.merging import merge_late
+from quanto_hf.hf.model_dtype import know_dtypes
 from quanto_hf.hf.offload import add_to_index, folder_of, offload_hooks, use_in_place
 from quanto_hf.hf.register import register
 from quanto_hf.hf.replace import finish_prepared, replace_by_plan
-from quanto_hf.hf.saving import save_whole_models
+from quanto_hf.hf.saving import save_whole_models, write_own_files
 from quanto_hf.hf.sizes import Kept, Transient, kept_dtypes, largest_transient, loaded_element_size, lower_by_transient
 from quanto_hf.hf.skips import default_skips
-from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_modules
+from quanto_hf.io import FORMAT_VERSION, VERSION_KEY, aligned, describe_modules, read_headers, read_modules
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import TensorSpec
@@ -164,6 +165,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             # a copy: conversions remember which names they have seen
             seen = copy.deepcopy(conversions)
             check_before_loading(model, self._headers, seen, self.pre_quantized, complete=was_written_from(model))
+            if self.pre_quantized:
+                expect_guards(model, self._headers, copy.deepcopy(conversions))
             self._headers = None
         # after the check, which puts plain layers in the place of those that the checkpoint does not have
         self.measure(model)
@@ -213,13 +216,13 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------- after loading
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if not self.pre_quantized:
-            _own_floats(model)
+        _own_floats(model, every=not self.pre_quantized)
         self._finish_offload(model)
         free()
         self._finish_layers(model)
         config = self.quantization_config
         self.describe(model)
+        know_dtypes()
         save_whole_models(type(model))
         if config.dequantize:
             self.dequantize(model)
@@ -308,7 +311,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         refuse_mixed(model)
         # config.json is written after this
         self.describe(model)
-        metadata = {"quanto_hf_format": str(FORMAT_VERSION)}
+        write_own_files()
+        metadata = {VERSION_KEY: str(FORMAT_VERSION)}
         if not hasattr(model, "hf_device_map"):
             return None, metadata
         return dict(sorted(model.state_dict().items(), key=lambda item: dot_natural_key(item[0]))), metadata
@@ -334,13 +338,17 @@ def was_written_from(model: Any) -> bool:
     return type(model).__name__ in (model.config.architectures or [])
 
 
-def _own_floats(model: Any) -> None:
-    """Copy what stays float out of the mapped files of a float checkpoint, which would stay mapped as a whole for the
-    sake of some norms. (Weights that go to disk are on meta, and are mapped later.)"""
+def _own_floats(model: Any, every: bool) -> None:
+    """Copy floats out of the mapped files. (Weights that go to disk are on meta, and are mapped later.)
+
+    Args:
+        every: of a float checkpoint, which would stay mapped as a whole for the sake of some norms. Of a quantized one
+            only those that do not begin at a cache line, whose products would have other last bits.
+    """
     stored = {id(t) for m in model.modules() if isinstance(m, QuantizedWeight) for t in m.tensors().values()}
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and id(tensor) not in stored:
-            tensor.data = tensor.data.clone()
+            tensor.data = tensor.data.clone() if every else aligned(tensor.data)
 
 
 def _warn_of_floats(model: Any, plan: Plan) -> None:

@@ -1,19 +1,13 @@
 """Making the method known to transformers, without importing more of it than ``import transformers`` does."""
 
 import importlib
-import importlib.abc
-import importlib.util
-import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
+
+from quanto_hf_autoload import autoload
 
 from quanto_hf.hf.aqlm_config import AQLM_METHOD, AqlmConfig
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.saved_config import merge_saved, merge_saved_aqlm
-
-# Importing it takes 0.9 s, so it is patched when somebody else imports it, which from_pretrained does.
-AUTO = "transformers.quantizers.auto"
 
 OVERRIDES = ("quanto", AQLM_METHOD)
 
@@ -21,11 +15,12 @@ _overrides: set[str] = set()
 
 
 def register() -> None:
-    """Register the method ``quanto_hf`` with transformers, now or when its quantizers are imported."""
-    if AUTO in sys.modules:
-        _register(sys.modules[AUTO])
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    """Register the method ``quanto_hf`` with transformers, now or when its quantizers are imported.
+
+    Importing them takes 0.9 s, so that it is left to whoever needs them, which from_pretrained does. The finder that
+    notices is the one that torch puts there for programs that do not import quanto_hf.
+    """
+    autoload()
 
 
 def install(override: str) -> None:
@@ -47,26 +42,12 @@ def install(override: str) -> None:
     register()
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Registers the method right after :data:`AUTO` has been imported."""
+def register_with(auto: Any) -> None:
+    """Register with transformers' quantizers. May be called again.
 
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != AUTO:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _register(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-def _register(auto: Any) -> None:
+    Args:
+        auto: the module ``transformers.quantizers.auto``, imported.
+    """
     quantizer = getattr(importlib.import_module("quanto_hf.hf.quantizer"), "QuantoHfQuantizer", None)
     if quantizer is None:
         # its module is being imported right now, which imported transformers' quantizers; it registers at its end

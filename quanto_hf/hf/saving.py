@@ -1,14 +1,18 @@
 """``save_pretrained`` of quantized models, which leaves the model that was in the folder alone until it is done."""
 
 import functools
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
+from quanto_hf.hf.aqlm_config import AqlmConfig
 from quanto_hf.hf.config import QuantoConfig
-from quanto_hf.io import save_whole
+from quanto_hf.io import VERSION_KEY, find_guards, read_headers, save_whole, write_model_file
 
 
 def save_whole_models(cls: Any) -> None:
@@ -34,7 +38,12 @@ def save_whole_models(cls: Any) -> None:
             return save(model, save_directory, *args, **kwargs)
         # transformers would take the name of the folder that it is given
         kwargs.setdefault("repo_id", Path(save_directory).name)
-        return save_whole(save_directory, lambda folder: save(model, folder, *args, **kwargs))
+
+        def write(folder: Path) -> None:
+            save(model, folder, *args, **kwargs)
+            complete_index(folder)
+
+        return save_whole(save_directory, write)
 
     save_pretrained.saves_whole = True  # type: ignore[attr-defined]
     cls.save_pretrained = save_pretrained
@@ -42,4 +51,37 @@ def save_whole_models(cls: Any) -> None:
 
 def _is_ours(model: Any) -> bool:
     quantizer = getattr(model, "hf_quantizer", None)
-    return isinstance(getattr(quantizer, "quantization_config", None), QuantoConfig)
+    return isinstance(getattr(quantizer, "quantization_config", None), (QuantoConfig, AqlmConfig))
+
+
+def write_own_files() -> None:
+    """Have transformers write files with our mark in their metadata by :func:`write_model_file`, and all others as
+    before. Only there do the tensors have their names in the file, which guards are named after: transformers renames,
+    merges and splits them last."""
+    modeling: Any = transformers.modeling_utils
+    write = modeling.safe_save_file
+    if getattr(write, "knows_quanto_hf", False):
+        return
+
+    @functools.wraps(write)
+    def save_file(tensors: Any, filename: Any, metadata: Mapping[str, str] | None = None) -> Any:
+        if VERSION_KEY in (metadata or {}):
+            return write_model_file(tensors, filename, metadata or {})
+        return write(tensors, filename, metadata=metadata)
+
+    save_file.knows_quanto_hf = True  # type: ignore[attr-defined]
+    modeling.safe_save_file = save_file
+
+
+def complete_index(folder: Path) -> None:
+    """Add the guards to the index of a model in several files: transformers has made it before it wrote them."""
+    for index in folder.glob("*.safetensors.index*.json"):
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["weight_map"] = with_guards(folder, content["weight_map"])
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def with_guards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, str]:
+    """Name -> file of the tensors of a model, with the guards that these files have."""
+    found = {name: file for file in set(weight_map.values()) for name in find_guards(read_headers([folder / file]))}
+    return {**weight_map, **found}
