@@ -1,10 +1,10 @@
 """Registers quanto_hf with transformers in programs that do not import it: pipelines, servers, workers.
 
-transformers does not look for quantizers, and loads a folder of an unknown method with random weights. torch does look:
-it calls :func:`autoload` at ``import torch`` (the entry point group ``torch.backends``, which TORCH_DEVICE_BACKEND_AUTOLOAD=0
-turns off). This module stands outside of the package, because importing any part of a package imports the package: here
-nothing is imported until somebody imports transformers' quantizers. Whatever goes wrong, torch and transformers go on,
-and only a model that needs quanto_hf is refused.
+transformers does not look for quantizers, but torch looks for backends: it calls :func:`autoload` at ``import torch``
+(the entry point group ``torch.backends``, which TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns off). This module stands outside
+of the package, because importing any part of a package imports the package: nothing is imported here until somebody
+imports transformers' quantizers. Whatever goes wrong, torch and transformers go on, and only a model that needs
+quanto_hf is refused.
 """
 
 import sys

@@ -20,8 +20,8 @@ from quanto_hf.hf.prefetch_hook import prefetch
 from quanto_hf.io import MappedFiles, aligned
 from quanto_hf.schemes import TensorSpec
 
-# Bytes up to which a float tensor is copied if it does not begin at a cache line, as in memory: a larger one was left on
-# disk for its size, and lies at a cache line in the files that quanto_hf writes.
+# Bytes up to which a float tensor that does not begin at a cache line is copied, to begin at one as in memory. A larger
+# one was left on disk for its size, and begins at one in the files that quanto_hf writes.
 COPIED = 1 << 20
 
 

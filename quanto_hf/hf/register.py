@@ -3,11 +3,10 @@
 import importlib
 from typing import Any
 
-from quanto_hf_autoload import autoload
-
 from quanto_hf.hf.aqlm_config import AQLM_METHOD, AqlmConfig
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.saved_config import merge_saved, merge_saved_aqlm
+from quanto_hf_autoload import autoload
 
 OVERRIDES = ("quanto", AQLM_METHOD)
 

@@ -9,10 +9,15 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 
 from quanto_hf.hf.aqlm_config import AqlmConfig
 from quanto_hf.hf.config import QuantoConfig
-from quanto_hf.io import VERSION_KEY, find_guards, read_headers, save_whole, write_model_file
+from quanto_hf.hf.saved_names import choose_original_names
+from quanto_hf.io import VERSION_KEY, find_guards, guards_for, read_headers, save_whole, write_model_file
+
+# the position of save_original_format among the arguments of save_pretrained, after the folder
+ORIGINAL_FORMAT = 7
 
 
 def save_whole_models(cls: Any) -> None:
@@ -36,12 +41,16 @@ def save_whole_models(cls: Any) -> None:
         # other processes write the rest, or transformers says that this is a file
         if not _is_ours(model) or not main or several or os.path.isfile(save_directory):
             return save(model, save_directory, *args, **kwargs)
+        if not getattr(model, "_hf_peft_config_loaded", False) and len(args) <= ORIGINAL_FORMAT:
+            asked = kwargs.get("save_original_format", True)
+            if choose_original_names(model, asked) != asked:
+                kwargs["save_original_format"] = False
         # transformers would take the name of the folder that it is given
         kwargs.setdefault("repo_id", Path(save_directory).name)
 
         def write(folder: Path) -> None:
             save(model, folder, *args, **kwargs)
-            complete_index(folder)
+            complete_files(folder)
 
         return save_whole(save_directory, write)
 
@@ -57,11 +66,11 @@ def _is_ours(model: Any) -> bool:
 def write_own_files() -> None:
     """Have transformers write files with our mark in their metadata by :func:`write_model_file`, and all others as
     before. Only there do the tensors have their names in the file, which guards are named after: transformers renames,
-    merges and splits them last."""
+    merges and splits them last. Once: what others put around it is theirs."""
     modeling: Any = transformers.modeling_utils
-    write = modeling.safe_save_file
-    if getattr(write, "knows_quanto_hf", False):
+    if getattr(modeling, "knows_quanto_hf", False):
         return
+    write = modeling.safe_save_file
 
     @functools.wraps(write)
     def save_file(tensors: Any, filename: Any, metadata: Mapping[str, str] | None = None) -> Any:
@@ -69,12 +78,20 @@ def write_own_files() -> None:
             return write_model_file(tensors, filename, metadata or {})
         return write(tensors, filename, metadata=metadata)
 
-    save_file.knows_quanto_hf = True  # type: ignore[attr-defined]
-    modeling.safe_save_file = save_file
+    modeling.safe_save_file, modeling.knows_quanto_hf = save_file, True
 
 
-def complete_index(folder: Path) -> None:
-    """Add the guards to the index of a model in several files: transformers has made it before it wrote them."""
+def complete_files(folder: Path) -> None:
+    """Add the guards to the index of a model in several files: transformers has made it before it wrote them. A file
+    that something else has written, without them, is written again."""
+    for file in folder.glob("*.safetensors"):
+        headers = read_headers([file])
+        if len(find_guards(headers)) < len(guards_for(headers)):
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                if VERSION_KEY in metadata:
+                    tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+                    write_model_file(tensors, file, metadata)
     for index in folder.glob("*.safetensors.index*.json"):
         content = json.loads(index.read_text(encoding="utf-8"))
         content["weight_map"] = with_guards(folder, content["weight_map"])

@@ -10,6 +10,7 @@ from quanto_hf.io.format import (
     check_version,
     describe_modules,
     find_guards,
+    guards_for,
     read_modules,
     without_guards,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "file_digest",
     "find_guards",
     "finish_save",
+    "guards_for",
     "read_headers",
     "read_modules",
     "refuse_interrupted",

@@ -89,8 +89,8 @@ def write_model_file(
 
 
 def _offsets(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """Where each tensor begins: what fills whole cache lines first; then the wide dtypes, so that an odd number of bytes
-    is followed by bytes only, and of those the largest ones."""
+    """Where each tensor begins: what fills whole cache lines first; then the wide dtypes, so that an odd number of
+    bytes is followed by bytes only, and of those the largest ones."""
     offsets, end = dict[str, int](), 0
     for name in sorted(specs, key=lambda name: _place(specs[name])):
         offsets[name] = end

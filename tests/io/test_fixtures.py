@@ -46,7 +46,8 @@ def test_a_checkpoint_of_version_1_loads_to_the_numbers_it_was_written_with(name
 def test_saving_it_again_writes_the_same_tensors(name, tmp_path):
     load(V1 / name).save_pretrained(tmp_path)
     written = load_file(tmp_path / "model.safetensors")
-    assert {key: digest(tensor) for key, tensor in sorted(written.items())} == expected(name)["tensors"]
+    found = {key: digest(tensor) for key, tensor in sorted(written.items()) if tensor.numel()}
+    assert found == expected(name)["tensors"]
 
 
 def with_version(name, version, folder):
