@@ -36,6 +36,7 @@ class Conversion:
         nbytes_before: bytes of the weight files of the source.
         nbytes_after: bytes of the weight files of the output.
         report: one row per parameter.
+        cls: name of the class that loads the output.
     """
 
     written: int
@@ -44,6 +45,7 @@ class Conversion:
     nbytes_before: int
     nbytes_after: int
     report: Report
+    cls: str = ""
 
 
 def convert_checkpoint(
@@ -188,6 +190,7 @@ def _result(skeleton: Skeleton, target: OutFolder, written: int, reason: str) ->
         nbytes_before=sum(os.path.getsize(file) for file in skeleton.files),
         nbytes_after=sum(os.path.getsize(file) for file in after),
         report=report(skeleton.model),
+        cls=type(skeleton.model).__name__,
     )
 
 

@@ -9,6 +9,7 @@ from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
 from quanto_hf.flow import Choice, Plan, dequantize, make_plan, not_quantizable, warn_of_codebooks
+from quanto_hf.hf.card import TAG
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.deferred import Deferred
 from quanto_hf.hf.flags import flags, refuse_mixed
@@ -231,6 +232,9 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def describe(self, model: Any) -> None:
         """Bring the config up to date with the layers of a model, which calibration and freezing change."""
         config = self.quantization_config
+        if hasattr(model, "add_model_tags"):
+            # for every card that transformers or its Trainer makes
+            model.add_model_tags([TAG])
         config.schemes, config.format_version = describe_modules(model), FORMAT_VERSION
         for flag, layers in flags(model).items():
             setattr(config, flag, any(layers.values()))
@@ -284,6 +288,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         convert the whole model, and round the frequencies of rotary embeddings, which are kept in float32."""
         model = self._dequantize(model, dtype=dtype)
         self.remove_quantization_config(model)
+        if TAG in (getattr(model, "model_tags", None) or ()):
+            model.model_tags.remove(TAG)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

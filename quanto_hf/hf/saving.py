@@ -12,6 +12,7 @@ import transformers
 from safetensors import safe_open
 
 from quanto_hf.hf.aqlm_config import AqlmConfig
+from quanto_hf.hf.card import complete_card
 from quanto_hf.hf.config import QuantoConfig
 from quanto_hf.hf.saved_names import choose_original_names
 from quanto_hf.io import VERSION_KEY, find_guards, guards_for, read_headers, save_whole, write_model_file
@@ -56,11 +57,29 @@ def save_whole_models(cls: Any) -> None:
 
     save_pretrained.saves_whole = True  # type: ignore[attr-defined]
     cls.save_pretrained = save_pretrained
+    _complete_cards(cls)
+
+
+def _complete_cards(cls: Any) -> None:
+    """Have the models of a class say in their cards that they are quantized: transformers makes a card last of all, and
+    then uploads the folder."""
+    upload = cls._upload_modified_files
+
+    @functools.wraps(upload)
+    def upload_modified_files(model: Any, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        if isinstance(_config_of(model), QuantoConfig):
+            complete_card(model, Path(working_dir))
+        return upload(model, working_dir, *args, **kwargs)
+
+    cls._upload_modified_files = upload_modified_files
 
 
 def _is_ours(model: Any) -> bool:
-    quantizer = getattr(model, "hf_quantizer", None)
-    return isinstance(getattr(quantizer, "quantization_config", None), (QuantoConfig, AqlmConfig))
+    return isinstance(_config_of(model), (QuantoConfig, AqlmConfig))
+
+
+def _config_of(model: Any) -> Any:
+    return getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
 
 
 def write_own_files() -> None:
