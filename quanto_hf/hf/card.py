@@ -98,4 +98,4 @@ def write_card(folder: Path, found: Report, cls: str) -> None:
     file = folder / NAME
     if not file.exists():
         data = ModelCardData(library_name="transformers", tags=[TAG])
-        file.write_text(f"---\n{data.to_yaml()}\n---\n\n# {folder.name}\n\n{section(found, cls)}\n", encoding="utf-8")
+        file.write_text(f"---\n{data.to_yaml()}\n---\n\n# {cls}\n\n{section(found, cls)}\n", encoding="utf-8")

@@ -23,12 +23,12 @@ GUARD = TensorSpec((0,), torch.uint8)
 PACKED = ("_packed", "weight_codes")
 
 
-def guards_for(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """Names of the guards that a file with these tensors has: one for each packed weight."""
-    return [name.rpartition("_")[0] for name, spec in specs.items() if name.endswith(PACKED) and _holds_codes(spec)]
+def guards_for(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Guard -> packed weight, by name, for a file with these tensors."""
+    return {name.rpartition("_")[0]: name for name, spec in specs.items() if name.endswith(PACKED) and _is_codes(spec)}
 
 
-def _holds_codes(spec: TensorSpec) -> bool:
+def _is_codes(spec: TensorSpec) -> bool:
     # a dtype that torch does not have is the name that the file has for it
     return isinstance(spec.dtype, torch.dtype) and not spec.dtype.is_floating_point
 

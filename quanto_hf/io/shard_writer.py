@@ -95,6 +95,10 @@ def _offsets(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
     for name in sorted(specs, key=lambda name: _place(specs[name])):
         offsets[name] = end
         end += specs[name].nbytes
+    # where its weight begins: readers list tensors by offset, and many at one place would come in any order
+    for guard, packed in guards_for(specs).items():
+        if guard in specs and not specs[guard].nbytes:
+            offsets[guard] = offsets[packed]
     return offsets
 
 
