@@ -20,10 +20,6 @@ from quanto_hf.hf.prefetch_hook import prefetch
 from quanto_hf.io import MappedFiles, aligned
 from quanto_hf.schemes import TensorSpec
 
-# Bytes up to which a float tensor that does not begin at a cache line is copied, to begin at one as in memory. A larger
-# one was left on disk for its size, and begins at one in the files that quanto_hf writes.
-COPIED = 1 << 20
-
 
 class MappedWeights(Mapping[str, torch.Tensor]):
     """The tensors that accelerate's hooks ask for by name, from files that are mapped once.
@@ -104,12 +100,17 @@ def is_on_cpu(hooks: Mapping[str, AlignDevicesHook]) -> bool:
     return all(d is None or (not isinstance(d, int) and torch.device(d).type == "cpu") for d in devices)
 
 
-def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook]) -> None:
+def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook], copied: int = 0) -> None:
     """Make offloaded weights parameters that are pages of their files, and take accelerate's hooks away, where a model
     runs on the CPU as a whole. Elsewhere weights are brought to the device ahead of their use.
 
     A module whose weights have another dtype in the file than in the model keeps its hook: they are converted at each
     use, so that no copy of them stays in memory.
+
+    Args:
+        model: with hooks.
+        hooks: of :func:`offload_hooks`.
+        copied: bytes up to which a float tensor that does not begin at a cache line is copied, to begin at one.
     """
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     weights: dict[int, MappedWeights] = {}
@@ -122,7 +123,7 @@ def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook]) -> Non
     kept = set()
     shared: dict[tuple[str, str], nn.Parameter] = {}
     for name, hook in hooks.items():
-        if not _place(model.get_submodule(name), hook, shared):
+        if not _place(model.get_submodule(name), hook, shared, copied):
             kept.add(name)
     for name, module in model.named_modules():
         if name not in kept:
@@ -133,7 +134,9 @@ def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook]) -> Non
             setattr(model, verb, partial(_stay, model, verb))
 
 
-def _place(module: nn.Module, hook: AlignDevicesHook, shared: dict[tuple[str, str], nn.Parameter]) -> bool:
+def _place(
+    module: nn.Module, hook: AlignDevicesHook, shared: dict[tuple[str, str], nn.Parameter], copied: int
+) -> bool:
     """Make the tensors on meta of a module pages of files. False: a dtype does not fit, and nothing was changed."""
     prefix, mapped = hook.weights_map.prefix, hook.weights_map.dataset
     tensors = (
@@ -156,7 +159,7 @@ def _place(module: nn.Module, hook: AlignDevicesHook, shared: dict[tuple[str, st
             continue
         if key not in shared:
             tensor = mapped[prefix + name]
-            if tensor.is_floating_point() and tensor.nbytes <= COPIED:
+            if tensor.is_floating_point() and tensor.nbytes <= copied:
                 tensor = aligned(tensor)
             shared[key] = nn.Parameter(tensor, requires_grad=tensors[name].requires_grad)
         owner._parameters[leaf] = shared[key]

@@ -31,6 +31,10 @@ from quanto_hf.schemes import TensorSpec
 # Share of the weights from which on it is worth a warning that they cannot be quantized.
 LEFT_IN_FLOAT = 0.1
 
+# Bytes up to which a float tensor of a quantized checkpoint is copied from the disk where it does not begin at a cache
+# line: in memory it would. A larger one was left there for its size, and begins at one in the files that we write.
+COPIED = 1 << 20
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -253,7 +257,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             add_to_index(hooks, self._deferred.write(model, folder))
         self._deferred, self._conversions = None, []
         if hooks:
-            use_in_place(model, hooks)
+            use_in_place(model, hooks, COPIED if self.pre_quantized else 0)
 
     def _finish_layers(self, model: Any) -> None:
         absent, config = [], self.quantization_config
