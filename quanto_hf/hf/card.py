@@ -79,8 +79,9 @@ def complete_card(model: Any, folder: Path) -> None:
     if not file.is_file():
         return
     card = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    tags = list(card.data.tags or [])
-    card.data.tags = tags if TAG in tags else [*tags, TAG]
+    data: Any = card.data
+    tags = list(data.tags or [])
+    data.tags = tags if TAG in tags else [*tags, TAG]
     made, text = section(report(model), type(model).__name__), card.text
     if BEGIN in text and END in text:
         # of a former push

@@ -269,7 +269,7 @@ def expect_guards(model: Any, headers: Mapping[str, TensorSpec], conversions: It
         headers: of the checkpoint files, by the names in the files.
         conversions: what the loader will do with these names.
     """
-    expected = set()
+    expected: set[str] = set()
     for _, name, converter, _ in loader_names(model, find_guards(headers), conversions, model.state_dict()):
         names = [name] if converter is None else targets_of(converter, name)
         expected.update(f"^{re.escape(name)}$" for name in names)

@@ -28,8 +28,9 @@ def know_dtypes() -> None:
                 if parameter is not None and parameter.is_floating_point():
                     found: torch.dtype = parameter.dtype
                     return found
-        # raises what it does for a model without float parameters
-        return before.fget(self)
+        # for a model without float parameters
+        other: torch.dtype = before.fget(self)
+        return other
 
     dtype.knows_quanto_hf = True  # type: ignore[attr-defined]
     base.dtype = property(dtype)

@@ -134,9 +134,7 @@ def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook], copied
             setattr(model, verb, partial(_stay, model, verb))
 
 
-def _place(
-    module: nn.Module, hook: AlignDevicesHook, shared: dict[tuple[str, str], nn.Parameter], copied: int
-) -> bool:
+def _place(module: nn.Module, hook: AlignDevicesHook, shared: dict[tuple[str, str], nn.Parameter], copied: int) -> bool:
     """Make the tensors on meta of a module pages of files. False: a dtype does not fit, and nothing was changed."""
     prefix, mapped = hook.weights_map.prefix, hook.weights_map.dataset
     tensors = (

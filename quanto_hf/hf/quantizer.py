@@ -68,6 +68,11 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self._stored: dict[str, torch.dtype] = {}
         self.transient = Transient()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a model that comes from another process, which may be the first one in this."""
+        self.__dict__.update(state)
+        know_dtypes()
+
     @staticmethod
     def read_config(config: Any) -> Any:
         """A config that is given, in our own class."""

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers as tf
+from foreign import run
 from tiny_models import lively
 
 import quanto_hf
@@ -85,6 +86,15 @@ def test_parts_of_a_model_and_models_in_memory_have_the_dtype_too(tmp_path):
     assert cls.from_pretrained(tmp_path).dtype == torch.bfloat16
     assert model.to(torch.float16).dtype == torch.float16
     assert quanto_hf.dequantize(model).dtype == torch.float16
+
+
+def test_a_model_that_comes_from_another_process_has_the_dtype_too(tmp_path):
+    cls, config, _ = patch_tst()
+    model = quanto_hf.quantize(cls(config).to(torch.bfloat16), weights="int8")
+    quanto_hf.freeze(model)
+    torch.save(model, tmp_path / "model.pt")
+    code = "import sys, torch\nprint(torch.load(sys.argv[1], weights_only=False).dtype)"
+    assert run(code, tmp_path / "model.pt").strip() == "torch.bfloat16"
 
 
 def test_the_dtype_of_a_float_model_is_what_it_was():
