@@ -49,6 +49,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
     # of the quantized layers; None is the registered one of each type
     layer_class: type[QuantizedWeight] | None = None
+    # whether floats of a quantized checkpoint are copied where they do not begin at a cache line
+    copies_floats = True
     required_packages = ("accelerate",)
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
@@ -226,7 +228,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
     # ------------------------------------------------------------------------------------------- after loading
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        _own_floats(model, every=not self.pre_quantized)
+        if not self.pre_quantized or self.copies_floats:
+            _own_floats(model, every=not self.pre_quantized)
         self._finish_offload(model)
         free()
         self._finish_layers(model)
@@ -262,7 +265,7 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             add_to_index(hooks, self._deferred.write(model, folder))
         self._deferred, self._conversions = None, []
         if hooks:
-            use_in_place(model, hooks, COPIED if self.pre_quantized else 0)
+            use_in_place(model, hooks, COPIED if self.pre_quantized and self.copies_floats else 0)
 
     def _finish_layers(self, model: Any) -> None:
         absent, config = [], self.quantization_config

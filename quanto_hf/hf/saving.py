@@ -17,6 +17,8 @@ from quanto_hf.hf.config import QuantoConfig
 from quanto_hf.hf.saved_names import choose_original_names
 from quanto_hf.io import VERSION_KEY, find_guards, guards_for, read_headers, save_whole, write_model_file
 
+# the key in the metadata of files in another format that we write
+WRITER_KEY = "written_by"
 # the position of save_original_format among the arguments of save_pretrained, after the folder
 ORIGINAL_FORMAT = 7
 
@@ -93,7 +95,7 @@ def write_own_files() -> None:
 
     @functools.wraps(write)
     def save_file(tensors: Any, filename: Any, metadata: Mapping[str, str] | None = None) -> Any:
-        if VERSION_KEY in (metadata or {}):
+        if not {VERSION_KEY, WRITER_KEY}.isdisjoint(metadata or {}):
             return write_model_file(tensors, filename, metadata or {})
         return write(tensors, filename, metadata=metadata)
 

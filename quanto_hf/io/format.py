@@ -34,8 +34,9 @@ def _is_codes(spec: TensorSpec) -> bool:
 
 
 def find_guards(headers: Mapping[str, TensorSpec]) -> list[str]:
-    """Names of the guards among the tensors of a checkpoint."""
-    return [name for name in guards_for(headers) if name in headers and headers[name].shape == GUARD.shape]
+    """Names of the guards among the tensors of a checkpoint; also of those whose packed weight is missing or wrong."""
+    beside = {name.rpartition("_")[0] for name in headers}
+    return [name for name, spec in headers.items() if spec == GUARD and name in beside]
 
 
 def without_guards(headers: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
