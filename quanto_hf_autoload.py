@@ -94,9 +94,15 @@ def _register_when_ready(auto: ModuleType) -> None:
         _register(auto)
 
 
+def _call(auto: Any) -> None:
+    # the package first: to import a part of it makes a thread that imports the package at this time fail in a deadlock
+    import_module("quanto_hf")
+    import_module("quanto_hf.hf.register").register_with(auto)
+
+
 def _register(auto: Any) -> None:
     try:
-        import_module("quanto_hf.hf.register").register_with(auto)
+        _call(auto)
     except Exception as error:
         # transformers goes on
         _refuse(auto, error)
@@ -114,7 +120,7 @@ def _refuse(auto: Any, error: Exception) -> None:
             return
         try:
             # it may have been in the middle of its own import
-            import_module("quanto_hf.hf.register").register_with(auto)
+            _call(auto)
         except Exception as now:
             raise ImportError(f"the model is quantized with quanto_hf, which cannot be imported: {now}") from now
         if METHOD not in auto.AUTO_QUANTIZER_MAPPING:

@@ -58,9 +58,10 @@ ORDERS = {
     "a-model": "from transformers import AutoModelForCausalLM",
     "again": "import importlib, transformers.quantizers.auto as auto\nimportlib.reload(auto)",
     "threads": (
-        "import importlib, torch\nfrom concurrent.futures import ThreadPoolExecutor\n"
-        "parts = ['transformers.quantizers.auto', 'transformers.modeling_utils', 'quanto_hf', 'quanto_hf.hf.quantizer']"
-        "\nwith ThreadPoolExecutor(12) as pool: list(pool.map(importlib.import_module, parts * 3))"
+        # transformers itself fails now and then where threads race for its utils
+        "import importlib, torch, transformers.utils\nfrom concurrent.futures import ThreadPoolExecutor\n"
+        "parts = ['transformers.quantizers.auto', 'transformers.modeling_utils', 'quanto_hf'] * 4\n"
+        "with ThreadPoolExecutor(12) as pool: list(pool.map(importlib.import_module, parts))"
     ),
 }
 
@@ -92,6 +93,8 @@ def test_a_broken_package_stops_neither_torch_nor_transformers_but_the_models_th
     package = tmp_path / "quanto_hf"
     package.mkdir()
     (package / "__init__.py").write_text(BROKEN if broken == "raises" else "")
+    (package / "hf").mkdir()
+    (package / "hf" / "__init__.py").write_text("")
     begin = "import sys\nsys.path.insert(0, sys.argv[2])\n"
     if broken == "absent":
         begin = "import sys\nsys.modules['quanto_hf'] = None\n"
