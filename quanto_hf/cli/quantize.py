@@ -40,6 +40,7 @@ def quantize(
     Example: `quanto-hf quantize path/to/model out-int4 --weights int4 --override '*.down_proj=int8'`
     """
     from quanto_hf import QuantoConfig
+    from quanto_hf.hf.card import write_card
     from quanto_hf.hf.convert import convert_checkpoint
     from quanto_hf.hf.gguf import named_gguf
     from quanto_hf.hf.sources import local_folder
@@ -63,6 +64,7 @@ def quantize(
             max_shard_size=max_shard_size,
             progress=lambda count, total: bar.update(task, completed=count, total=total),
         )
+    write_card(out, done.report, done.cls)
     _show(out, done)
 
 

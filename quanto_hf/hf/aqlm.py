@@ -9,6 +9,8 @@ from torch import nn
 from quanto_hf.flow import Plan, first_match
 from quanto_hf.flow.plan import shared_weights
 from quanto_hf.hf.aqlm_config import AQLM_METHOD, SIZES, AqlmConfig
+from quanto_hf.hf.config import METHOD
+from quanto_hf.hf.own_files import WRITER_KEY
 from quanto_hf.hf.quantizer import QuantoHfQuantizer
 from quanto_hf.hf.replace import replace_by_plan
 from quanto_hf.hf.skips import default_skips
@@ -114,6 +116,8 @@ class AqlmQuantizer(QuantoHfQuantizer):
     """
 
     layer_class = QuantizedLinear
+    # in published files hardly anything begins at a cache line; in those that are saved here nearly everything does
+    copies_floats = False
 
     @staticmethod
     def read_config(config: Any) -> AqlmConfig:
@@ -191,4 +195,4 @@ class AqlmQuantizer(QuantoHfQuantizer):
     def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
         """The plain state dict: this format has no version."""
         state, _ = super().get_state_dict_and_metadata(model, *args)
-        return state, {}
+        return state, {WRITER_KEY: METHOD}

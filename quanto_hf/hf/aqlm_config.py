@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quanto_hf.flow import Choice
+from quanto_hf.io import INTERRUPTED, refuse_interrupted
 from quanto_hf.schemes import Aqlm
 
 AQLM_METHOD = "aqlm"
@@ -22,11 +23,12 @@ class AqlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
         nbits_per_codebook: bits of a code.
         linear_weights_not_to_quantize: what stays float: names of parameters ("lm_head.weight"), as published
             checkpoints have, or names or patterns of modules ("lm_head").
-        kwargs: other keys of a config.json, which are not looked at.
+        kwargs: other keys of a config.json, which are not looked at, but for the mark of an interrupted save.
 
     Raises:
         TypeError: a size is not an int.
         ValueError: ``linear_weights_not_to_quantize`` is not a list, or a size is out of range.
+        CheckpointError: it is that of a folder into which a save was interrupted.
 
     Example:
         >>> AqlmConfig(num_codebooks=2, nbits_per_codebook=8, linear_weights_not_to_quantize=["lm_head.weight"]).weights
@@ -53,6 +55,8 @@ class AqlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
         linear_weights_not_to_quantize: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
+        if INTERRUPTED in kwargs:
+            refuse_interrupted(kwargs[INTERRUPTED])
         self.quant_method = AQLM_METHOD
         self.in_group_size = in_group_size
         self.out_group_size = out_group_size

@@ -72,6 +72,9 @@ def described(model: Any) -> Iterator[None]:
                 _refuse_parts_of_others(model, next(iter(layers)))
                 refuse_mixed(model)
             mine = is_ours(model)
+            if layers and not mine:
+                # a quantizer marks the model for its card
+                stack.enter_context(_holding(model, "model_tags", list(getattr(model, "model_tags", None) or ())))
             quantizer = model.hf_quantizer if mine else _quantizer(model, layers) if layers else None
             said = None if quantizer is None else quantizer.quantization_config
             # a composite has made its config of those of its parts, each of which has a dict since then

@@ -8,22 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.serialization._base import parse_size_to_int
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from quanto_hf.flow import Report, report
 from quanto_hf.hf.config import QuantoConfig
 from quanto_hf.hf.gguf import SUFFIX, float_folder, named_gguf
 from quanto_hf.hf.outfolder import INDEX, LAST, WEIGHTS, OutFolder, fingerprint
+from quanto_hf.hf.own_files import with_guards
 from quanto_hf.hf.refusals import refuse_no_config
 from quanto_hf.hf.skeleton import Skeleton, build_skeleton
 from quanto_hf.hf.sources import side_files
 from quanto_hf.hf.streaming import NotStreamable, Reader, find_sources, freeze_empty, output_tensors
-from quanto_hf.io import FORMAT_VERSION, CheckpointError
+from quanto_hf.io import FORMAT_VERSION, CheckpointError, write_model_file
 from quanto_hf.ops.scratch import free
 
 PATTERN = "model{suffix}.safetensors"
@@ -40,6 +38,7 @@ class Conversion:
         nbytes_before: bytes of the weight files of the source.
         nbytes_after: bytes of the weight files of the output.
         report: one row per parameter.
+        cls: name of the class that loads the output.
     """
 
     written: int
@@ -48,6 +47,7 @@ class Conversion:
     nbytes_before: int
     nbytes_after: int
     report: Report
+    cls: str = ""
 
 
 def convert_checkpoint(
@@ -160,7 +160,7 @@ def _stream(skeleton: Skeleton, target: OutFolder, size: int, progress: Callable
                 if progress is not None:
                     progress(done, len(outputs))
             if not kept:
-                _save(tensors, target.temporary(file), {**metadata, "format": "pt"})
+                write_model_file(tensors, target.temporary(file), {**metadata, "format": "pt"})
                 target.publish(file)
                 written += 1
     free()
@@ -168,32 +168,11 @@ def _stream(skeleton: Skeleton, target: OutFolder, size: int, progress: Callable
         if split.is_sharded:
             index = {
                 "metadata": {"total_parameters": model.num_parameters(), **split.metadata},
-                "weight_map": split.tensor_to_filename,
+                "weight_map": with_guards(target.path, split.tensor_to_filename),
             }
             target.write_text(INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
         _write_configs(skeleton, target)
     return _result(skeleton, target, written, "")
-
-
-def _save(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
-    try:
-        save_file(tensors, file, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{file.parent} cannot be written: {error}") from None
-    sort_metadata(file)
-
-
-def sort_metadata(file: Path) -> None:
-    """Give the metadata in the header of a safetensors file a fixed order: the library writes a random one, and two
-    files with the same tensors would differ."""
-    with open(file, "rb+") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-        data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(data) <= length:
-            handle.seek(8)
-            handle.write(data.ljust(length))
 
 
 def _write_configs(skeleton: Skeleton, target: OutFolder) -> None:
@@ -223,8 +202,6 @@ def _load_and_save(skeleton: Skeleton, target: OutFolder, config: QuantoConfig, 
     names = sorted(os.listdir(folder), key=lambda name: (*LAST, name).index(name) if name in LAST else -1)
     for name in names:
         os.replace(folder / name, target.temporary(name))
-        if WEIGHTS.fullmatch(name):
-            sort_metadata(target.temporary(name))
         target.publish(name)
     folder.rmdir()
     written = len([name for name in names if WEIGHTS.fullmatch(name)])
@@ -240,6 +217,7 @@ def _result(skeleton: Skeleton, target: OutFolder, written: int, reason: str) ->
         nbytes_before=sum(os.path.getsize(file) for file in skeleton.files),
         nbytes_after=sum(os.path.getsize(file) for file in after),
         report=report(skeleton.model),
+        cls=type(skeleton.model).__name__,
     )
 
 

@@ -16,7 +16,7 @@ from transformers.core_model_loading import (
 )
 
 from quanto_hf.flow import replace_modules
-from quanto_hf.io import check_tensors
+from quanto_hf.io import check_tensors, find_guards, without_guards
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import TensorSpec
 
@@ -168,6 +168,8 @@ def check_before_loading(
         CheckpointError: lists every missing, unexpected and mismatched tensor by name.
     """
     state = model.state_dict()
+    if pre_quantized:
+        headers = without_guards(headers)
     targets, unexpected, converted = _rename(model, headers, conversions, state)
     tied = set(model.all_tied_weights_keys)
     wanted: dict[str, TensorSpec] = {}
@@ -260,6 +262,22 @@ def _rename(
         elif not ignored(name) and not name.endswith(("rotary_emb.inv_freq", "position_ids")):
             unexpected.append(key)
     return targets, unexpected, converted
+
+
+def expect_guards(model: Any, headers: Mapping[str, TensorSpec], conversions: Iterable[Any]) -> None:
+    """Have the loader say nothing about the guards in a checkpoint, for which a packed layer has no place. One that the
+    model has a float weight for stays an error.
+
+    Args:
+        model: the model on meta, quantized layers in place.
+        headers: of the checkpoint files, by the names in the files.
+        conversions: what the loader will do with these names.
+    """
+    expected: set[str] = set()
+    for _, name, converter, _ in loader_names(model, find_guards(headers), conversions, model.state_dict()):
+        names = [name] if converter is None else targets_of(converter, name)
+        expected.update(f"^{re.escape(name)}$" for name in names)
+    model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *expected}
 
 
 def _ignored(patterns: Iterable[str] | None) -> Any:

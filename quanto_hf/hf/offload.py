@@ -17,7 +17,7 @@ from torch import nn
 
 from quanto_hf.hf.loading import split_name
 from quanto_hf.hf.prefetch_hook import prefetch
-from quanto_hf.io import MappedFiles
+from quanto_hf.io import MappedFiles, aligned
 from quanto_hf.schemes import TensorSpec
 
 
@@ -111,12 +111,17 @@ def where_it_runs(module: nn.Module) -> torch.device:
     return device
 
 
-def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook]) -> None:
+def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook], copied: int = 0) -> None:
     """Make offloaded weights parameters that are pages of their files, and take accelerate's hooks away, where a model
     runs on the CPU as a whole. Elsewhere weights are brought to the device ahead of their use.
 
     A module whose weights have another dtype in the file than in the model keeps its hook: they are converted at each
     use, so that no copy of them stays in memory.
+
+    Args:
+        model: with hooks.
+        hooks: of :func:`offload_hooks`.
+        copied: bytes up to which a float tensor that does not begin at a cache line is copied, to begin at one.
     """
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     weights: dict[int, MappedWeights] = {}
@@ -129,7 +134,7 @@ def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook]) -> Non
     kept = set()
     shared: dict[tuple[str, str], nn.Parameter] = {}
     for name, hook in hooks.items():
-        if not _place(model.get_submodule(name), hook, shared):
+        if not _place(model.get_submodule(name), hook, shared, copied):
             kept.add(name)
     for name, module in model.named_modules():
         if name not in kept:
@@ -143,7 +148,7 @@ def use_in_place(model: nn.Module, hooks: Mapping[str, AlignDevicesHook]) -> Non
             setattr(model, verb, partial(_stay, model, verb))
 
 
-def _place(module: nn.Module, hook: AlignDevicesHook, shared: dict[tuple[str, str], nn.Parameter]) -> bool:
+def _place(module: nn.Module, hook: AlignDevicesHook, shared: dict[tuple[str, str], nn.Parameter], copied: int) -> bool:
     """Make the tensors on meta of a module pages of files. False: a dtype does not fit, and nothing was changed."""
     prefix, mapped = hook.weights_map.prefix, hook.weights_map.dataset
     tensors = (
@@ -167,7 +172,10 @@ def _place(module: nn.Module, hook: AlignDevicesHook, shared: dict[tuple[str, st
         if key not in shared:
             # of the type of the empty one: nn.Parameter, or StoredParameter
             held: Any = type(tensors[name])
-            shared[key] = held(mapped[prefix + name], requires_grad=tensors[name].requires_grad)
+            tensor = mapped[prefix + name]
+            if tensor.is_floating_point() and tensor.nbytes <= copied:
+                tensor = aligned(tensor)
+            shared[key] = held(tensor, requires_grad=tensors[name].requires_grad)
         owner._parameters[leaf] = shared[key]
     return True
 

@@ -12,6 +12,7 @@ from typing import Any
 from quanto_hf.io import CheckpointError, file_digest
 
 RECORD = "quanto_hf_convert.json"
+CARD = "README.md"
 TEMPORARY = ".quanto_hf_tmp-"
 INDEX = "model.safetensors.index.json"
 # what makes a folder a loadable model: written last, in this order, and removed first
@@ -116,7 +117,7 @@ class OutFolder:
         self.publish(name)
 
     def _is_ours(self, name: str) -> bool:
-        known = {RECORD, "generation_config.json", *LAST, *self.extra}
+        known = {RECORD, CARD, "generation_config.json", *LAST, *self.extra}
         return name in known or WEIGHTS.fullmatch(name) is not None
 
     def _read_record(self) -> dict[str, Any]:

@@ -20,14 +20,17 @@ from quanto_hf.flow import (
     warn_of_codebooks,
 )
 from quanto_hf.hf import building
+from quanto_hf.hf.card import TAG
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.deferred import Deferred
 from quanto_hf.hf.flags import flags, refuse_mixed
 from quanto_hf.hf.legacy import LegacyHooks
-from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, waits_for_weight
+from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, expect_guards, waits_for_weight
 from quanto_hf.hf.merging import merge_late
+from quanto_hf.hf.model_dtype import know_dtypes
 from quanto_hf.hf.offload import add_to_index, folder_of, offload_hooks, use_in_place, where_it_runs
 from quanto_hf.hf.other_savers import watch_other_savers
+from quanto_hf.hf.own_files import write_own_files
 from quanto_hf.hf.owner import Owned
 from quanto_hf.hf.refusals import refuse_optimum_quanto
 from quanto_hf.hf.register import register
@@ -35,13 +38,17 @@ from quanto_hf.hf.replace import finish_prepared, replace_by_plan
 from quanto_hf.hf.saving import given_state, watch_saving
 from quanto_hf.hf.sizes import Kept, Transient, kept_dtypes, largest_transient, loaded_element_size, lower_by_transient
 from quanto_hf.hf.skips import default_skips
-from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_modules
+from quanto_hf.io import FORMAT_VERSION, VERSION_KEY, aligned, describe_modules, read_headers, read_modules
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import TensorSpec
 
 # Share of the weights from which on it is worth a warning that they cannot be quantized.
 LEFT_IN_FLOAT = 0.1
+
+# Bytes up to which a float tensor of a quantized checkpoint is copied from the disk where it does not begin at a cache
+# line: in memory it would. A larger one was left there for its size, and begins at one in the files that we write.
+COPIED = 1 << 20
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -57,6 +64,8 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
     # of the quantized layers; None is the registered one of each type
     layer_class: type[QuantizedWeight] | None = None
+    # whether floats of a quantized checkpoint are copied where they do not begin at a cache line
+    copies_floats = True
     required_packages = ("accelerate",)
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
@@ -75,6 +84,11 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self.kept: Kept = []
         self._stored: dict[str, torch.dtype] = {}
         self.transient = Transient()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a model that comes from another process, which may be the first one in this."""
+        self.__dict__.update(state)
+        know_dtypes()
 
     @staticmethod
     def read_config(config: Any) -> Any:
@@ -195,6 +209,8 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             # a copy: conversions remember which names they have seen
             seen = copy.deepcopy(conversions)
             check_before_loading(model, self._headers, seen, self.pre_quantized, complete=was_written_from(model))
+            if self.pre_quantized:
+                expect_guards(model, self._headers, copy.deepcopy(conversions))
             self._headers = None
         # after the check, which puts plain layers in the place of those that the checkpoint does not have
         self.measure(model)
@@ -245,8 +261,8 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         building.tie_as_ever(model)
-        if not self.pre_quantized:
-            _own_floats(model)
+        if not self.pre_quantized or self.copies_floats:
+            _own_floats(model, every=not self.pre_quantized)
         self._finish_offload(model)
         free()
         self._finish_layers(model)
@@ -255,6 +271,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self.describe(model)
         watch_saving()
         watch_other_savers()
+        know_dtypes()
         if config.dequantize:
             self.dequantize(model)
         return model
@@ -262,6 +279,9 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def describe(self, model: Any) -> None:
         """Bring the config up to date with the layers of a model, which calibration and freezing change."""
         config = self.quantization_config
+        if hasattr(model, "add_model_tags"):
+            # for every card that transformers or its Trainer makes
+            model.add_model_tags([TAG])
         config.schemes, config.format_version = describe_modules(model), FORMAT_VERSION
         for flag, layers in flags(model).items():
             setattr(config, flag, any(layers.values()))
@@ -280,7 +300,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             add_to_index(hooks, self._deferred.write(model, folder))
         self._deferred, self._conversions = None, []
         if hooks:
-            use_in_place(model, hooks)
+            use_in_place(model, hooks, COPIED if self.pre_quantized and self.copies_floats else 0)
 
     def _finish_layers(self, model: Any) -> None:
         absent, config = [], self.quantization_config
@@ -315,6 +335,8 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         convert the whole model, and round the frequencies of rotary embeddings, which are kept in float32."""
         model = self._dequantize(model, dtype=dtype)
         self.remove_quantization_config(model)
+        if TAG in (getattr(model, "model_tags", None) or ()):
+            model.model_tags.remove(TAG)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -342,7 +364,8 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         refuse_mixed(model)
         # config.json is written after this
         self.describe(model)
-        metadata = {"quanto_hf_format": str(FORMAT_VERSION)}
+        write_own_files()
+        metadata = {VERSION_KEY: str(FORMAT_VERSION)}
         state = given_state()
         if state is None and hasattr(model, "hf_device_map"):
             state = dict(sorted(model.state_dict().items(), key=lambda item: dot_natural_key(item[0])))
@@ -374,11 +397,16 @@ def was_written_from(model: Any) -> bool:
     return type(model).__name__ in (model.config.architectures or [])
 
 
-def _own_floats(model: Any) -> None:
-    """Copy what stays float out of the mapped files of a float checkpoint, which would stay mapped as a whole for the
-    sake of some norms. (Weights that go to disk are on meta, and are mapped later.)"""
+def _own_floats(model: Any, every: bool) -> None:
+    """Copy floats out of the mapped files. (Weights that go to disk are on meta, and are mapped later.)
+
+    Args:
+        every: of a float checkpoint, which would stay mapped as a whole for the sake of some norms. Of a quantized one
+            only those that do not begin at a cache line, whose products would have other last bits.
+    """
     stored = {id(t) for m in model.modules() if isinstance(m, QuantizedWeight) for t in m.tensors().values()}
-    made: dict[int, torch.Tensor] = {}
+    # the former ones too, so that no other tensor gets the number of one that is gone
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     # tensors of inference mode, in which the caller may be, cannot be trained later
     with torch.inference_mode(False):
         for module in model.modules():
@@ -386,17 +414,21 @@ def _own_floats(model: Any) -> None:
                 for name, tensor in tensors.items():
                     if tensor is not None and tensor.device.type == "cpu" and id(tensor) not in stored:
                         if id(tensor) not in made:
-                            made[id(tensor)] = _owned(tensor)
-                        tensors[name] = made[id(tensor)]
+                            made[id(tensor)] = tensor, _owned(tensor, every)
+                        tensors[name] = made[id(tensor)][1]
 
 
-def _owned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with memory of its own; a new one in the place of one that was made in inference mode."""
-    copied = tensor.data.clone()
+def _owned(tensor: torch.Tensor, always: bool) -> torch.Tensor:
+    """The tensor with memory of its own; a new one in the place of one that was made in inference mode.
+
+    Args:
+        always: False copies only what does not begin at a cache line.
+    """
+    data = tensor.data
     if not tensor.is_inference():
-        tensor.data = copied
+        tensor.data = data.clone() if always else aligned(data)
         return tensor
-    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+    return nn.Parameter(data.clone(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data.clone()
 
 
 def _warn_of_floats(model: Any, plan: Plan) -> None:

@@ -1,47 +1,31 @@
 """Making the method known to transformers, without importing more of it than ``import transformers`` does."""
 
 import importlib
-import importlib.abc
-import importlib.util
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 from quanto_hf.hf.aqlm_config import AQLM_METHOD, AqlmConfig
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.refusals import refuse_no_config, refuse_other_method, refuse_without_optimum_quanto
 from quanto_hf.hf.saved_config import merge_saved, merge_saved_aqlm
-
-# Importing it takes 0.9 s, so it is patched when somebody else imports it, which from_pretrained does.
-AUTO = "transformers.quantizers.auto"
+from quanto_hf_autoload import autoload
 
 OVERRIDES = ("quanto", AQLM_METHOD)
-
-# Seconds to wait for another thread that imports transformers' quantizers.
-LONGEST = 5.0
 
 _lock = threading.RLock()
 _overrides: set[str] = set()
 
 
 def register() -> None:
-    """Register the method ``quanto_hf`` with transformers, now or when its quantizers are imported."""
-    auto = sys.modules.get(AUTO)
-    # Another thread may be importing it, and did so before there was a finder. Not by the lock of the import: that
-    # thread may itself wait for what this one is importing.
-    latest = time.monotonic() + LONGEST
-    while auto is not None and not hasattr(auto, "AutoHfQuantizer") and time.monotonic() < latest:
-        time.sleep(0.01)
-        auto = sys.modules.get(AUTO)
-    if hasattr(auto, "AutoHfQuantizer"):
-        _register(auto)
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    """Register the method ``quanto_hf`` with transformers, now or when its quantizers are imported.
+
+    Importing them takes 0.9 s, so that it is left to whoever needs them, which from_pretrained does. The finder that
+    notices is the one that torch puts there for programs that do not import quanto_hf.
+    """
+    autoload()
 
 
 def install(override: str) -> None:
@@ -64,38 +48,12 @@ def install(override: str) -> None:
     register()
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Registers the method right after :data:`AUTO` has been imported."""
+def register_with(auto: Any) -> None:
+    """Register with transformers' quantizers. May be called again.
 
-    def __init__(self) -> None:
-        # threads that are looking for the module now, by whatever finders there are besides
-        self._asking = threading.local()
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != AUTO or getattr(self._asking, "now", False):
-            return None
-        self._asking.now = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._asking.now = False
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                self._remove()
-                _register(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-    def _remove(self) -> None:
-        # a new list: a thread that goes through the old one just now, to import something, would leave out a finder
-        sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
-
-
-def _register(auto: Any) -> None:
+    Args:
+        auto: the module ``transformers.quantizers.auto``, imported.
+    """
     # not under the lock: these may be imported
     quantizer = _quantizer("quanto_hf.hf.quantizer", "QuantoHfQuantizer")
     aqlm = None

@@ -19,6 +19,8 @@ from quanto_hf.nn.saved_by import when_layers_are_made
 
 # what save_pretrained has for arguments, by position
 ARGUMENTS = ("save_directory", "is_main_process", "state_dict", "push_to_hub")
+# the position of save_original_format among them
+ORIGINAL_FORMAT = 8
 MODELING = "transformers.modeling_utils"
 
 # models that are written into a work folder, by id
@@ -47,6 +49,8 @@ def watch_saving() -> bool:
         save = vars(cls).get("save_pretrained")
         if callable(save) and not getattr(save, "saves_whole", False):
             cls.save_pretrained = _watched(save, cls is base)
+        if "_upload_modified_files" in vars(cls) or cls is base:
+            _complete_cards(cls)
     return base is not None
 
 
@@ -81,11 +85,16 @@ def _save_whole(save: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, 
     folder = _argument("save_directory", args, kwargs)
     main = _argument("is_main_process", args, kwargs, True)
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    aside = is_ours(model) and not isinstance(model.hf_quantizer.quantization_config, QuantoConfig)
     inner = id(model) in _whole.get()
     # other processes write the rest, or transformers says that this is a file
-    if folder is None or aside or inner or not main or several or os.path.isfile(folder):
+    if folder is None or inner or not main or several or os.path.isfile(folder):
         return save(model, *args, **kwargs)
+    if is_ours(model) and not getattr(model, "_hf_peft_config_loaded", False) and len(args) <= ORIGINAL_FORMAT:
+        from quanto_hf.hf.saved_names import choose_original_names
+
+        asked = kwargs.get("save_original_format", True)
+        if choose_original_names(model, asked) != asked:
+            kwargs["save_original_format"] = False
     if _argument("push_to_hub", args, kwargs):
         # transformers would take the name of the folder that it is given
         kwargs.setdefault("repo_id", Path(folder).name)
@@ -96,6 +105,10 @@ def _save_whole(save: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, 
             results.append(save(model, work, *args[1:], **kwargs))
         else:
             results.append(save(model, **{**kwargs, "save_directory": work}))
+        if is_ours(model):
+            from quanto_hf.hf.own_files import complete_files
+
+            complete_files(work)
 
     mark = _whole.set(_whole.get() | {id(model)})
     try:
@@ -126,6 +139,25 @@ def _refuse_other_state(model: Any, state: Mapping[str, Any]) -> None:
                 f"the state_dict given to save_pretrained {wrong}, but {name} is {layer.scheme}; give the one of the "
                 f"quantized model, or none, or call quanto_hf.dequantize(model) before you save float weights"
             )
+
+
+def _complete_cards(cls: Any) -> None:
+    """Have the models of a class say in their cards that they are quantized: transformers makes a card last of all, and
+    then uploads the folder."""
+    upload = cls._upload_modified_files
+    if getattr(upload, "completes_cards", False):
+        return
+
+    @functools.wraps(upload)
+    def upload_modified_files(model: Any, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        if isinstance(getattr(getattr(model, "hf_quantizer", None), "quantization_config", None), QuantoConfig):
+            from quanto_hf.hf.card import complete_card
+
+            complete_card(model, Path(working_dir))
+        return upload(model, working_dir, *args, **kwargs)
+
+    upload_modified_files.completes_cards = True  # type: ignore[attr-defined]
+    cls._upload_modified_files = upload_modified_files
 
 
 # also for layers that were unpickled, or made by requantize

@@ -4,24 +4,40 @@ Imports: ``schemes``, ``nn``, safetensors. Never: transformers. The format itsel
 """
 
 from quanto_hf.io.checkpoint import CheckpointError, check_tensors, read_headers
-from quanto_hf.io.format import FORMAT_VERSION, check_version, describe_modules, read_modules
-from quanto_hf.io.mapped import MappedFiles
+from quanto_hf.io.format import (
+    FORMAT_VERSION,
+    VERSION_KEY,
+    check_version,
+    describe_modules,
+    find_guards,
+    guards_for,
+    read_modules,
+    without_guards,
+)
+from quanto_hf.io.mapped import MappedFiles, aligned
 from quanto_hf.io.offload_folder import OffloadFolder, file_digest
+from quanto_hf.io.shard_writer import write_model_file
 from quanto_hf.io.whole_save import INTERRUPTED, finish_save, refuse_interrupted, save_whole
 
 __all__ = [
     "FORMAT_VERSION",
     "INTERRUPTED",
+    "VERSION_KEY",
     "CheckpointError",
     "MappedFiles",
     "OffloadFolder",
+    "aligned",
     "check_tensors",
     "check_version",
     "describe_modules",
     "file_digest",
+    "find_guards",
     "finish_save",
+    "guards_for",
     "read_headers",
     "read_modules",
     "refuse_interrupted",
     "save_whole",
+    "without_guards",
+    "write_model_file",
 ]

@@ -3,13 +3,46 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from quanto_hf.nn import QuantizedWeight
-from quanto_hf.schemes import Scheme, scheme_from_dict
+from quanto_hf.schemes import Scheme, TensorSpec, scheme_from_dict
 
-# Version 0 has the same bytes: it was provisional until the layout was measured (docs/format.md, "Why this layout").
-FORMAT_VERSION = 1
+# Version 2 has guards. Version 0 has the bytes of version 1: it was provisional until the layout was measured
+# (docs/format.md, "Why this layout").
+FORMAT_VERSION = 2
+
+# the key for the version in the metadata of each file
+VERSION_KEY = "quanto_hf_format"
+
+# An empty tensor under the name of the float weight. transformers without quanto_hf has a place for this name, and
+# raises because of the shape; without it, it would draw random weights and go on.
+GUARD = TensorSpec((0,), torch.uint8)
+# what the names of packed weights end in
+PACKED = ("_packed", "weight_codes")
+
+
+def guards_for(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Guard -> packed weight, by name, for a file with these tensors."""
+    return {name.rpartition("_")[0]: name for name, spec in specs.items() if name.endswith(PACKED) and _is_codes(spec)}
+
+
+def _is_codes(spec: TensorSpec) -> bool:
+    # a dtype that torch does not have is the name that the file has for it
+    return isinstance(spec.dtype, torch.dtype) and not spec.dtype.is_floating_point
+
+
+def find_guards(headers: Mapping[str, TensorSpec]) -> list[str]:
+    """Names of the guards among the tensors of a checkpoint; also of those whose packed weight is missing or wrong."""
+    beside = {name.rpartition("_")[0] for name in headers}
+    return [name for name, spec in headers.items() if spec == GUARD and name in beside]
+
+
+def without_guards(headers: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The tensors of a checkpoint that hold something."""
+    guards = set(find_guards(headers))
+    return {name: spec for name, spec in headers.items() if name not in guards}
 
 
 def check_version(version: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from quanto_hf.flow.codebooks import costly_codebooks
 from quanto_hf.io.checkpoint import CheckpointError, read_headers
-from quanto_hf.io.format import check_version, read_modules
+from quanto_hf.io.format import check_version, find_guards, read_modules, without_guards
 from quanto_hf.schemes import Aqlm, Grouped, Scheme, TensorSpec
 
 INDEX = "model.safetensors.index.json"
@@ -104,7 +104,7 @@ def read_inventory(folder: Path) -> Inventory:
     if quantization.get("quant_method") == "quanto_hf":
         version = quantization.get("format_version")
         check_version(version)
-        schemes = read_modules(quantization.get("schemes") or [])
+        schemes, headers = read_modules(quantization.get("schemes") or []), without_guards(headers)
     elif quantization.get("quant_method") == "aqlm":
         prefix, schemes = "", _aqlm_modules(folder, quantization, headers)
     stored = {prefix + name for scheme in schemes.values() for name in scheme.names}
@@ -165,10 +165,11 @@ def _read_files(folder: Path) -> tuple[list[Path], dict[str, TensorSpec]]:
     lines = [
         f"missing: {name}, which the index has in {file}" for name, file in weight_map.items() if name not in each[file]
     ]
+    # transformers on its own writes an index without guards
     lines += [
-        f"unexpected: {name} in {file}, which the index has not"
+        f"unexpected: {name} in {file}, which the index does not have"
         for file, specs in each.items()
-        for name in specs
+        for name in {*specs} - ({*find_guards(specs)} - {*weight_map})
         if weight_map.get(name) != file
     ]
     if lines:

@@ -9,6 +9,15 @@ from safetensors import SafetensorError, safe_open
 
 from quanto_hf.io.checkpoint import CheckpointError
 
+# From here on products of float matrices add in the same order wherever a tensor lies; torch's own tensors begin so.
+ALIGNMENT = 64
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU as it is if it begins at a cache line, else a copy, which does: products with it then have
+    the bits of those with a tensor in memory. Files that quanto_hf writes have nearly all tensors at one."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
 
 class MappedFiles:
     """Safetensors files by name, each mapped when it is first wanted. From then on it may be replaced or removed.

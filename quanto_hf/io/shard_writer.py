@@ -1,9 +1,10 @@
 """A safetensors file written tensor by tensor: nothing but the present tensor is in memory.
 
-``safetensors.torch.save_file`` wants all tensors of a file at once. The format (https://github.com/huggingface/
-safetensors) is the length of a header, the header in JSON, and the bytes of the tensors without a hole. The tensors lie
-in the order of their alignment, as in the files that ``save_file`` writes: whatever their shapes, each one can be used
-where it is.
+``safetensors.torch.save_file`` wants all tensors of a file at once, and puts them where they happen to come. The format
+(https://github.com/huggingface/safetensors) is the length of a header, the header in JSON, and the bytes of the tensors
+without a hole. Here every tensor whose bytes fill whole cache lines begins at one: products of matrices do not add in
+the same order elsewhere, so that a mapped model would differ from one in memory in the last bits. The few others come
+last, in the order of their alignment: whatever their shapes, each one can be used where it is.
 """
 
 import json
@@ -14,10 +15,9 @@ from pathlib import Path
 import torch
 
 from quanto_hf.io.checkpoint import DTYPE_NAMES
+from quanto_hf.io.format import GUARD, guards_for
+from quanto_hf.io.mapped import ALIGNMENT
 from quanto_hf.schemes import TensorSpec
-
-# The data begins at a multiple of a cache line.
-ALIGNMENT = 64
 
 
 def write_shard(
@@ -56,13 +56,54 @@ def write_shard(
         os.fsync(file.fileno())
 
 
+def write_model_file(
+    tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> None:
+    """Write a file of a saved model in our format, with a guard for each packed weight (docs/format.md).
+
+    A file that is there is replaced, not written over: the model may be mapped from it.
+
+    Args:
+        tensors: by the names in the file, on any device.
+        path: of the file.
+        metadata: strings for the header.
+
+    Raises:
+        ValueError: the file format does not have the dtype of a tensor.
+        OSError: the file cannot be written.
+    """
+    held = dict(sorted(tensors.items()))
+    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in held.items()}
+    for name, spec in specs.items():
+        if spec.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name} is {spec.dtype}, which cannot be saved; convert it, or leave it out")
+    for name in guards_for(specs):
+        held[name], specs[name] = torch.empty(GUARD.shape, dtype=GUARD.dtype), GUARD
+    temporary = Path(f"{os.fspath(path)}.part")
+    try:
+        write_shard(temporary, specs, held.items(), dict(sorted(metadata.items())))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def _offsets(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """Where each tensor begins: the wide dtypes first, so that an odd number of bytes is followed by bytes only."""
+    """Where each tensor begins: what fills whole cache lines first; then the wide dtypes, so that an odd number of
+    bytes is followed by bytes only, and of those the largest ones."""
     offsets, end = dict[str, int](), 0
-    for name in sorted(specs, key=lambda name: -specs[name].dtype.itemsize):
+    for name in sorted(specs, key=lambda name: _place(specs[name])):
         offsets[name] = end
         end += specs[name].nbytes
+    # where its weight begins: readers list tensors by offset, and many at one place would come in any order
+    for guard, packed in guards_for(specs).items():
+        if guard in specs and not specs[guard].nbytes:
+            offsets[guard] = offsets[packed]
     return offsets
+
+
+def _place(spec: TensorSpec) -> tuple[bool, int, int]:
+    return spec.nbytes % ALIGNMENT != 0, -spec.dtype.itemsize, -spec.nbytes
 
 
 def _header(specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:

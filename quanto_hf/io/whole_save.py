@@ -101,6 +101,9 @@ def _mark(place: Path, work: Path) -> None:
     config = json.loads((work / FILES / CONFIG).read_text(encoding="utf-8"))
     method = (config.get("quantization_config") or {}).get("quant_method")
     config["quantization_config"] = {"quant_method": method, INTERRUPTED: work.name}
+    if method != "quanto_hf":
+        # transformers has a quantizer of its own for it, which does not know the mark, but refuses this
+        config["quantization_config"]["num_codebooks"] = "an interrupted save"
     _write(work / MARKED, config)
     os.replace(work / MARKED, place / CONFIG)
     _sync(place)

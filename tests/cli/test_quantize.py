@@ -36,11 +36,15 @@ def test_all_options_and_the_summary(tmp_path):
     assert model.dtype == torch.float32
     for said in ("bits per weight", "MB ->", "an override leaves", "'up_proj'"):
         assert said in result.stdout
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "- quanto_hf" in card and "pip install quanto-hf" in card and "| int4 g32 |" in card
+    (out / "README.md").write_text("mine")
     again = quantize(
         *(quanto_hf.tiny_lm(), out, *options.split()),
         *("--override", "*.down_proj=int8", "--override", "q_proj=float", "--max-shard-size", "500KB"),
     )
     assert again.exit_code == 0 and "was complete already" in again.stdout
+    assert (out / "README.md").read_text() == "mine"
 
 
 def test_overrides():

@@ -8,12 +8,15 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from offload_processes import context, load, logits, save_and_die
+from safetensors.torch import load_file, save_file
 from tiny_models import build
 from transformers import LlamaForCausalLM
 
-from quanto_hf import CheckpointError
-from quanto_hf.io import finish_save
+import quanto_hf
+from quanto_hf import AqlmConfig, CheckpointError
+from quanto_hf.io import finish_save, read_headers
 from quanto_hf.io.whole_save import LOCK, WORK
 
 PROCESSES = context()
@@ -212,3 +215,98 @@ def test_the_folder_that_is_uploaded_is_named_as_the_one_that_is_given(place, tm
     model = Model.from_pretrained(place / "former")
     model.save_pretrained(tmp_path / "my-model", push_to_hub=True, private=True)
     assert seen["repo_id"] == "my-model" and seen["private"] and seen["folder"] != tmp_path / "my-model"
+
+
+@pytest.fixture(scope="module")
+def aqlm(place, tmp_path_factory):
+    """Two models in the published AQLM format, and the folder of the first."""
+    config = AqlmConfig(num_codebooks=1, nbits_per_codebook=2)
+    models = [
+        LlamaForCausalLM.from_pretrained(place / f"{n}-float", quantization_config=config) for n in ("former", "new")
+    ]
+    folder = tmp_path_factory.mktemp("aqlm")
+    models[0].save_pretrained(folder, max_shard_size="30KB")
+    return models, folder
+
+
+def load_aqlm(folder):
+    return LlamaForCausalLM.from_pretrained(
+        folder, quantization_config=AqlmConfig(num_codebooks=1, nbits_per_codebook=2)
+    )
+
+
+def test_a_model_in_the_aqlm_format_is_saved_whole_too(aqlm, tmp_path, monkeypatch):
+    (former, new), folder = aqlm
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    before = contents(out)
+    import transformers.modeling_utils as modeling
+
+    saved = modeling.safe_save_file
+
+    def full(tensors, filename, metadata):
+        if "00002" in filename:
+            raise OSError(28, "No space left on device")
+        saved(tensors, filename, metadata=metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling, "safe_save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            new.save_pretrained(out, max_shard_size="30KB")
+    assert contents(out) == before
+    new.save_pretrained(out, max_shard_size="30KB")
+    assert torch.equal(logits(load_aqlm(out)), logits(new)) and not torch.equal(logits(new), logits(former))
+    floats = [tensor for tensor in load_aqlm(out).state_dict().values() if tensor.is_floating_point()]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in floats if tensor.nbytes % 64 == 0)
+    # the published format is not ours: nothing is added to it
+    assert all(spec.shape != (0,) for spec in read_headers(out.glob("*.safetensors")).values())
+
+
+def test_an_aqlm_save_that_is_killed_while_files_are_renamed_is_refused_by_everybody(aqlm, tmp_path, monkeypatch):
+    (_, new), folder = aqlm
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    with monkeypatch.context() as patch:
+        patch.setattr("quanto_hf.io.whole_save._put_in_place", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            new.save_pretrained(out, max_shard_size="30KB")
+    with pytest.raises(CheckpointError, match="holds files of two models"):
+        load_aqlm(out)
+    with pytest.raises(TypeError, match="num_codebooks"):
+        transformers.AqlmConfig.from_dict(json.loads((out / "config.json").read_text())["quantization_config"])
+    assert finish_save(out) and torch.equal(logits(load_aqlm(out)), logits(new))
+
+
+def test_the_index_and_every_file_have_a_guard_beside_each_packed_weight(place):
+    weight_map = json.loads((place / "former" / "model.safetensors.index.json").read_text())["weight_map"]
+    for file in set(weight_map.values()):
+        headers = read_headers([place / "former" / file])
+        assert {name for name, where in weight_map.items() if where == file} == set(headers)
+        packed = [name.removesuffix("_packed") for name in headers if name.endswith("_packed")]
+        assert [name for name in headers if headers[name].shape == (0,)] == packed
+    assert len([name for name in weight_map if name.endswith("proj.weight")]) == 14
+
+
+def test_a_file_that_something_else_has_written_gets_its_guards(place, tmp_path, monkeypatch):
+    import transformers.modeling_utils as modeling
+
+    model = load(place / "former", weights=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling, "safe_save_file", save_file)
+        model.save_pretrained(tmp_path / "out", max_shard_size="30KB")
+    assert read_headers((tmp_path / "out").glob("*.safetensors")) == read_headers(
+        (place / "former").glob("*.safetensors")
+    )
+    assert torch.equal(answers(tmp_path / "out"), answers(place / "former"))
+
+
+def test_a_state_dict_with_guards_is_loaded_into_quantized_layers_and_into_no_others(place):
+    state = load_file(place / "former-alone" / "model.safetensors")
+    model = load(place / "new", weights=None)
+    model.load_state_dict(state)
+    assert torch.equal(logits(model), answers(place / "former"))
+    plain = LlamaForCausalLM.from_pretrained(place / "former-float")
+    again = quanto_hf.requantize(plain, state, quanto_hf.quantization_map(model))
+    assert torch.equal(logits(again), answers(place / "former"))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        LlamaForCausalLM.from_pretrained(place / "former-float").load_state_dict(state)
