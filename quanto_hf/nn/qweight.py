@@ -11,6 +11,7 @@ from quanto_hf.fit import Fit
 from quanto_hf.nn.activation import INPUT_SCALE
 from quanto_hf.nn.bound_call import BoundCall, Call
 from quanto_hf.nn.weight_view import WeightView, refuse_write
+from quanto_hf.ops.watched import recording
 from quanto_hf.schemes import Scheme
 
 Q = TypeVar("Q", bound="QuantizedWeight")
@@ -116,7 +117,7 @@ class QuantizedWeight(nn.Module):
         weight = self._parameters.get("weight")
         if weight is not None:
             return weight
-        if torch.compiler.is_compiling():
+        if recording():
             return self.dequantized()
         stored = next(iter(self.tensors().values()))
         view = WeightView(self.weight_shape, self.weight_dtype, stored.device, self.dequantized)
@@ -283,6 +284,17 @@ class QuantizedWeight(nn.Module):
     def reset_parameters(self) -> None:
         """Refused: a quantized module has no random initial weight."""
         refuse_write()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refused: torch.jit.script asks for this before it compiles a module.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}; record the model with torch.jit.trace or "
+            "torch.export.export, or dequantize it first (quanto_hf.dequantize(model))"
+        )
 
     def _describe_state(self) -> str:
         """The last part of ``extra_repr``."""

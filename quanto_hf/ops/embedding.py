@@ -6,6 +6,7 @@ Its kernel in plain torch is in ``torch_kernels.py``, the native one in ``cpu/em
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from quanto_hf.ops.dequantize import FLOATS, check_weight, dequantize, sample_weights
 from quanto_hf.ops.index import check_index
@@ -38,10 +39,11 @@ def _reference(
     in_features: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    rows = index.reshape(-1).to(torch.int64)
-    zeros = None if zero is None else zero[rows]
-    picked = dequantize.reference(packed[rows], scale[rows], zeros, qtype, group_size, in_features, dtype)
-    return picked.view(*index.shape, in_features)
+    # No shape is looked at, so that a trace serves an index of any number of dimensions; torch's own embedding takes no
+    # negative numbers, which indexing would count from the end.
+    rows = index.to(torch.int64)
+    picked = [None if tensor is None else F.embedding(rows, tensor) for tensor in (packed, scale, zero)]
+    return dequantize.reference(*picked, qtype, group_size, in_features, dtype)
 
 
 def _fake(

@@ -9,6 +9,8 @@ import torch
 from quanto_hf.fit import Fit
 from quanto_hf.fit.aqlm import quantize_aqlm
 from quanto_hf.ops import MAX_BITS, BoundLinear, aqlm_dequantize, aqlm_linear, bind_aqlm, check_index, code_dtype
+from quanto_hf.ops.aqlm import recorded_rows
+from quanto_hf.ops.watched import traced
 from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
 
 # "aqlm-2x8": 2 codebooks, codes of 8 bits.
@@ -122,6 +124,8 @@ class Aqlm(Scheme):
     def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`Scheme`: the blocks that hold the rows are dequantized."""
         codes, codebooks, scales = (tensors[name] for name in self.names)
+        if traced():
+            return recorded_rows(index, codes, codebooks, scales).to(dtype)
         check_index(index, codes.shape[0] * self.out_group, "row", "the weight")
         wanted = index.reshape(-1).to(torch.int64)
         lines = wanted.div(self.out_group, rounding_mode="floor")
