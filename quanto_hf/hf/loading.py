@@ -15,6 +15,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from quanto_hf.hf.stored_dtypes import disagreements
 from quanto_hf.io import check_tensors
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import TensorSpec
@@ -197,7 +198,14 @@ def check_before_loading(
         unexpected = []
     elif not complete:
         unexpected = [name for name in unexpected if _belongs_to(model, name)]
-    check_tensors(wanted, found, unexpected)
+    exact, more = (_exact(model), disagreements(model, found)) if pre_quantized else ((), ())
+    check_tensors(wanted, found, unexpected, exact, more)
+
+
+def _exact(model: nn.Module) -> set[str]:
+    """Names of what the loader must not convert to another dtype."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedWeight))
+    return {f"{name}.{leaf}" if name else leaf for name, module in layers for leaf in module.kept_names}
 
 
 def _checkpoint_names(module: QuantizedWeight, name: str, pre_quantized: bool) -> list[str]:

@@ -11,6 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from quanto_hf.flow import Choice, Plan, dequantize, make_plan, not_quantizable, warn_of_codebooks
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.deferred import Deferred
+from quanto_hf.hf.finite import refuse_not_finite
 from quanto_hf.hf.flags import flags, refuse_mixed
 from quanto_hf.hf.legacy import LegacyHooks
 from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, waits_for_weight
@@ -21,7 +22,9 @@ from quanto_hf.hf.replace import finish_prepared, replace_by_plan
 from quanto_hf.hf.saving import save_whole_models
 from quanto_hf.hf.sizes import Kept, Transient, kept_dtypes, largest_transient, loaded_element_size, lower_by_transient
 from quanto_hf.hf.skips import default_skips
+from quanto_hf.hf.stored_dtypes import take_stored_dtypes
 from quanto_hf.io import FORMAT_VERSION, describe_modules, read_headers, read_modules
+from quanto_hf.io.pickled import read_pickled_headers
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import TensorSpec
@@ -103,6 +106,12 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             _warn_of_floats(model, plan)
             warn_of_codebooks(model, plan)
         replace_by_plan(model, plan, self.quantization_config, self.pre_quantized, self.layer_class)
+        self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
+        if files:
+            safe = all(file.endswith(".safetensors") for file in files)
+            self._headers = read_headers(files) if safe else read_pickled_headers(files)
+        if self.pre_quantized:
+            take_stored_dtypes(model, self._headers or {})
         self.kept = kept_dtypes(model, self._dtype)
         self._stored = {
             f"{name}.{leaf}" if name else leaf: tensor.dtype
@@ -112,9 +121,6 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
             if (tensor := module.held(leaf)) is not None
         }
         self._device_map = kwargs.get("device_map")
-        self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
-        if files and all(file.endswith(".safetensors") for file in files):
-            self._headers = read_headers(files)
         return model
 
     def _new_plan(self, model: Any) -> Plan:
@@ -218,6 +224,8 @@ class QuantoHfQuantizer(LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self._finish_offload(model)
         free()
         self._finish_layers(model)
+        if self.pre_quantized:
+            refuse_not_finite(model)
         config = self.quantization_config
         self.describe(model)
         save_whole_models(type(model))

@@ -11,6 +11,7 @@ from typing import Any
 from quanto_hf.hf.aqlm_config import AQLM_METHOD, AqlmConfig
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.saved_config import merge_saved, merge_saved_aqlm
+from quanto_hf.hf.saved_method import check_method
 
 # Importing it takes 0.9 s, so it is patched when somebody else imports it, which from_pretrained does.
 AUTO = "transformers.quantizers.auto"
@@ -93,6 +94,13 @@ def _register(auto: Any) -> None:
 
     merge_quantization_configs.checks_quanto_hf = True  # type: ignore[attr-defined]
     auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)
+    supports = auto.AutoHfQuantizer.supports_quant_method
+
+    def supports_quant_method(quantization_config_dict: Any) -> bool:
+        check_method(quantization_config_dict)
+        return bool(supports(quantization_config_dict))
+
+    auto.AutoHfQuantizer.supports_quant_method = staticmethod(supports_quant_method)
     from_config = auto.AutoHfQuantizer.from_config
 
     def quantizer_from_config(quantization_config: Any, **kwargs: Any) -> Any:

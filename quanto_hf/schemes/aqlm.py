@@ -16,6 +16,8 @@ from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
 # "aqlm-2x8": 2 codebooks, codes of 8 bits.
 NAME = re.compile(r"aqlm-([1-9]\d*)x([1-9]\d*)")
 IN_GROUP = 8
+# far more than anybody has, and few enough that sizes of tensors are numbers that torch takes
+MAX_BOOKS = 1024
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Aqlm(Scheme):
     by_rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, most in (("num_codebooks", None), ("nbits", MAX_BITS), ("out_group", None), ("in_group", None)):
+        for name, most in (("num_codebooks", MAX_BOOKS), ("nbits", MAX_BITS), ("out_group", None), ("in_group", None)):
             value = getattr(self, name)
             if type(value) is not int or value < 1 or (most is not None and value > most):
                 there = f"from 1 to {most}" if most else "above 0"
