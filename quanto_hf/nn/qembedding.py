@@ -105,7 +105,8 @@ def rows_of_bags(
     places = torch.arange(count, device=flat.device, dtype=flat.dtype)
     if padding is None:
         return table, places.view_as(index), None
-    table = torch.cat([table, table.new_zeros(1, table.shape[1])])
+    # not torch.cat, which autocast refuses for bfloat16 where it is on for float16
+    table = F.pad(table, (0, 0, 0, 1))
     return table, torch.where(flat == padding, count, places).view_as(index), count
 
 

@@ -16,11 +16,16 @@ from quanto_hf.ops.watched import dispatched, transformed
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+def check_row_numbers(index: torch.Tensor) -> None:
+    """Raise ValueError unless rows are chosen by integers: floats would be cut off."""
+    if index.dtype not in INTEGERS:
+        raise ValueError(f"rows are chosen by integers of 8 to 64 bits, but these have dtype {index.dtype}")
+
+
 def _check(
     index: Any, packed: Any, scale: Any, zero: Any, qtype: str, group_size: int, in_features: int, dtype: Any
 ) -> None:
-    if index.dtype not in INTEGERS:
-        raise ValueError(f"rows are chosen by integers of 8 to 64 bits, but these have dtype {index.dtype}")
+    check_row_numbers(index)
     check_weight(packed, scale, zero, qtype, group_size, in_features)
     if dtype not in FLOATS:
         raise ValueError(f"cannot dequantize to {dtype}; choose one of {', '.join(map(str, FLOATS))}")

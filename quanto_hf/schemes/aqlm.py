@@ -10,6 +10,7 @@ from quanto_hf.fit import Fit
 from quanto_hf.fit.aqlm import quantize_aqlm
 from quanto_hf.ops import MAX_BITS, BoundLinear, aqlm_dequantize, aqlm_linear, bind_aqlm, check_index, code_dtype
 from quanto_hf.ops.aqlm import recorded_rows
+from quanto_hf.ops.embedding import check_row_numbers
 from quanto_hf.ops.watched import traced
 from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
 
@@ -126,6 +127,7 @@ class Aqlm(Scheme):
     def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`Scheme`: the blocks that hold the rows are dequantized."""
         codes, codebooks, scales = (tensors[name] for name in self.names)
+        check_row_numbers(index)
         if traced():
             return recorded_rows(index, codes, codebooks, scales).to(dtype)
         check_index(index, codes.shape[0] * self.out_group, "row", "the weight")
