@@ -1,6 +1,7 @@
 """The hooks that call observers, and how hooks move to the module that replaces another."""
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,10 +28,13 @@ def observe_output(module: nn.Module, input: Any, output: Any) -> Any:
     return output
 
 
-def observe_input(module: nn.Module, input: tuple[Any, ...]) -> Any:
-    """Forward pre-hook: the observer sees the first input, and may round it."""
+def observe_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook: the observer sees the first input, and may round it. It may come by its name."""
     observer: Any = module.activation_post_process
-    return (observer(input[0]), *input[1:]) if input else None
+    if args:
+        return (observer(args[0]), *args[1:]), kwargs
+    name = next((name for name in signature(module.forward).parameters if name in kwargs), None)
+    return None if name is None else (args, {**kwargs, name: observer(kwargs[name])})
 
 
 def attach(module: nn.Module, observer: nn.Module) -> None:
@@ -38,7 +42,7 @@ def attach(module: nn.Module, observer: nn.Module) -> None:
     the module has."""
     module.add_module(OBSERVER, observer)
     if activation_is_memoryless(module.qconfig):  # type: ignore[arg-type]
-        module.register_forward_pre_hook(observe_input, prepend=True)
+        module.register_forward_pre_hook(observe_input, prepend=True, with_kwargs=True)
     else:
         module.register_forward_hook(observe_output, prepend=True)
 

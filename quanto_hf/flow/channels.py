@@ -148,13 +148,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._of[output] = frozenset([flow])
         if isinstance(module, nn.Linear):
             return
-        alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
-        if not alone or args[0].shape != output.shape or module.weight.shape != (flow.channels,):
+        given = [*args, *kwargs.values()]
+        x = given[0] if len(given) == 1 and isinstance(given[0], torch.Tensor) else None
+        if x is None or x.shape != output.shape or module.weight.shape != (flow.channels,):
             flow.end(f"it is a {type(module).__name__} that does more than to scale each channel")
         elif flow.sample is None:
             # at most 8 of each dimension: enough to see whether the norm scales as it is told
             part = (slice(0, 8),) * (output.dim() - 1)
-            flow.sample = args[0][part].detach().clone()
+            flow.sample = x[part].detach().clone()
 
     def finish(self, output: Any) -> None:
         """The model has returned: what it gives away is not scaled."""

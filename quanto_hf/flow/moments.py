@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quanto_hf.flow.batches import batches, run_all
+from quanto_hf.flow.batches import batches, run_all, tensors_of
 
 
 class _Moment:
@@ -15,8 +15,9 @@ class _Moment:
     def __init__(self, width: int) -> None:
         self.width, self.rows, self.mean = width, 0, torch.zeros(0, dtype=torch.float32)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach().reshape(-1, self.width)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # a linear layer has one input, and it may come by its name
+        x = tensors_of((args, kwargs))[0].detach().reshape(-1, self.width)
         if x.shape[0] == 0:
             return
         with torch.autocast(x.device.type, enabled=False):
@@ -59,7 +60,7 @@ def collect_moments(model: nn.Module, data: Any, modules: Iterable[str] | None =
     if wrong := [name for name in wanted if not isinstance(named.get(name), nn.Linear)]:
         raise ValueError(f"not a linear layer of this model: {', '.join(wrong)}")
     moments = {name: _Moment(named[name].in_features) for name in wanted}
-    hooks = [named[name].register_forward_pre_hook(moment) for name, moment in moments.items()]
+    hooks = [named[name].register_forward_pre_hook(moment, with_kwargs=True) for name, moment in moments.items()]
     try:
         run_all(model, batches(data))
     finally:

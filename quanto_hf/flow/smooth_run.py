@@ -41,7 +41,7 @@ def watch(model: nn.Module, data: Any) -> Seen:
     peaks: dict[nn.Module, torch.Tensor] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        x = args[0] if args else kwargs["input"]
+        x = tensors_of((args, kwargs))[0]
         if x.numel():
             peak = x.detach().abs().reshape(-1, x.shape[-1]).amax(0).float()
             peaks[module] = torch.maximum(peaks[module], peak) if module in peaks else peak

@@ -3,7 +3,6 @@
 import warnings
 from typing import Any
 
-import torch
 from torch import nn
 
 from quanto_hf.flow import Plan, first_match
@@ -14,6 +13,7 @@ from quanto_hf.hf.own_files import WRITER_KEY
 from quanto_hf.hf.quantizer import QuantoHfQuantizer
 from quanto_hf.hf.replace import replace_by_plan
 from quanto_hf.hf.skips import default_skips
+from quanto_hf.io import CheckpointError
 from quanto_hf.nn import QuantizedLinear, QuantizedWeight, source_of, why_no_qmodule
 
 
@@ -131,12 +131,6 @@ class AqlmQuantizer(QuantoHfQuantizer):
     def check_saved(config: Any) -> None:
         """All that loading needs has a default."""
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        super()._process_model_before_weight_loading(model, **kwargs)
-        if self.pre_quantized:
-            self._take_stored_dtypes(model)
-        return model
-
     def _saved_plan(self, model: Any) -> Plan:
         plan = self._plan(model)
         check_sizes(model, plan)
@@ -166,19 +160,15 @@ class AqlmQuantizer(QuantoHfQuantizer):
                 plan.left[name] = reason
         return plan
 
-    def _take_stored_dtypes(self, model: Any) -> None:
-        """Codebooks and scales stay in the dtype of the files, whatever the rest is loaded in: they are exact then, and
-        can be used where they lie."""
-        for part in ("codebooks", "scales"):
-            found = {spec.dtype for name, spec in (self._headers or {}).items() if name.endswith(f".{part}")}
-            if len(found) != 1:
-                continue
-            (dtype,) = found
-            for name, module in model.named_modules():
-                if isinstance(module, QuantizedLinear):
-                    empty = torch.empty_like(module.tensors()[part], dtype=dtype)
-                    module._parameters[part] = module.as_stored(part, empty)
-                    self._stored[f"{name}.{part}"] = dtype
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """See :class:`QuantoHfQuantizer`; an error also says which values of the config decide what a layer holds."""
+        try:
+            return super().update_weight_conversions(weight_conversions, model)
+        except CheckpointError as error:
+            sizes = ", ".join(f"{name}={getattr(self.quantization_config, name)}" for name in SIZES)
+            raise CheckpointError(
+                f"{error}\n(config.json says {sizes}, and by linear_weights_not_to_quantize which layers have no codes)"
+            ) from None
 
     def describe(self, model: Any) -> None:
         """Name what stayed float in a model that was not in this format before."""

@@ -13,6 +13,11 @@ AQLM_METHOD = "aqlm"
 SIZES = ("in_group_size", "out_group_size", "num_codebooks", "nbits_per_codebook")
 
 
+class WrongType(TypeError, ValueError):
+    """A value of another type: a TypeError to who calls :class:`AqlmConfig`, as transformers' own has it, and a
+    ValueError to who loads a config.json."""
+
+
 class AqlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The ``quantization_config`` of a checkpoint in the AQLM format, with the arguments and errors of transformers'.
 
@@ -26,7 +31,7 @@ class AqlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
         kwargs: other keys of a config.json, which are not looked at, but for the mark of an interrupted save.
 
     Raises:
-        TypeError: a size is not an int.
+        WrongType: a size is not an int; it is a TypeError and a ValueError.
         ValueError: ``linear_weights_not_to_quantize`` is not a list, or a size is out of range.
         CheckpointError: it is that of a folder into which a save was interrupted.
 
@@ -69,13 +74,17 @@ class AqlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Check the values."""
         for name in SIZES:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, not {value!r}")
+            if type(value) is not int:
+                raise WrongType(f"{name} must be an int, not {value!r}")
         names = self.linear_weights_not_to_quantize
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError(f"linear_weights_not_to_quantize must be a list of strings, not {names!r}")
         self.linear_weights_not_to_quantize = names or []
-        self.scheme()
+        try:
+            self.scheme()
+        except ValueError as reason:
+            values = ", ".join(f"{name}={getattr(self, name)}" for name in SIZES)
+            raise ValueError(f"{reason} ({values})") from None
 
     def scheme(self) -> Aqlm:
         """How each weight is stored."""

@@ -266,7 +266,11 @@ def _value_problems(values: Mapping[str, Any], weights: Any, may_be_float: bool 
             names = ", ".join([*weight_names(), "aqlm-1x8", "aqlm-2x8", "aqlm-1x16"])
             problems.append(f"weights={SHORT.repr(values['weights'])}; choose one of {names} (any aqlm-KxB){none}")
     group_size = values.get("group_size")
-    # what an AQLM layout does not take is said by its scheme
+    if is_aqlm_name(weights) and group_size is not None and (type(group_size) is not int or group_size < 1):
+        problems.append(
+            f"group_size={group_size!r}, which is in_group={group_size!r} of {weights} weights, does not work; choose "
+            "a whole number above 0"
+        )
     if group_size is not None and group_size not in (PER_CHANNEL, *GROUP_SIZES) and not is_aqlm_name(weights):
         problems.append(
             f"group_size={SHORT.repr(group_size)}; choose one of {', '.join(map(str, (PER_CHANNEL, *GROUP_SIZES)))}"

@@ -255,7 +255,7 @@ def _check_source(folder: Path) -> None:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from None
     quantized = saved.get("quantization_config") or (saved.get("text_config") or {}).get("quantization_config")
     if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise CheckpointError(
-            f"{folder} is quantized already, with {quantized.get('quant_method', 'an unknown method')}; give the "
-            f"original float model"
+            f"{folder} is quantized already, with {method or 'an unknown method'}; give the original float model"
         )

@@ -12,6 +12,7 @@ import torch
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations.accelerate import get_device
 
+from quanto_hf.hf.identity import identity
 from quanto_hf.hf.loading import is_quantized_weight, loader_names, quantize_into, split_name, stored_name, targets_of
 from quanto_hf.hf.outfolder import fingerprint
 from quanto_hf.io import MappedFiles, OffloadFolder, read_headers
@@ -31,7 +32,7 @@ class Origin:
         """All that decides about the values, in JSON types."""
         keys = [key for key, _ in self.parts]
         operations = self.converter.operations if self.converter is not None else []
-        return [keys, [[type(op).__qualname__, repr(sorted(vars(op).items()))] for op in operations]]
+        return [keys, identity(operations)]
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Deferred:
             if layer is None:
                 specs[name] = taken.spec
                 continue
-            weights[name] += [layer.scheme.to_dict(), _describe(layer.fit)]
+            weights[name] += [layer.scheme.to_dict(), identity(layer.fit)]
             parts = layer.scheme.tensors(layer.matrix_shape, taken.spec.dtype)
             specs.update({stored_name(layer, name, part): spec for part, spec in parts.items()})
         settings = {"checkpoint": fingerprint([Path(file) for file in self.files]), "weights": weights}
@@ -176,10 +177,3 @@ def _layer(model: torch.nn.Module, name: str) -> QuantizedWeight | None:
     layer, _ = split_name(model, name)
     assert isinstance(layer, QuantizedWeight)
     return layer
-
-
-def _describe(fit: Any) -> Any:
-    """A fit in JSON types; one that is an object by its class and its values."""
-    if fit is None or isinstance(fit, str):
-        return fit
-    return [f"{type(fit).__module__}.{type(fit).__qualname__}", repr(sorted(vars(fit).items()))]

@@ -16,6 +16,7 @@ from transformers.core_model_loading import (
 )
 
 from quanto_hf.flow import replace_modules
+from quanto_hf.hf.stored_dtypes import disagreements
 from quanto_hf.io import check_tensors, find_guards, without_guards
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import TensorSpec
@@ -203,7 +204,14 @@ def check_before_loading(
         unexpected = []
     elif not complete:
         unexpected = [name for name in unexpected if _belongs_to(model, name)]
-    check_tensors(wanted, found, unexpected)
+    exact, more = (_exact(model), disagreements(model, found)) if pre_quantized else ((), ())
+    check_tensors(wanted, found, unexpected, exact, more)
+
+
+def _exact(model: nn.Module) -> set[str]:
+    """Names of what the loader must not convert to another dtype."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedWeight))
+    return {f"{name}.{leaf}" if name else leaf for name, module in layers for leaf in module.kept_names}
 
 
 def _checkpoint_names(module: QuantizedWeight, name: str, pre_quantized: bool) -> list[str]:

@@ -23,6 +23,7 @@ from quanto_hf.hf import building
 from quanto_hf.hf.card import TAG
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.deferred import Deferred
+from quanto_hf.hf.finite import refuse_not_finite
 from quanto_hf.hf.flags import flags, refuse_mixed
 from quanto_hf.hf.legacy import LegacyHooks
 from quanto_hf.hf.loading import QuantizeWeights, check_before_loading, expect_guards, waits_for_weight
@@ -38,7 +39,9 @@ from quanto_hf.hf.replace import finish_prepared, replace_by_plan
 from quanto_hf.hf.saving import given_state, watch_saving
 from quanto_hf.hf.sizes import Kept, Transient, kept_dtypes, largest_transient, loaded_element_size, lower_by_transient
 from quanto_hf.hf.skips import default_skips
+from quanto_hf.hf.stored_dtypes import take_stored_dtypes
 from quanto_hf.io import FORMAT_VERSION, VERSION_KEY, aligned, describe_modules, read_headers, read_modules
+from quanto_hf.io.pickled import read_pickled_headers
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import TensorSpec
@@ -133,6 +136,14 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             _warn_of_floats(model, plan)
             warn_of_codebooks(model, plan)
         replace_by_plan(model, plan, self.quantization_config, self.pre_quantized, self.layer_class)
+        self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
+        if files:
+            safe = all(file.endswith(".safetensors") for file in files)
+            self._headers = read_headers(files) if safe else read_pickled_headers(files)
+            if not safe:
+                refuse_optimum_quanto((), files)
+        if self.pre_quantized:
+            take_stored_dtypes(model, self._headers or {})
         self.kept = kept_dtypes(model, self._dtype)
         self._stored = {
             f"{name}.{leaf}" if name else leaf: tensor.dtype
@@ -142,11 +153,6 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             if (tensor := module.held(leaf)) is not None
         }
         self._device_map = kwargs.get("device_map")
-        self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
-        if files and all(file.endswith(".safetensors") for file in files):
-            self._headers = read_headers(files)
-        else:
-            refuse_optimum_quanto((), files)
         return model
 
     def _new_plan(self, model: Any) -> Plan:
@@ -267,6 +273,8 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         free()
         self._finish_layers(model)
         self.belongs_to(model)
+        if self.pre_quantized:
+            refuse_not_finite(model)
         config = self.quantization_config
         self.describe(model)
         watch_saving()

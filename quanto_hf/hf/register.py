@@ -11,6 +11,7 @@ from quanto_hf.hf.aqlm_config import AQLM_METHOD, AqlmConfig
 from quanto_hf.hf.config import METHOD, QuantoConfig
 from quanto_hf.hf.refusals import refuse_no_config, refuse_other_method, refuse_without_optimum_quanto
 from quanto_hf.hf.saved_config import merge_saved, merge_saved_aqlm
+from quanto_hf.hf.saved_method import check_method
 from quanto_hf_autoload import autoload
 
 OVERRIDES = ("quanto", AQLM_METHOD)
@@ -111,6 +112,12 @@ def _patch(auto: Any) -> None:
             return merge_saved_aqlm(quantization_config, given)
         return merge(quantization_config, given)
 
+    supports = auto.AutoHfQuantizer.supports_quant_method
+
+    def supports_quant_method(quantization_config_dict: Any) -> bool:
+        check_method(quantization_config_dict)
+        return bool(supports(quantization_config_dict))
+
     def quantizer_from_config(quantization_config: Any, **kwargs: Any) -> Any:
         refuse_no_config(quantization_config)
         method = getattr(quantization_config, "quant_method", None)
@@ -123,6 +130,7 @@ def _patch(auto: Any) -> None:
 
     merge_quantization_configs.checks_quanto_hf = True  # type: ignore[attr-defined]
     auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)
+    auto.AutoHfQuantizer.supports_quant_method = staticmethod(supports_quant_method)
     auto.AutoHfQuantizer.from_config = staticmethod(quantizer_from_config)
 
 

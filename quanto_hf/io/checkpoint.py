@@ -1,6 +1,6 @@
 """Headers of safetensors files, and the comparison of what is in them with what a model needs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from os import PathLike
 from typing import Any
 
@@ -54,7 +54,11 @@ def read_headers(files: Iterable[str | PathLike[str]]) -> dict[str, TensorSpec]:
 
 
 def check_tensors(
-    wanted: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec], unexpected: Iterable[str] = ()
+    wanted: Mapping[str, TensorSpec],
+    found: Mapping[str, TensorSpec],
+    unexpected: Iterable[str] = (),
+    exact: Container[str] = (),
+    more: Iterable[str] = (),
 ) -> None:
     """Compare what a model needs with what a checkpoint has.
 
@@ -62,6 +66,8 @@ def check_tensors(
         wanted: name -> shape and dtype. A float dtype may be any float dtype; other dtypes are exact.
         found: name -> shape and dtype, by the names of the model.
         unexpected: names in the checkpoint for which the model has no place.
+        exact: names of tensors of which a float dtype is exact too: scales, zeros and codebooks.
+        more: other lines for the error.
 
     Raises:
         CheckpointError: lists every missing, unexpected and mismatched tensor by name, sorted.
@@ -73,8 +79,9 @@ def check_tensors(
             continue
         if found[name].shape != spec.shape:
             lines.append(f"wrong shape: {name} is {list(found[name].shape)}, but the model needs {list(spec.shape)}")
-        elif not _same_dtype(found[name].dtype, spec.dtype):
+        elif found[name].dtype != spec.dtype and (name in exact or not _same_dtype(found[name].dtype, spec.dtype)):
             lines.append(f"wrong dtype: {name} is {_name(found[name].dtype)}, but the model needs {_name(spec.dtype)}")
+    lines += more
     if lines:
         raise CheckpointError("the checkpoint does not fit the model:\n  " + "\n  ".join(lines))
 

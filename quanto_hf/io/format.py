@@ -1,6 +1,6 @@
 """The part of config.json that says how each module of a saved model is stored."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -63,20 +63,27 @@ def describe_modules(model: nn.Module) -> list[dict[str, Any]]:
     return [{"scheme": scheme.to_dict(), "modules": names} for scheme, names in entries.items()]
 
 
-def read_modules(entries: Sequence[Mapping[str, Any]]) -> dict[str, Scheme]:
+def read_modules(entries: Any) -> dict[str, Scheme]:
     """Module name -> scheme, from what :func:`describe_modules` wrote.
 
     Raises:
         ValueError: an entry is malformed, or names a module twice.
     """
     schemes: dict[str, Scheme] = {}
+    if not isinstance(entries, list | tuple):
+        raise ValueError(
+            f"'schemes' is a list, each entry of which has the keys 'scheme' and 'modules', not {entries!r}"
+        )
     for entry in entries:
         if not _is_entry(entry):
             raise ValueError(
                 f"an entry of 'schemes' has the keys 'scheme' and 'modules', a dict and a list of names, "
                 f"but this one is {entry!r}"
             )
-        scheme = scheme_from_dict(dict(entry["scheme"]))
+        try:
+            scheme = scheme_from_dict(dict(entry["scheme"]))
+        except ValueError as reason:
+            raise ValueError(f"'schemes' has an entry whose scheme cannot be read: {reason}") from None
         for name in entry["modules"]:
             if name in schemes:
                 raise ValueError(f"'schemes' names the module {name!r} twice")

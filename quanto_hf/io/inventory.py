@@ -98,13 +98,17 @@ def read_inventory(folder: Path) -> Inventory:
     """
     config = _read_json(folder / "config.json", f"{folder} is not a model: it has no config.json")
     files, headers = _read_files(folder)
-    quantization = config.get("quantization_config") or {}
+    quantization = config.get("quantization_config")
+    quantization = {} if quantization is None else quantization
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"quantization_config in {folder / 'config.json'} is an object, not {quantization!r}")
     schemes: dict[str, Scheme] = {}
     version, prefix = None, PREFIX
     if quantization.get("quant_method") == "quanto_hf":
         version = quantization.get("format_version")
         check_version(version)
-        schemes, headers = read_modules(quantization.get("schemes") or []), without_guards(headers)
+        entries = quantization.get("schemes")
+        schemes, headers = read_modules([] if entries is None else entries), without_guards(headers)
     elif quantization.get("quant_method") == "aqlm":
         prefix, schemes = "", _aqlm_modules(folder, quantization, headers)
     stored = {prefix + name for scheme in schemes.values() for name in scheme.names}
@@ -208,7 +212,8 @@ def _aqlm_modules(folder: Path, config: Mapping[str, Any], headers: Mapping[str,
     try:
         scheme = Aqlm(*(config.get(key, default) for key, default in zip(keys, (1, 16, 1, 8), strict=True)))
     except ValueError as error:
-        raise CheckpointError(f"the config of {folder} cannot be used: {error}") from None
+        values = ", ".join(f"{key}={config[key]!r}" for key in keys if key in config)
+        raise CheckpointError(f"the config of {folder} cannot be used: {error} ({values})") from None
     leaves = tuple(f".{name}" for name in scheme.names)
     return {name.rpartition(".")[0]: scheme for name in headers if name.endswith(leaves)}
 

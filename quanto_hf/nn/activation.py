@@ -7,6 +7,7 @@ from torch import nn
 
 from quanto_hf.nn.bound_call import BoundCall
 from quanto_hf.ops import TOKEN, round_activations, scale_gradient
+from quanto_hf.ops.watched import faked, sizes, traced, untraced
 from quanto_hf.qtypes import QType
 
 INPUT_SCALE = "input_scale"
@@ -32,15 +33,17 @@ def fake_quantize(x: torch.Tensor, qtype: QType, group: int = TOKEN, scale: torc
         The shape and dtype of ``x``.
     """
     with torch.no_grad():
-        rounded = round_activations(x, qtype, group, scale)
+        # detached, which a trace records; that there are no gradients here it does not
+        rounded = round_activations(x.detach(), qtype, group, None if scale is None else scale.detach())
         quantized = rounded.to(x.dtype)
-    if not torch.is_grad_enabled() or not (x.requires_grad or (scale is not None and scale.requires_grad)):
+    wanted = torch.is_grad_enabled() and (x.requires_grad or (scale is not None and scale.requires_grad))
+    if not wanted and not traced():
         return quantized
     if scale is None:
         # the difference is exactly 0: the result is the same number with and without a gradient
         return quantized + (x - x.detach())
     # inside of the range d/dx is 1 and d/dscale is the rounding error in steps; outside d/dscale is the last number
-    step = scale_gradient(scale, 1 / (max(x.numel(), 1) * qtype.qmax) ** 0.5)
+    step = scale_gradient(scale, 1 / (max(torch.Size(sizes(x)).numel(), 1) * qtype.qmax) ** 0.5)
     # as they are written down: derivatives of a division overflow where a scale is next to 0
     with torch.no_grad():
         # of rounding, a scale of 0 counts as 1
@@ -84,7 +87,8 @@ class QuantizedInput(nn.Module):
     def is_calibrated(self) -> bool:
         """Whether there is nothing to calibrate, or it has been done."""
         scale = self.static_scale
-        return scale is None or scale.device.type == "meta" or bool(torch.isfinite(scale).all())
+        with untraced():
+            return scale is None or scale.device.type == "meta" or bool(torch.isfinite(scale).all())
 
     def make_static(self, scale: torch.Tensor | float | None = None, device: torch.device | str | None = None) -> None:
         """Round inputs with this scale from now on; None is one that calibration is to find.
@@ -142,7 +146,7 @@ class QuantizedInput(nn.Module):
     def _check_calibrated(self) -> None:
         scale = self.static_scale
         # a graph cannot look at the value; there an uncalibrated model gives NaN
-        if scale is None or torch.compiler.is_compiling():
+        if scale is None or torch.compiler.is_compiling() or faked():
             return
         # one that was made in inference mode has no version
         version = 0 if scale.is_inference() else scale._version

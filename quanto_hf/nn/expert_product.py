@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from quanto_hf.nn.bound_call import BoundCall, Parameters
+from quanto_hf.ops.watched import recording, sizes
 from quanto_hf.schemes import Scheme
 
 
@@ -53,7 +54,7 @@ class ExpertProduct:
             ValueError: shapes, dtypes or devices do not fit together.
             IndexError: there is no such expert.
         """
-        if not torch.compiler.is_compiling():
+        if not recording():
             bound = self._bound
             if bound is None or not bound.fits(parameters):
                 bound = self._bound = self._bind(parameters)
@@ -61,8 +62,8 @@ class ExpertProduct:
                 out = bound.call(x, experts, bias)
                 if out is not None:
                     return out
-        if x.dim() and x.shape[-1] != self.in_features:
-            raise ValueError(f"these experts take inputs of shape (rows, {self.in_features}), not {tuple(x.shape)}")
+        if x.dim() and sizes(x)[-1] != self.in_features:
+            raise ValueError(f"these experts take inputs of shape (rows, {self.in_features}), not {sizes(x)}")
         return self.scheme.expert_linear(x, experts, self._tensors(parameters), bias)
 
     def _tensors(self, parameters: Parameters) -> dict[str, torch.Tensor]:

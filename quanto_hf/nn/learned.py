@@ -8,6 +8,7 @@ from torch import nn
 from quanto_hf.nn.activation import INPUT_SCALE, QuantizedInput
 from quanto_hf.nn.prepared_op import weight_in_graph
 from quanto_hf.nn.qweight import QuantizedWeight
+from quanto_hf.ops.watched import as_a_node, transformed
 from quanto_hf.schemes import Scheme
 
 SCALE, ZERO = "learned_scale", "learned_zero"
@@ -102,7 +103,7 @@ class LearnedScales(QuantizedWeight):
         if self.is_frozen:
             return self.dequantized()
         matrix = self.to_matrix(sources["weight"])
-        if torch.compiler.is_compiling():
+        if as_a_node() and not transformed():
             return self.from_matrix(weight_in_graph(self, matrix, sources))
         return self.from_matrix(self.round_matrix(matrix, sources))
 

@@ -17,6 +17,7 @@ from torch import nn
 from quanto_hf.fit import Fit, name_of_fit
 from quanto_hf.nn.activation import INPUT_SCALE
 from quanto_hf.nn.prepared import gradients, straight_through
+from quanto_hf.ops.watched import traced
 from quanto_hf.qtypes import QTYPES
 from quanto_hf.schemes import Scheme, scheme_from_dict
 
@@ -60,8 +61,14 @@ def _round_matrix(layer: "LearnedScales", matrix: torch.Tensor, sources: Mapping
     return layer.round_matrix(matrix, sources)
 
 
-def _outside(run: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+def _outside(run: Callable[..., torch.Tensor], layer: "LearnedScales", *args: Any) -> torch.Tensor:
     """Break the graph, and run this as it is. Here and not at the import, which would import the compiler: 2 s."""
+    if traced():
+        raise RuntimeError(
+            f"{layer} cannot be traced while it is calibrated, or with a fit that has no name: a trace has no place "
+            "for Python code. Finish calibration, and freeze the model first (quanto_hf.freeze(model))"
+        )
+    args = (layer, *args)
     eager: Any = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
     made: torch.Tensor = eager(*args)
     return made

@@ -11,6 +11,7 @@ from quanto_hf.fit import Fit
 from quanto_hf.nn.bound_call import Call
 from quanto_hf.nn.registry import register_qmodule
 from quanto_hf.nn.rounded import RoundedModule
+from quanto_hf.ops.watched import recording
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
 
@@ -52,7 +53,7 @@ class QuantizedTable(RoundedModule):
 
     def _read(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of the FROZEN weight, shape (*index.shape, embedding_dim)."""
-        if not torch.compiler.is_compiling():
+        if not recording():
             call = self.bound_call()
             out = None if call is None else call(index, self.weight_dtype)
             if out is not None:
@@ -104,7 +105,8 @@ def rows_of_bags(
     places = torch.arange(count, device=flat.device, dtype=flat.dtype)
     if padding is None:
         return table, places.view_as(index), None
-    table = torch.cat([table, table.new_zeros(1, table.shape[1])])
+    # not torch.cat, which autocast refuses for bfloat16 where it is on for float16
+    table = F.pad(table, (0, 0, 0, 1))
     return table, torch.where(flat == padding, count, places).view_as(index), count
 
 

@@ -16,7 +16,7 @@ from quanto_hf.nn.prepared import straight_through
 from quanto_hf.nn.prepared_op import linear_in_graph
 from quanto_hf.nn.qweight import QuantizedWeight
 from quanto_hf.nn.registry import register_qmodule
-from quanto_hf.ops.watched import transformed
+from quanto_hf.ops.watched import as_a_node, recording, sizes, transformed
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
 
@@ -103,14 +103,14 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input @ weight.T + bias``, in the dtype of the input (or of autocast)."""
-        if not torch.compiler.is_compiling():
+        if not recording():
             out = self._fast_forward(input)
             if out is not None:
                 return out
         x = input
         # the op cannot tell: codes of 199 columns may take as many bytes as those of 200
-        if not x.dim() or x.shape[-1] != self.in_features:
-            raise ValueError(f"{self} takes inputs of shape (..., {self.in_features}), not {tuple(x.shape)}")
+        if not x.dim() or sizes(x)[-1] != self.in_features:
+            raise ValueError(f"{self} takes inputs of shape (..., {self.in_features}), not {sizes(x)}")
         if autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias: torch.Tensor | None = self._parameters["bias"]
@@ -118,10 +118,10 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
             bias = bias.to(x.dtype)
         if not self.is_frozen and not self.rounding:
             return F.linear(x, self.weight.to(x.dtype), bias)
-        if torch.compiler.is_compiling() and not self.is_frozen and not transformed():
+        if not self.is_frozen and as_a_node() and not transformed():
             return linear_in_graph(self, x, bias)
         # torch cannot follow a function with a gradient of its own through these
-        if torch.compiler.is_compiling() or transformed():
+        if recording() or transformed():
             x = self.round_input(x, self.static_scale)
             if self.is_frozen:
                 return self.scheme.linear(x, self.tensors(), bias)

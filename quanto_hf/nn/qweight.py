@@ -16,6 +16,7 @@ from quanto_hf.nn.stored import StoredParameter, stored_parameter
 from quanto_hf.nn.subclasses import own_attributes, source_class
 from quanto_hf.nn.weight_view import WeightView
 from quanto_hf.nn.weight_writes import refuse_write, write_weight
+from quanto_hf.ops.watched import recording
 from quanto_hf.schemes import Scheme
 
 Q = TypeVar("Q", bound="QuantizedWeight")
@@ -132,7 +133,7 @@ class QuantizedWeight(nn.Module):
         weight = self._parameters.get("weight")
         if weight is not None:
             return weight
-        if torch.compiler.is_compiling():
+        if recording():
             return self.dequantized()
         stored = next(iter(self.tensors().values()))
         write = partial(write_weight, self)
@@ -337,6 +338,17 @@ class QuantizedWeight(nn.Module):
     def reset_parameters(self) -> None:
         """Refused: a quantized module has no random initial weight."""
         refuse_write(self, "reset_parameters()")
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refused: torch.jit.script asks for this before it compiles a module.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}; record the model with torch.jit.trace or "
+            "torch.export.export, or dequantize it first (quanto_hf.dequantize(model))"
+        )
 
     def _describe_state(self) -> str:
         """The last part of ``extra_repr``."""

@@ -47,7 +47,13 @@ class RoundedModule(LearnedScales, QuantizedInput):
         return self.is_frozen or self.rounding
 
     def _operands(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight and bias to compute with, in the dtype of x unless autocast takes care of it."""
+        """The weight and bias to compute with, in the dtype of x unless autocast takes care of it.
+
+        Raises:
+            ValueError: x has no floating-point numbers; a weight as integers would be zeros.
+        """
+        if not x.is_floating_point():
+            raise ValueError(f"{self} takes floating-point inputs, not {x.dtype}; convert them first")
         weight = self.round_weight(self.sources()) if self.rounds else self.weight
         bias = self._parameters.get("bias")
         if autocasts(x):

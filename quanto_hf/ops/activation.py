@@ -7,6 +7,7 @@ when its numbers pass, unless one is given that was found before (static activat
 import torch
 import torch.nn.functional as F
 
+from quanto_hf.ops.watched import sizes
 from quanto_hf.qtypes import QType
 
 # As in the Q8 blocks of llama.cpp: an outlier costs digits in its own 32 columns, where it costs those of a whole token
@@ -36,7 +37,7 @@ def check_scale(scale: torch.Tensor) -> None:
     Raises:
         ValueError: it is not one float32 number.
     """
-    if scale.numel() != 1 or scale.dtype is not torch.float32:
+    if sizes(scale).count(1) != scale.dim() or scale.dtype is not torch.float32:
         raise ValueError(
             f"a scale of activations is one float32 number, not shape {tuple(scale.shape)} and {scale.dtype}; "
             "reduce it to one, as absmax / 127 of what passed, and convert it"
@@ -71,7 +72,7 @@ def round_activations(
         tensor([ 0.5000, -1.0000, 63.5000])
     """
     values = x.float()
-    features = values.shape[-1]
+    features = sizes(values)[-1]
     grouped = scale is None and 0 < group < features
     if grouped:
         values = F.pad(values, (0, -features % group)).unflatten(-1, (-1, group))
@@ -84,8 +85,9 @@ def round_activations(
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     numbers = values / scale
     if kind.float_dtype is None:
-        numbers = numbers.round().clamp_(kind.qmin, kind.qmax)
+        numbers = numbers.round().clamp(kind.qmin, kind.qmax)
     else:
-        numbers = numbers.clamp_(kind.qmin, kind.qmax).to(kind.float_dtype).float()
+        numbers = numbers.clamp(kind.qmin, kind.qmax).to(kind.float_dtype).float()
     rounded = numbers * scale
-    return rounded.flatten(-2)[..., :features] if grouped else rounded
+    # not an index with "...", which a trace turns into the number of a dimension
+    return rounded.flatten(-2).narrow(-1, 0, features) if grouped else rounded

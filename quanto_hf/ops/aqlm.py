@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from quanto_hf.ops.dequantize import FLOATS
 from quanto_hf.ops.registry import Op
-from quanto_hf.ops.watched import transformed
+from quanto_hf.ops.watched import sizes, transformed, wants_grad
 
 # More entries than the largest published codebooks have, and few enough that all numbers of entries fit in 32 bits.
 MAX_BITS = 24
@@ -78,12 +78,32 @@ def _dequantize_check(codes: Any, codebooks: Any, scales: Any, dtype: Any) -> No
 def _dequantize_reference(
     codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    index = codes.long() & (codebooks.shape[1] - 1)
-    blocks = codebooks[0].float()[index[..., 0]]
-    for k in range(1, codebooks.shape[0]):
-        blocks = blocks + codebooks[k].float()[index[..., k]]
-    rows, columns = features(codes, codebooks)
-    return (blocks * scales.float()).transpose(1, 2).reshape(rows, columns).to(dtype)
+    return decode_lines(codes, codebooks, scales).flatten(0, 1).to(dtype)
+
+
+def decode_lines(codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The definition: rows of the weight as float32, shape (..., out_group, I), of codes of shape (..., I // in_group,
+    K) and scales of shape (..., 1, 1, 1)."""
+    count, size, *_ = sizes(codebooks)
+    index = codes.long() & (size - 1)
+    blocks = codebooks[0].float()[index.select(-1, 0)]
+    for k in range(1, count):
+        blocks = blocks + codebooks[k].float()[index.select(-1, k)]
+    return (blocks * scales.float()).transpose(-3, -2).flatten(-2)
+
+
+def recorded_rows(
+    index: torch.Tensor, codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    """Rows of the weight as float32, shape (*index.shape, I), in torch's own operators and for an index of any number
+    of dimensions: what a trace can record."""
+    out_group, (_, *block) = sizes(codebooks)[2], sizes(codes)
+    rows = index.to(torch.int64)
+    lines = rows.div(out_group, rounding_mode="floor")
+    # not an index, which counts negative numbers from the end
+    found = F.embedding(lines, codes.flatten(1)).unflatten(-1, block)
+    made = decode_lines(found, codebooks, F.embedding(lines, scales.flatten(1)).unflatten(-1, (1, 1, 1)))
+    return made.take_along_dim((rows % out_group).unsqueeze(-1).unsqueeze(-1), -2).squeeze(-2)
 
 
 def _dequantize_fake(codes: Any, codebooks: Any, scales: Any, dtype: Any) -> Any:
@@ -235,9 +255,7 @@ def aqlm_linear(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together.
     """
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)) and not transformed()
-    ):
+    if torch.compiler.is_compiling() or (wants_grad(x, bias) and not transformed()):
         out: torch.Tensor = aqlm_linear_op.torch_op(x, codes, codebooks, scales, bias)
         return out
     return aqlm_linear_op(x, codes, codebooks, scales, bias)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
 from quanto_hf.ops.packing import BLOCK_BYTES, unpack
 from quanto_hf.ops.scratch import scratch
-from quanto_hf.ops.watched import watched
+from quanto_hf.ops.watched import untraced, watched
 from quanto_hf.qtypes import QType
 
 # bfloat16 has 8 bits of exponent and 7 of mantissa. Put the exponent and mantissa of a small float at the same place
@@ -23,12 +24,12 @@ _BF16_TRICK = {
 def decode_reference(packed: torch.Tensor, qtype: QType, n: int) -> torch.Tensor:
     """The definition: float32 numbers, shape (..., n), that the packed codes stand for."""
     codes = unpack(packed, qtype.bits, n)
-    if qtype.kind == "float":
-        assert qtype.float_dtype is not None
-        return codes.view(qtype.float_dtype).float()
-    if qtype.kind == "table":
-        return torch.tensor(qtype.values, dtype=torch.float32, device=codes.device)[codes.long()]
-    return codes.float()
+    if qtype.kind == "int":
+        return codes.float()
+    # looked up, since a trace cannot hold a view as another dtype; the table goes where the codes are, also in a trace
+    # that is loaded for another device
+    table = _numbers(qtype).to(codes.narrow(-1, 0, 0).float())
+    return table.index_select(0, codes.flatten().int()).view_as(codes)
 
 
 def decode(packed: torch.Tensor, qtype: QType, out: torch.Tensor) -> torch.Tensor:
@@ -96,7 +97,13 @@ def _decode_byte_pairs(packed: torch.Tensor, qtype: QType, out: torch.Tensor) ->
 def _kept(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Tables are made once, but not where a mode or a transform would make them of its own kind of tensor."""
     kept = cache(make)
-    return lambda *args: make(*args) if watched() else kept(*args)
+
+    def made(*args: Any) -> torch.Tensor:
+        # a constant of a trace, which sees no part of it
+        with untraced():
+            return make(*args) if watched() else kept(*args)
+
+    return made
 
 
 @_kept
@@ -114,3 +121,13 @@ def _pair_table(qtype: QType, device: torch.device) -> torch.Tensor:
 def _table(qtype: QType, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.tensor(qtype.values, dtype=torch.float32, device=device).to(dtype)
+
+
+@_kept
+def _numbers(qtype: QType) -> torch.Tensor:
+    """The numbers of all codes, float32 on the CPU."""
+    with torch.inference_mode(False):
+        if qtype.kind == "table":
+            return torch.tensor(qtype.values, dtype=torch.float32, device="cpu")
+        assert qtype.float_dtype is not None
+        return torch.arange(1 << qtype.bits, device="cpu").to(torch.uint8).view(qtype.float_dtype).float()

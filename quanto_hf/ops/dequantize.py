@@ -113,9 +113,26 @@ def _reference(
     in_features: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    weight = decode_reference(packed, QTYPES[qtype], in_features)
-    # 8-bit integers are signed already; a copy of them is a new tensor, as decode_reference returns for all types
-    return scale_in_place(weight, scale, zero, symmetric_offset(QTYPES[qtype]), group_size).to(dtype)
+    kind = QTYPES[qtype]
+    weight = decode_reference(packed, kind, in_features)
+    zero = None if zero is None else zero.float()
+    return _scaled(weight, scale.float(), zero, symmetric_offset(kind), group_size, in_features).to(dtype)
+
+
+def _scaled(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, offset: float, group_size: int, columns: int
+) -> torch.Tensor:
+    """:func:`scale_in_place` as a new tensor, with any dimensions before the columns: what a trace can record."""
+    size = group_size if group_size > 0 else max(columns, 1)
+    whole = columns // size * size
+    parts = []
+    for start, end, width in ((0, whole, size), (whole, columns, columns - whole)):
+        if start < end:
+            count = (end - start) // width
+            part = weight.narrow(-1, start, end - start).unflatten(-1, (count, width))
+            steps, *lows = (t.narrow(-1, start // size, count).unsqueeze(-1) for t in (scale, zero) if t is not None)
+            parts.append(((part - (lows[0] if lows else offset)) * steps).flatten(-2))
+    return weight if not parts else parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _fake(packed: Any, scale: Any, zero: Any, qtype: str, group_size: int, in_features: int, dtype: Any) -> Any:

@@ -6,6 +6,7 @@ Its kernel in plain torch is in ``torch_kernels.py``, the native one in ``cpu/em
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from quanto_hf.ops.dequantize import FLOATS, check_weight, dequantize, sample_weights
 from quanto_hf.ops.index import check_index
@@ -15,11 +16,16 @@ from quanto_hf.ops.watched import dispatched, transformed
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+def check_row_numbers(index: torch.Tensor) -> None:
+    """Raise ValueError unless rows are chosen by integers: floats would be cut off."""
+    if index.dtype not in INTEGERS:
+        raise ValueError(f"rows are chosen by integers of 8 to 64 bits, but these have dtype {index.dtype}")
+
+
 def _check(
     index: Any, packed: Any, scale: Any, zero: Any, qtype: str, group_size: int, in_features: int, dtype: Any
 ) -> None:
-    if index.dtype not in INTEGERS:
-        raise ValueError(f"rows are chosen by integers of 8 to 64 bits, but these have dtype {index.dtype}")
+    check_row_numbers(index)
     check_weight(packed, scale, zero, qtype, group_size, in_features)
     if dtype not in FLOATS:
         raise ValueError(f"cannot dequantize to {dtype}; choose one of {', '.join(map(str, FLOATS))}")
@@ -38,10 +44,11 @@ def _reference(
     in_features: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    rows = index.reshape(-1).to(torch.int64)
-    zeros = None if zero is None else zero[rows]
-    picked = dequantize.reference(packed[rows], scale[rows], zeros, qtype, group_size, in_features, dtype)
-    return picked.view(*index.shape, in_features)
+    # No shape is looked at, so that a trace serves an index of any number of dimensions; torch's own embedding takes no
+    # negative numbers, which indexing would count from the end.
+    rows = index.to(torch.int64)
+    picked = [None if tensor is None else F.embedding(rows, tensor) for tensor in (packed, scale, zero)]
+    return dequantize.reference(*picked, qtype, group_size, in_features, dtype)
 
 
 def _fake(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from quanto_hf.ops.dequantize import FLOATS, check_weight, dequantize, sample_weights
 from quanto_hf.ops.index import check_index
 from quanto_hf.ops.registry import Op
-from quanto_hf.ops.watched import dispatched, transformed
+from quanto_hf.ops.watched import dispatched, sizes, transformed, wants_grad
 
 LEAD = ("experts", "rows")
 
@@ -74,10 +74,11 @@ def _reference(
 ) -> torch.Tensor:
     """Every expert multiplies every row, and each row takes the product of its own. No operator of it depends on what
     the ids are: this is what transforms and traces follow."""
-    out = x.new_zeros((x.shape[0], packed.shape[1]))
-    for e in range(packed.shape[0]):
+    count, features, _ = sizes(packed)
+    out = x.new_zeros((x.shape[0], features))
+    for e in range(count):
         weight = dequantize.reference(
-            packed[e], scale[e], None if zero is None else zero[e], qtype, group_size, x.shape[1], x.dtype
+            packed[e], scale[e], None if zero is None else zero[e], qtype, group_size, sizes(x)[1], x.dtype
         )
         mine = (experts == e)[:, None]
         out = torch.where(mine, F.linear(_only(mine, x), weight, None if bias is None else bias[e]), out)
@@ -164,7 +165,7 @@ def expert_linear(
         IndexError: there is no such expert.
     """
     args = (x, experts, packed, scale, zero, bias, qtype, group_size)
-    if torch.compiler.is_compiling() or (not transformed() and (_is_unreal(experts) or _wants_grad(x, bias))):
+    if torch.compiler.is_compiling() or (not transformed() and (_is_unreal(experts) or wants_grad(x, bias))):
         out: torch.Tensor = expert_linear_op.torch_op(*args)
         return out
     return expert_linear_op(*args)
@@ -173,10 +174,6 @@ def expert_linear(
 def _is_unreal(experts: torch.Tensor) -> bool:
     """Whether there may be no ids to read, or a mode wants to see one operator and not what it does for these ids."""
     return dispatched() or experts.is_meta or type(experts) is not torch.Tensor
-
-
-def _wants_grad(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
 # ---------------------------------------------------------------------------------------------------- gradient

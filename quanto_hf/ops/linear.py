@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from quanto_hf.ops.dequantize import FLOATS, check_weight, dequantize, sample_weights
 from quanto_hf.ops.registry import Op
-from quanto_hf.ops.watched import transformed
+from quanto_hf.ops.watched import sizes, transformed, wants_grad
 
 
 def _check(
@@ -48,7 +48,7 @@ def _reference(
     qtype: str,
     group_size: int,
 ) -> torch.Tensor:
-    weight = dequantize.reference(packed, scale, zero, qtype, group_size, x.shape[-1], x.dtype)
+    weight = dequantize.reference(packed, scale, zero, qtype, group_size, sizes(x)[-1], x.dtype)
     return F.linear(x, weight, bias)
 
 
@@ -103,9 +103,7 @@ def linear(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)) and not transformed()
-    ):
+    if torch.compiler.is_compiling() or (wants_grad(x, bias) and not transformed()):
         out: torch.Tensor = linear_op.torch_op(x, packed, scale, zero, bias, qtype, group_size)
         return out
     return linear_op(x, packed, scale, zero, bias, qtype, group_size)

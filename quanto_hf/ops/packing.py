@@ -7,6 +7,8 @@ m codes are the lowest bits of the m bytes, the next m codes the bits above them
 
 import torch
 
+from quanto_hf.ops.watched import sizes
+
 # One cache line, and one 512-bit register. Pure torch unpacks 64-byte planes 1.9x faster than 16-byte ones, and
 # longer planes gain nothing more (1.7 ms for 4096 x 4096 int4 with 64 and with 128 bytes, 3.0 ms with 16).
 BLOCK_BYTES = 64
@@ -62,14 +64,14 @@ def unpack(packed: torch.Tensor, bits: int, n: int, out: torch.Tensor | None = N
     Raises:
         ValueError: the width of ``packed`` is not that of ``n`` codes.
     """
-    if packed.shape[-1] != packed_width(n, bits):
-        raise ValueError(
-            f"packed rows have {packed.shape[-1]} bytes, but {n} codes of {bits} bits take {packed_width(n, bits)}"
-        )
+    width = sizes(packed)[-1]
+    if width != packed_width(n, bits):
+        raise ValueError(f"packed rows have {width} bytes, but {n} codes of {bits} bits take {packed_width(n, bits)}")
     if bits == 8:
         return packed if out is None else out.copy_(packed)
-    codes = packed.new_empty((*packed.shape[:-1], n)) if out is None else out
-    mask = (1 << bits) - 1
+    if out is None:
+        return _unpack(packed, bits, n)
+    codes, mask = out, (1 << bits) - 1
     for target, source, planes in _blocks(codes, packed, n, 8 // bits):
         for j in range(planes):
             width = min(source.shape[-1], target.shape[-1] - j * source.shape[-1])
@@ -79,6 +81,23 @@ def unpack(packed: torch.Tensor, bits: int, n: int, out: torch.Tensor | None = N
             if (j + 1) * bits < 8:
                 plane.bitwise_and_(mask)
     return codes
+
+
+def _unpack(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
+    """The same without writing into a tensor: what a trace can record. Not by an index with "...", in whose place a
+    trace has the number of the dimension."""
+    per_byte, mask = 8 // bits, (1 << bits) - 1
+    full = n // (BLOCK_BYTES * per_byte)
+    split = full * BLOCK_BYTES
+    rest = n - split * per_byte
+    parts = []
+    if full:
+        blocks = packed.narrow(-1, 0, split).unflatten(-1, (full, BLOCK_BYTES))
+        parts.append(torch.stack([(blocks >> (j * bits)) & mask for j in range(per_byte)], -2).flatten(-3))
+    if rest or not full:
+        tail = packed.narrow(-1, split, packed_width(rest, bits))
+        parts.append(torch.cat([(tail >> (j * bits)) & mask for j in range(per_byte)], -1).narrow(-1, 0, rest))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _blocks(

@@ -3,6 +3,7 @@
 Imports: ``qtypes``, ``ops``, ``fit``. Never: a module, a model, transformers. Add a scheme: docs/architecture.md.
 """
 
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 from quanto_hf.qtypes import QType, qtype
@@ -66,6 +67,10 @@ def scheme_from_dict(data: dict[str, Any]) -> Scheme:
     # a list, say, cannot even be looked up
     if not isinstance(kind, str) or kind not in SCHEMES:
         raise ValueError(f"{kind!r} is not a kind of scheme; this version knows {', '.join(sorted(SCHEMES))}")
+    # without a value the default of the class would stand for it, which may be another
+    absent = [field.name for field in dataclass_fields(SCHEMES[kind]) if field.name not in fields]
+    if absent:
+        raise ValueError(f"the scheme {data} cannot be read: it has no {', '.join(absent)}")
     try:
         return SCHEMES[kind](**fields)
     except TypeError as error:

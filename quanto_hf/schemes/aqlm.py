@@ -9,11 +9,16 @@ import torch
 from quanto_hf.fit import Fit
 from quanto_hf.fit.aqlm import Layout, quantize_aqlm
 from quanto_hf.ops import MAX_BITS, BoundLinear, aqlm_dequantize, aqlm_linear, bind_aqlm, check_index, code_dtype
+from quanto_hf.ops.aqlm import recorded_rows
+from quanto_hf.ops.embedding import check_row_numbers
+from quanto_hf.ops.watched import traced
 from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
 
 # "aqlm-2x8": 2 codebooks, codes of 8 bits.
 NAME = re.compile(r"aqlm-([1-9]\d*)x([1-9]\d*)")
 IN_GROUP = 8
+# far more than anybody has, and few enough that sizes of tensors are numbers that torch takes
+MAX_BOOKS = 1024
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Aqlm(Scheme):
     scale_name: ClassVar[str] = "scales"
 
     def __post_init__(self) -> None:
-        for name, most in (("num_codebooks", None), ("nbits", MAX_BITS), ("out_group", None), ("in_group", None)):
+        for name, most in (("num_codebooks", MAX_BOOKS), ("nbits", MAX_BITS), ("out_group", None), ("in_group", None)):
             value = getattr(self, name)
             if type(value) is not int or value < 1 or (most is not None and value > most):
                 there = f"from 1 to {most}" if most else "above 0"
@@ -142,6 +147,9 @@ class Aqlm(Scheme):
     def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`Scheme`: the blocks that hold the rows are dequantized."""
         codes, codebooks, scales = (tensors[name] for name in self.names)
+        check_row_numbers(index)
+        if traced():
+            return recorded_rows(index, codes, codebooks, scales).to(dtype)
         check_index(index, codes.shape[0] * self.out_group, "row", "the weight")
         wanted = index.reshape(-1).to(torch.int64)
         lines = wanted.div(self.out_group, rounding_mode="floor")

@@ -124,3 +124,96 @@ def test_a_newer_format_and_a_broken_config(sharded):
 def test_a_folder_without_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert "has no safetensors files" in inspect(tmp_path).stderr
+
+
+# ---------------------------------------------------------------------------------------------------------- --verify
+
+
+def changed(folder, end, change):
+    """Change the first tensor whose name ends so, in its file; its name is returned."""
+    for file in sorted(folder.glob("*.safetensors")):
+        state = load_file(file)
+        name = next((name for name in sorted(state) if name.endswith(end)), None)
+        if name is not None:
+            state[name] = change(state[name])
+            save_file(state, file, metadata={"format": "pt"})
+            return name
+    raise AssertionError(end)
+
+
+def put(value, dtype=None):
+    def change(tensor):
+        tensor = tensor.clone()
+        tensor.view(dtype or tensor.dtype).view(-1)[3] = value
+        return tensor
+
+    return change
+
+
+@pytest.fixture(params=["int4", "float8", "nf4", "aqlm-1x4"])
+def saved(request, tmp_path):
+    """A quantized model, by its number type."""
+    source = save("llama", tmp_path / "saved" / "float", torch.bfloat16)
+    model = quanto_hf.load_and_quantize_model(
+        source, QuantoConfig(request.param, overrides={"down_proj": {"weights": "int8"}})
+    )
+    model.save_pretrained(tmp_path / "saved" / "out", max_shard_size="60KB")
+    return request.param, tmp_path / "saved" / "out"
+
+
+@pytest.mark.filterwarnings("ignore:.*codebooks")
+def test_a_sound_model_is_verified_in_every_format(saved, sharded):
+    for folder in (saved[1], sharded, quanto_hf.tiny_lm()):
+        result = inspect(folder, "--verify")
+        assert result.exit_code == 0 and "no problems" in result.stdout, result.output
+        assert as_json(folder, "--verify")["problems"] == []
+
+
+@pytest.mark.filterwarnings("ignore:.*codebooks")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_one_line_each(saved, value):
+    kind, folder = saved
+    floats = {"int4": "weight_zero", "aqlm-1x4": "weight_codebooks"}.get(kind, "weight_scale")
+    names = [changed(folder, floats, put(value))]
+    if value != value:
+        names.append(changed(folder, "norm.weight", put(value)))
+    if kind == "float8":
+        names.append(changed(folder, "up_proj.weight_packed", put(0x7F)))
+    result = inspect(folder, "--verify")
+    assert result.exit_code == 1
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(names) and all(any(line.startswith(f"{name}: 1 of ") for line in lines) for name in names)
+    assert inspect(folder).exit_code == 0
+    assert len(json.loads(inspect(folder, "--verify", "--json").stdout)["problems"]) == len(names)
+
+
+def test_what_only_is_unusual_is_a_note(sharded):
+    name = changed(sharded, "down_proj.weight_packed", put(-128))
+    (sharded / "stray.safetensors").write_bytes((next(sharded.glob("model-*.safetensors"))).read_bytes())
+    notes = as_json(sharded, "--verify")["notes"]
+    assert any(note.startswith(f"{name}: 1 of") and "-128" in note for note in notes)
+    assert "stray.safetensors is not in the index" in notes
+
+
+def test_faults_that_headers_show_are_problems_of_verify_too(sharded):
+    name = changed(sharded, "weight_scale", put(float("nan")))
+    files = sorted(sharded.glob("*.safetensors"))
+    first, second, *_ = [file for file in files if name not in load_file(file)]
+    with open(second, "rb+") as file:
+        file.truncate(second.stat().st_size - 8)
+    result = inspect(sharded, "--verify")
+    assert result.exit_code == 1
+    assert second.name in result.stdout and name in result.stdout
+    first.unlink()
+    result = inspect(sharded, "--verify")
+    assert result.exit_code == 1 and first.name in result.stdout
+
+
+def test_an_empty_weight_may_stand_beside_a_packed_one_and_a_full_one_may_not(tmp_path):
+    source = save("llama", tmp_path / "float", torch.bfloat16)
+    quanto_hf.load_and_quantize_model(source, QuantoConfig("int8")).save_pretrained(tmp_path / "out")
+    file, name = tmp_path / "out" / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    for shape, code in (((0,), 0), ((4, 4), 1)):
+        save_file({**load_file(file), name: torch.zeros(shape)}, file, metadata={"format": "pt"})
+        result = inspect(tmp_path / "out", "--verify")
+        assert result.exit_code == code and (name in result.stdout) is bool(code)

@@ -16,7 +16,7 @@ from accelerate.hooks import AlignDevicesHook
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import llama_config, tokens
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 
 from quanto_hf import Calibration, QLinear, QuantoConfig
@@ -298,6 +298,43 @@ def test_what_is_merged_or_split_is_in_the_checked_entry_with_the_rest(merged, t
     assert torch.equal(logits(again), wanted)
     again.save_pretrained(tmp_path / "saved", save_original_format=False)
     assert torch.equal(logits(load(tmp_path / "saved", cls=Phi)), wanted)
+
+
+class Values:
+    """An object without a repr of its own."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class Half(Chunk):
+    """An operation that holds an object, as several of transformers' do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
+def test_an_operation_that_holds_an_object_finds_its_entry_again(merged, tmp_path):
+    off, halves = tmp_path / "off", Concatenate(dim=0)
+    conversions = get_checkpoint_conversion_mapping("Phi")
+    try:
+        one, other = torch.zeros(5000), torch.zeros(5000).index_fill(0, torch.tensor([2500]), 7)
+        for inner, entries in ((Values(one), 1), (Values(one.clone()), 1), (Values(other), 2), (other, 3), (one, 4)):
+            register_checkpoint_conversion_mapping(
+                "Phi",
+                [
+                    WeightConverter([r"mlp\.w1\.weight", r"mlp\.w3\.weight"], "mlp.gate_up_proj.weight", [halves]),
+                    WeightConverter(
+                        "norms.weight", ["input_layernorm.weight", "post_attention_layernorm.weight"], [Half(inner)]
+                    ),
+                ],
+                overwrite=True,
+            )
+            load_merged(merged, device_map={"": "disk"}, offload_folder=str(off))
+            assert len([path for path in off.iterdir() if path.name.startswith("quanto_hf-")]) == entries
+    finally:
+        register_checkpoint_conversion_mapping("Phi", conversions, overwrite=True)
 
 
 def test_a_converter_whose_first_tensor_stays_float_quantizes_the_others(tmp_path):

@@ -180,3 +180,14 @@ def test_one_graph_under_torch_compile():
     with torch.no_grad():
         made = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
         torch.testing.assert_close(made, layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("made", [lambda: nn.Conv2d(4, 6, 3), lambda: nn.ConvTranspose2d(4, 6, 3)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_an_input_of_integers_is_refused_and_not_multiplied_by_a_weight_of_zeros(made, dtype):
+    for state in ("frozen", "prepared"):
+        layer = qmodule_for(made()).from_module(made(), make_scheme("int8"))
+        if state == "frozen":
+            layer.freeze()
+        with pytest.raises(ValueError, match=f"takes floating-point inputs, not {dtype}"):
+            layer(torch.ones(1, 4, 5, 5, dtype=dtype))

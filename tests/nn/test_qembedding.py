@@ -211,3 +211,19 @@ def test_torch_may_look_on():
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert layer(INDEX).shape == expected.shape
     assert torch.equal(layer(INDEX), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=["cast-bf16", "cast-fp16"])
+def test_bags_with_padding_run_under_autocast_for_the_other_half(dtype, cast):
+    _, packed = both(QEmbeddingBag, nn.EmbeddingBag(ROWS, WIDTH, padding_idx=3, dtype=dtype), "int8")
+    with torch.autocast("cpu", dtype=cast):
+        assert torch.equal(packed(INDEX), packed.to_float()(INDEX))
+
+
+@pytest.mark.parametrize("weights", ["int4", "aqlm-1x4"])
+def test_row_numbers_that_are_no_integers_are_refused(weights):
+    _, packed = both(QEmbedding, nn.Embedding(ROWS, WIDTH), weights)
+    for index in (INDEX.float() + 0.7, INDEX > 3):
+        with pytest.raises(ValueError, match="rows are chosen by integers"):
+            packed(index)

@@ -65,9 +65,9 @@ class Weighted(OnGrid):
             new.take_grid(mod)
         return new.train(mod.training)
 
-    def forward(self, input: torch.Tensor, *args: Any) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The product, the fused ReLU, and the rounding of the output."""
-        out = super().forward(input, *args)
+        out = super().forward(input, *args, **kwargs)
         return self.on_grid(out.relu() if self.relu else out)
 
     def plain(self, weight: torch.Tensor) -> nn.Module:
@@ -83,7 +83,7 @@ class Stored(OnGrid, StoredWeights):
     relu = False
     is_dynamic = False
 
-    def forward(self, input: torch.Tensor, *args: Any) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The product, the fused ReLU, and the rounding of the output."""
         bias = self._parameters["bias"]
         bias = None if bias is None else bias.to(input.dtype)  # type: ignore[assignment]
@@ -91,10 +91,12 @@ class Stored(OnGrid, StoredWeights):
             # an image is rounded as a whole, as in the modules of quanto_hf
             flat = input if isinstance(self, nn.Linear) else items(input, len(self.kernel_size))  # type: ignore[arg-type]
             input = fake_quantize(flat, qint8).view_as(input)
-        out = self.product(input, self.weight_of("weight", input.dtype), bias, *args)
+        out = self.product(input, self.weight_of("weight", input.dtype), bias, *args, **kwargs)
         return self.on_grid(out.relu() if self.relu else out)
 
-    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *args: Any) -> torch.Tensor:
+    def product(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """The float product."""
         raise NotImplementedError
 
