@@ -49,7 +49,7 @@ class RoundedModule(LearnedScales, QuantizedInput):
     def _operands(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight and bias to compute with, in the dtype of x unless autocast takes care of it."""
         weight = self.round_weight(self.sources()) if self.rounds else self.weight
-        bias = self._parameters.get("bias")
+        bias = self.bias_held
         if autocasts(x):
             return weight, bias
         return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
