@@ -16,9 +16,9 @@ FORMAT_VERSION = 2
 # the key for the version in the metadata of each file
 VERSION_KEY = "quanto_hf_format"
 
-# An empty tensor under the name of the float weight. transformers without quanto_hf has a place for this name, and
-# raises because of the shape; without it, it would draw random weights and go on.
-GUARD = TensorSpec((0,), torch.uint8)
+# Shape of the empty tensor under the name of the float weight. transformers without quanto_hf has a place for this
+# name, and raises because of the shape; without it, it would draw random weights and go on.
+GUARD_SHAPE = (0,)
 # what the names of packed weights end in
 PACKED = ("_packed", "weight_codes")
 
@@ -36,7 +36,7 @@ def _is_codes(spec: TensorSpec) -> bool:
 def find_guards(headers: Mapping[str, TensorSpec]) -> list[str]:
     """Names of the guards among the tensors of a checkpoint; also of those whose packed weight is missing or wrong."""
     beside = {name.rpartition("_")[0] for name in headers}
-    return [name for name, spec in headers.items() if spec == GUARD and name in beside]
+    return [name for name, spec in headers.items() if tuple(spec.shape) == GUARD_SHAPE and name in beside]
 
 
 def without_guards(headers: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from quanto_hf.io.checkpoint import DTYPE_NAMES
-from quanto_hf.io.format import GUARD, guards_for
+from quanto_hf.io.format import GUARD_SHAPE, guards_for
 from quanto_hf.io.mapped import ALIGNMENT
 from quanto_hf.schemes import TensorSpec
 
@@ -77,8 +77,10 @@ def write_model_file(
     for name, spec in specs.items():
         if spec.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name} is {spec.dtype}, which cannot be saved; convert it, or leave it out")
-    for name in guards_for(specs):
-        held[name], specs[name] = torch.empty(GUARD.shape, dtype=GUARD.dtype), GUARD
+    for name, packed in guards_for(specs).items():
+        # of one dtype: readers map both at the same place, and torch.save refuses two views of other types
+        specs[name] = TensorSpec(GUARD_SHAPE, specs[packed].dtype)
+        held[name] = torch.empty(GUARD_SHAPE, dtype=specs[packed].dtype)
     temporary = Path(f"{os.fspath(path)}.part")
     try:
         write_shard(temporary, specs, held.items(), dict(sorted(metadata.items())))

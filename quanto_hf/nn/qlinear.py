@@ -113,7 +113,7 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
             raise ValueError(f"{self} takes inputs of shape (..., {self.in_features}), not {sizes(x)}")
         if autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias: torch.Tensor | None = self._parameters["bias"]
+        bias = self.bias_held
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         if not self.is_frozen and not self.rounding:
@@ -160,7 +160,8 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
         call = self.bound_call()
         if call is None or torch.is_autocast_enabled("cpu"):
             return None
-        return call(x, self._parameters["bias"])
+        parameters = self._parameters
+        return call(x, parameters["bias"] if "bias" in parameters else self.bias)
 
     def _prepare(self, tensors: Mapping[str, torch.Tensor]) -> Call | None:
         """The call for these stored tensors, with x rounded as the layer says, or None where there is none."""

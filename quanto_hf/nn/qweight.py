@@ -7,12 +7,14 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from quanto_hf.fit import Fit
 from quanto_hf.nn.activation import INPUT_SCALE
 from quanto_hf.nn.bound_call import BoundCall, Call
+from quanto_hf.nn.codes import as_codes
 from quanto_hf.nn.saved_by import layer_is_made, refuse_unknown_saver
-from quanto_hf.nn.stored import StoredParameter, stored_parameter
+from quanto_hf.nn.stored import StoredParameter, plain, stored_parameter
 from quanto_hf.nn.subclasses import own_attributes, source_class
 from quanto_hf.nn.weight_view import WeightView
 from quanto_hf.nn.weight_writes import refuse_write, write_weight
@@ -151,9 +153,10 @@ class QuantizedWeight(nn.Module):
         return self.from_matrix(self.scheme.dequantize(self.tensors(), self.matrix_shape[1], self.weight_dtype))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of nn.Module; refuses a ``weight`` for a FROZEN module, which nothing would read."""
-        if name == "weight" and self.is_frozen:
-            refuse_write(self, "weight = nn.Parameter(...)")
+        """As of nn.Module; refuses a ``weight`` for a FROZEN module, which nothing would read, and its view."""
+        # pruning and the like register what they have read
+        if (name == "weight" and self.is_frozen) or isinstance(param, WeightView):
+            refuse_write(self, f"{name} = nn.Parameter(...)")
         if param is not None and name in self.stored_names:
             param = self.as_stored(name, param)
         super().register_parameter(name, param)
@@ -180,6 +183,14 @@ class QuantizedWeight(nn.Module):
         """Names of the tensors that keep their dtype whatever the model is converted to."""
         return (*self.stored_names, INPUT_SCALE)
 
+    @property
+    def bias_held(self) -> torch.Tensor | None:
+        """The bias: a Parameter, or what pruning or a parametrization has put in its place."""
+        parameters = self._parameters
+        bias: Any = parameters["bias"] if "bias" in parameters else self.bias
+        found: torch.Tensor | None = bias
+        return found
+
     def held(self, name: str) -> torch.Tensor | None:
         """A parameter or buffer, or None."""
         held = self._parameters.get(name)
@@ -187,11 +198,16 @@ class QuantizedWeight(nn.Module):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The stored tensors by the names of the scheme; empty unless FROZEN."""
-        return {
+        held: dict[str, torch.Tensor] = {
             name: tensor
             for name in self.scheme.names
             if (tensor := self._parameters.get(self.prefix + name)) is not None
         }
+        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+            # make_fx takes constants of the types Tensor and Parameter only
+            with _disable_current_modes():
+                return {name: as_tensor(tensor) for name, tensor in held.items()}
+        return held
 
     def bound_call(self) -> Call | None:
         """The call that is prepared for the stored tensors that are held, or None where there is none."""
@@ -292,19 +308,25 @@ class QuantizedWeight(nn.Module):
 
         def guarded(tensor: torch.Tensor) -> torch.Tensor:
             result = fn(tensor)
-            if id(tensor) not in kept or result.dtype == tensor.dtype:
+            if id(tensor) not in kept:
                 return result
-            return tensor.to(result.device)
+            # plain: torch makes a Parameter of it where parameters are swapped or overwritten on conversion
+            return plain(result if result.dtype == tensor.dtype else tensor.to(result.device))
 
         super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
         # torch makes ordinary parameters where the type of device changes
-        for name in self.stored_names:
-            if (tensor := self._parameters.get(name)) is not None:
-                self._parameters[name] = self.as_stored(name, tensor)
+        self._hold_stored()
         probe = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu"))
         if probe.is_floating_point():
             self.weight_dtype = probe.dtype
         return self
+
+    def _hold_stored(self) -> None:
+        """Make what torch has put in place of stored tensors stored tensors again."""
+        self._bound = None
+        for name in self.stored_names:
+            if (tensor := self._parameters.get(name)) is not None:
+                self._parameters[name] = self.as_stored(name, tensor)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """As of nn.Module.
@@ -318,7 +340,8 @@ class QuantizedWeight(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *args: Any
     ) -> None:
-        """As of nn.Module; a stored tensor of another dtype is an error, not a conversion."""
+        """As of nn.Module; a stored tensor of another dtype is an error, not a conversion. Codes of which a loop has
+        made averages, in float32 or float64, are taken where these are whole."""
         errors = args[-1]
         guard = state_dict.get(f"{prefix}weight")
         if self.is_frozen and isinstance(guard, torch.Tensor) and guard.shape == (0,):
@@ -330,10 +353,15 @@ class QuantizedWeight(nn.Module):
                 continue
             given = state_dict.get(key)
             if isinstance(given, torch.Tensor) and given.dtype != tensor.dtype:
+                if (codes := _averaged(given, tensor)) is not None:
+                    state_dict = {**state_dict, key: codes}
+                    continue
                 errors.append(f"dtype mismatch for {key}: the state dict has {given.dtype}, {self} has {tensor.dtype}")
                 # go on with what is held already, so that the other bad keys are named as well
                 state_dict = {**state_dict, key: tensor}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *args)
+        # torch may have swapped them
+        self._hold_stored()
 
     def reset_parameters(self) -> None:
         """Refused: a quantized module has no random initial weight."""
@@ -357,3 +385,16 @@ class QuantizedWeight(nn.Module):
     def set_rounding(self, rounding: bool) -> None:
         """Let a module that is not FROZEN compute with rounded numbers (PREPARED) or as the float one (FLOAT)."""
         self.rounding = rounding
+
+
+def as_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A stored tensor as a plain one, another as it is."""
+    return tensor.data if isinstance(tensor, StoredParameter) else tensor
+
+
+def _averaged(given: torch.Tensor, held: torch.Tensor) -> torch.Tensor | None:
+    """Float numbers as the codes that they are averages of, or None: shorter dtypes may have lost some."""
+    if held.dtype.is_floating_point or given.dtype not in (torch.float32, torch.float64) or given.device.type == "meta":
+        return None
+    # the rounding of a thousand steps; of codes that differ by one, a share that does not matter
+    return as_codes(plain(given), held.dtype, within=1 / 64)

@@ -55,7 +55,7 @@ class RoundedModule(LearnedScales, QuantizedInput):
         if not x.is_floating_point():
             raise ValueError(f"{self} takes floating-point inputs, not {x.dtype}; convert them first")
         weight = self.round_weight(self.sources()) if self.rounds else self.weight
-        bias = self._parameters.get("bias")
+        bias = self.bias_held
         if autocasts(x):
             return weight, bias
         return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)

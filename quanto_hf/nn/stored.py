@@ -1,86 +1,17 @@
 """How the tensors of a packed weight are held: Parameters that offloading, FSDP, averaging and counting take right.
 
 Parameters, because accelerate's offload leaves buffers on the device, and FSDP shards parameters only. But torch and
-others take a Parameter for numbers that can be averaged, converted and counted. A :class:`StoredParameter` differs from
-an ordinary one in four Python methods, and is the same to every operator, kernel and compiler.
+others take a Parameter for numbers that can be averaged, converted, counted and trained. A :class:`StoredParameter`
+differs from an ordinary one in Python methods, and is the same to every operator, kernel and compiler.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-# Functions with which averages are computed, without the underscores of their names, and those that write one. A
-# multiplication in place, with an addition after it, is not among them: torch refuses both for integers.
-_ARITHMETIC = frozenset(
-    "add radd sub rsub mul rmul div truediv lerp foreach_add foreach_sub foreach_mul foreach_lerp".split()
-)
-_WRITES = frozenset({"copy_", "lerp_", "addcdiv_", "_foreach_copy_", "_foreach_lerp_", "_foreach_addcdiv_"})
-_SAME = frozenset({"detach", "to", "cpu", "cuda", "clone"})
-# An average of equal codes in float32 is this close to the code, relative to it.
-_ROUNDING = 4e-7
-
-
-class Codes(torch.Tensor):
-    """What ``detach()`` of integer codes gives: a view that averages of weights leave right.
-
-    Averaging (``torch.optim.swa_utils.AveragedModel`` and most loops that are written by hand) computes
-    ``code * decay + code * (1 - decay)`` and writes it into the codes. In float32 that may be 2.9999998, of which an
-    integer tensor keeps 2: codes that never change would lose one at each step. Here arithmetic is done in float64, and
-    what is written is rounded. Codes that differ have no average, which is an error. It is pickled as a plain tensor.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function on plain tensors.
-
-        Raises:
-            ValueError: an average of codes that differ is written.
-        """
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if name in _WRITES:
-                return _write(func, args, kwargs)
-            if (name.strip("_") in _ARITHMETIC and not name.endswith("_")) or name in _DUNDER:
-                args, kwargs = tree_map_only(Codes, lambda codes: codes.to(torch.float64), (args, kwargs))
-            result = func(*args, **kwargs)
-            # still what averages are computed of
-            return _view(result) if name in _SAME and type(result) is torch.Tensor else result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        if id(self) not in memo:
-            memo[id(self)] = self.clone()
-        copied: torch.Tensor = memo[id(self)]
-        return copied
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
-
-
-_DUNDER = frozenset(f"__{name}__" for name in _ARITHMETIC)
-
-
-def _write(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The in-place function in float64, and the integers of what it gives."""
-    first, *others = args
-    targets = first if isinstance(first, list | tuple) else [first]
-    given = [leaf for leaf in tree_leaves((others, kwargs)) if isinstance(leaf, torch.Tensor | float)]
-    if not any(isinstance(leaf, float) or leaf.dtype.is_floating_point for leaf in given):
-        return func(*args, **kwargs)
-    exact = [target.to(torch.float64) if not target.dtype.is_floating_point else target for target in targets]
-    func(exact if isinstance(first, list | tuple) else exact[0], *others, **kwargs)
-    rounded = [value.round() for value in exact]
-    for value, whole in zip(exact, rounded, strict=True):
-        if bool(((value - whole).abs() > _ROUNDING * whole.abs()).any()):
-            raise ValueError(
-                "codes of packed weights that differ have no average; average float weights, and quantize the result"
-            )
-    for target, whole in zip(targets, rounded, strict=True):
-        target.copy_(whole)
-    return first
+from quanto_hf.nn.codes import DIFFER, Codes, as_codes
 
 
 class StoredParameter(nn.Parameter):
@@ -88,11 +19,15 @@ class StoredParameter(nn.Parameter):
 
     - ``numel()`` of the first one of a weight counts weights, less the scales that count themselves, so that sums over
       ``parameters()`` (``num_parameters()`` of transformers, ``print_trainable_parameters()`` of PEFT) are those of the
-      float model. ``element_size()`` is bytes per weight, so that their product is the bytes that are stored.
-      ``shape`` and ``nbytes`` are those of the stored tensor.
+      float model. It is a :class:`Count`: times the size of an element it is the bytes that are stored. ``shape``,
+      ``element_size()`` and ``nbytes`` are those of the stored tensor.
+    - ``requires_grad`` stays False, so that a loop that unfreezes all parameters does so with those that can train.
     - ``data = other`` keeps the dtype that is held, and the numbers where ``other`` is a conversion of them: what loops
       over all parameters to change their dtype (``prepare_model_for_kbit_training`` of PEFT) would convert scales.
-    - ``detach()`` of integers gives :class:`Codes`, and so does a state dict.
+    - ``detach()`` of integers gives :class:`~quanto_hf.nn.codes.Codes`, and so does a state dict; what is written into
+      integers in place (``copy_``, ``add_``, ``sub_``, ``lerp_``) is rounded as theirs. ``data`` is a plain tensor,
+      since torch.compile and torch.export ask for its type: ``p.data.copy_(average)`` truncates as with any integers.
+      Write ``p.copy_(average)`` under ``torch.no_grad()``.
     - One that is made in inference mode is an ordinary tensor, with which one can train later.
 
     Args:
@@ -102,6 +37,8 @@ class StoredParameter(nn.Parameter):
 
     # what numel() answers; a class attribute, since accelerate makes parameters anew by their type
     weights: ClassVar[int | None] = None
+    # another one whenever other memory is put behind this tensor; a prepared call asks for it
+    place: object = None
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> "StoredParameter":
         """See the class."""
@@ -110,19 +47,38 @@ class StoredParameter(nn.Parameter):
             if data.is_inference():
                 data = data.clone()
             made: StoredParameter = torch.Tensor._make_subclass(cls, data, False)
+        made.place = object()
         return made
+
+    # ------------------------------------------------------------------------------------------------ counting
 
     def numel(self) -> int:
         """Number of weights, or of elements where another tensor of the weight counts them."""
-        return super().numel() if self.weights is None else self.weights
+        if self.weights is None:
+            return super().numel()
+        # torch.compile makes ints only
+        return self.weights if torch.compiler.is_compiling() else Count(self.weights, self.itemsize, self.nbytes)
 
     def nelement(self) -> int:
         """As ``numel()``."""
         return self.numel()
 
-    def element_size(self) -> Any:
-        """Bytes of an element as ``numel()`` counts them."""
-        return super().element_size() if self.weights is None else bytes_each(self.nbytes, self.weights)
+    # ------------------------------------------------------------------------------------------------ training
+
+    def requires_grad_(self, requires_grad: bool = True) -> "StoredParameter":
+        """Nothing: it has no gradient."""
+        return self
+
+    @property
+    def requires_grad(self) -> bool:
+        """False."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        pass
+
+    # ------------------------------------------------------------------------------------------------ writing
 
     @property
     def data(self) -> torch.Tensor:
@@ -136,12 +92,47 @@ class StoredParameter(nn.Parameter):
         if value.dtype != own.dtype:
             # a conversion of what is held: its numbers are not rounded for it
             converted = value.device == own.device and torch.equal(value, own.to(value.dtype))
-            value = own if converted else value.to(own.dtype)
+            value = own if converted else _of_dtype(value, own.dtype)
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.place = object()
+
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        super().set_(*args, **kwargs)
+        self.place = object()
+        return self
+
+    def resize_(self, *args: Any, **kwargs: Any) -> Any:
+        super().resize_(*args, **kwargs)
+        self.place = object()
+        return self
 
     def detach(self) -> torch.Tensor:
         """The tensor: there is no gradient to detach it from."""
-        return _view(plain(self))
+        tensor = plain(self)
+        return tensor if tensor.dtype.is_floating_point else tensor.as_subclass(Codes)
+
+    def _write(self, name: str, *args: Any, **kwargs: Any) -> "StoredParameter":
+        getattr(self.detach(), name)(*args, **kwargs)
+        return self
+
+    def copy_(self, *args: Any, **kwargs: Any) -> Any:
+        return self._write("copy_", *args, **kwargs)
+
+    def add_(self, *args: Any, **kwargs: Any) -> Any:
+        return self._write("add_", *args, **kwargs)
+
+    def sub_(self, *args: Any, **kwargs: Any) -> Any:
+        return self._write("sub_", *args, **kwargs)
+
+    def mul_(self, *args: Any, **kwargs: Any) -> Any:
+        return self._write("mul_", *args, **kwargs)
+
+    def lerp_(self, *args: Any, **kwargs: Any) -> Any:
+        return self._write("lerp_", *args, **kwargs)
+
+    __iadd__, __isub__, __imul__ = add_, sub_, mul_
+
+    # ------------------------------------------------------------------------------------------------ copies
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StoredParameter":
         if id(self) not in memo:
@@ -153,10 +144,8 @@ class StoredParameter(nn.Parameter):
         return stored_parameter, (plain(self), self.weights)
 
 
-def stored_parameter(
-    data: torch.Tensor, weights: int | None = None, like: torch.Tensor | None = None
-) -> StoredParameter:
-    """A stored tensor as a Parameter.
+def stored_parameter(data: torch.Tensor, weights: int | None = None, like: torch.Tensor | None = None) -> nn.Parameter:
+    """A stored tensor as a Parameter: a :class:`StoredParameter`, unless it wraps others (fake tensors, shards).
 
     Args:
         data: the tensor.
@@ -166,9 +155,11 @@ def stored_parameter(
 
     Example:
         >>> packed = stored_parameter(torch.zeros(4, 8, dtype=torch.uint8), weights=64)
-        >>> packed.numel(), packed.element_size(), packed.nbytes, packed.requires_grad
-        (64, 0.5, 32, False)
+        >>> packed.numel(), packed.numel() * packed.element_size(), packed.nbytes, packed.requires_grad
+        (64, 32, 32, False)
     """
+    if type(data).__torch_dispatch__ != torch.Tensor.__torch_dispatch__:
+        return data if isinstance(data, nn.Parameter) else nn.Parameter(data, requires_grad=False)
     made = _counting(weights)(data)
     if like is not None:
         vars(made).update(vars(like))
@@ -179,6 +170,41 @@ def stored_parameter(
 def _counting(weights: int | None) -> type[StoredParameter]:
     """The class for a number of weights: few layers of a model differ in it."""
     return StoredParameter if weights is None else type("StoredParameter", (StoredParameter,), {"weights": weights})
+
+
+class Count(int):
+    """A number of weights that are packed in a tensor of fewer or smaller elements. Times the size of an element, as
+    accelerate, torch and others compute sizes (``numel() * element_size()``, ``numel() * dtype.itemsize``), it is the
+    bytes of the tensor; otherwise it is an int.
+
+    Args:
+        weights: the number.
+        itemsize: bytes of an element.
+        nbytes: bytes of the tensor.
+
+    Example:
+        >>> count = Count(64, itemsize=1, nbytes=32)
+        >>> count, count * 1, count * 4, count + 1
+        (64, 32, 256, 65)
+    """
+
+    itemsize: int
+    nbytes: int
+
+    def __new__(cls, weights: int, itemsize: int, nbytes: int) -> "Count":
+        """See the class."""
+        count = super().__new__(cls, weights)
+        count.itemsize, count.nbytes = itemsize, nbytes
+        return count
+
+    def __mul__(self, other: Any) -> Any:
+        # a bool is no size
+        return self.nbytes if type(other) is int and other == self.itemsize else super().__mul__(other)
+
+    __rmul__ = __mul__
+
+    def __reduce__(self) -> Any:
+        return int, (int(self),)
 
 
 class BytesEach(float):
@@ -207,5 +233,15 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.as_subclass(torch.Tensor) if isinstance(tensor, StoredParameter | Codes) else tensor
 
 
-def _view(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype.is_floating_point else tensor.as_subclass(Codes)
+def _of_dtype(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Other numbers in the dtype that is held.
+
+    Raises:
+        ValueError: an average of codes that differ.
+    """
+    if dtype.is_floating_point or not value.dtype.is_floating_point or value.device.type == "meta":
+        return value.to(dtype)
+    whole = as_codes(value, dtype)
+    if whole is None:
+        raise ValueError(DIFFER)
+    return whole

@@ -7,11 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quanto_hf.io import read_headers
 from quanto_hf.io.checkpoint import DTYPE_NAMES
-from quanto_hf.io.shard_writer import ALIGNMENT, write_shard
+from quanto_hf.io.shard_writer import ALIGNMENT, write_model_file, write_shard
 from quanto_hf.schemes import TensorSpec
 
 DTYPES = tuple(DTYPE_NAMES)
@@ -141,3 +141,16 @@ def test_other_tensors_than_announced_are_refused(fault, tmp_path):
 def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         write(tmp_path / "none" / "a", {"a": ONE})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_what_a_file_of_a_model_holds_can_be_written_by_torch_and_safetensors_again(dtype, tmp_path):
+    """torch.save refuses two tensors of different dtypes at one address, which is where a guard is mapped."""
+    tensors = {"a.weight_packed": torch.arange(64).to(dtype).view(4, 16), "a.weight_scale": torch.ones(4, 1)}
+    write_model_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    state = load_file(tmp_path / "model.safetensors")
+    assert state["a.weight"].shape == (0,) and state["a.weight"].dtype is dtype
+    torch.save(state, tmp_path / "state.bin")
+    save_file(state, tmp_path / "again.safetensors")
+    for again in (torch.load(tmp_path / "state.bin"), load_file(tmp_path / "again.safetensors")):
+        assert again.keys() == state.keys() and all(torch.equal(again[n], t) for n, t in state.items())

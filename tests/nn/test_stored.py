@@ -18,7 +18,8 @@ from torch.optim.swa_utils import (
 )
 
 import quanto_hf
-from quanto_hf.nn.stored import Codes, StoredParameter, stored_parameter
+from quanto_hf.nn.codes import Codes
+from quanto_hf.nn.stored import Count, StoredParameter, stored_parameter
 
 WEIGHTS = ("int8", "int4", "int2", "nf4", "fp4", "float8", "float8_e5m2", "aqlm-1x4")
 every_weight = pytest.mark.parametrize("weights", WEIGHTS)
@@ -183,6 +184,159 @@ def test_a_model_that_was_quantized_in_inference_mode_can_be_trained(weights):
 
 def plain_of(parameter):
     return parameter if isinstance(parameter, StoredParameter) else torch.zeros(())
+
+
+@every_weight
+def test_sizes_by_itemsize_are_bytes_as_accelerate_and_export_compute_them(weights):
+    from accelerate.utils import compute_module_sizes
+
+    net, count = network(weights)
+    nbytes = sum(p.untyped_storage().nbytes() for p in net.parameters())
+    for other in (net, copy.deepcopy(net).to("meta")):
+        assert compute_module_sizes(other)[""] == nbytes
+        assert sum(p.numel() * p.dtype.itemsize for p in other.parameters()) == nbytes
+        assert all(p.element_size() == p.dtype.itemsize for p in other.parameters())
+        assert sum(p.numel() for p in other.parameters()) == count
+
+
+@every_weight
+def test_counts_and_bytes_outlive_offloading(weights, tmp_path):
+    from accelerate import cpu_offload, disk_offload
+
+    net, count = network(weights)
+    x = torch.randn(3, 64)
+    wanted, nbytes = net(x), sum(p.nbytes for p in net.parameters())
+    cpu = torch.device("cpu")
+    for other in (
+        cpu_offload(copy.deepcopy(net), execution_device=cpu),
+        disk_offload(copy.deepcopy(net), str(tmp_path), execution_device=cpu),
+    ):
+        assert torch.equal(other(x), wanted) and torch.equal(other(x), wanted)
+        assert sum(p.numel() for p in other.parameters()) == count
+        assert sum(p.numel() * p.element_size() for p in other.parameters()) == nbytes
+
+
+def test_a_count_is_an_int_but_for_the_size_of_its_elements():
+    count = Count(64, itemsize=2, nbytes=24)
+    assert (count * 2, 2 * count, count * 4, count * True, count * 0.5) == (24, 24, 256, 64, 32.0)
+    assert type(pickle.loads(pickle.dumps(count))) is int and torch.zeros(count).shape == (64,)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "nf4", "aqlm-1x4"])
+def test_an_exported_program_is_saved_and_comes_back(weights):
+    net, _ = network(weights)
+    x, buffer = torch.randn(3, 64), io.BytesIO()
+    torch.export.save(torch.export.export(net, (x,)), buffer)
+    buffer.seek(0)
+    torch.testing.assert_close(torch.export.load(buffer).module()(x), net(x))
+
+
+@every_weight
+def test_a_trace_of_operators_takes_stored_parameters(weights):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    net, _ = network(weights)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(make_fx(net)(x)(x), net(x))
+
+
+def test_tensors_that_wrap_others_are_ordinary_parameters():
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode():
+        made = stored_parameter(torch.empty(3, 4), weights=24)
+    assert isinstance(made, FakeTensor) and isinstance(made, nn.Parameter) and not made.requires_grad
+
+
+@every_weight
+@pytest.mark.parametrize("unfreeze", ["module", "method", "attribute"])
+def test_unfreezing_all_parameters_leaves_stored_ones_without_a_gradient(weights, unfreeze):
+    net, _ = network(weights)
+    if unfreeze == "module":
+        net.requires_grad_(True)
+    for parameter in net.parameters():
+        if unfreeze == "method":
+            parameter.requires_grad_(True)
+        elif unfreeze == "attribute":
+            parameter.requires_grad = True
+    before = stored(net)
+    trained = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    assert trained == ["0.bias", "2.bias"]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
+    net(torch.randn(3, 64)).sum().backward()
+    optimizer.step()
+    changed = [not torch.equal(a, b) for a, b in zip(stored(net), before, strict=True)]
+    assert [name for name, other in zip(net.state_dict(), changed, strict=True) if other] == trained
+
+
+@every_weight
+@pytest.mark.parametrize("way", ["swap", "overwrite"])
+def test_torch_may_swap_or_overwrite_parameters_on_conversion(weights, way):
+    net, count = network(weights)
+    x, before = torch.randn(3, 64), stored(net)
+    wanted = net(x)
+    future = torch.__future__
+    change = {"swap": future.set_swap_module_params_on_conversion}.get(
+        way, future.set_overwrite_module_params_on_conversion
+    )
+    change(True)
+    try:
+        for other in (net.to("cpu"), net.double().float(), copy.deepcopy(net).to("meta").to_empty(device="cpu")):
+            other.load_state_dict(dict(zip(net.state_dict(), before, strict=True)))
+            assert torch.equal(other(x), wanted) and all(map(torch.equal, stored(other), before))
+            assert sum(p.numel() for p in other.parameters()) == count
+            kinds = {isinstance(p, StoredParameter) for name, p in other.named_parameters() if "weight" in name}
+            assert kinds == {True}
+    finally:
+        change(False)
+
+
+def test_other_memory_behind_a_parameter_is_used_at_the_next_call():
+    (net, _), x = network("int8"), torch.randn(1, 64)
+    (other, _) = network("int8")
+    layer, mine, wanted = net[0], net[0].weight_packed, net[0](x)
+    flipped = -mine.data
+    for put in (
+        lambda data: setattr(mine, "data", data),
+        lambda data: mine.set_(data),
+        lambda data: mine.copy_(data),
+    ):
+        own = mine.data.clone()
+        put(flipped)
+        assert not torch.equal(layer(x), wanted)
+        put(own)
+        assert torch.equal(layer(x), wanted)
+    torch.utils.swap_tensors(mine, nn.Parameter(flipped, requires_grad=False))
+    assert not torch.equal(layer(x), wanted)
+    assert torch.equal(other[0](x), wanted)
+
+
+@every_weight
+def test_a_bias_that_is_pruned_or_parametrized_is_used(weights):
+    from torch.nn.utils import parametrize, prune
+
+    net, _ = network(weights)
+    x, wanted = torch.randn(3, 64), net[0](torch.zeros(1, 64))
+    prune.random_unstructured(net[0], "bias", 1.0)
+    assert torch.equal(net[0](torch.zeros(1, 64)), torch.zeros_like(wanted)) and net(x).shape == (3, 40)
+
+    class Twice(nn.Module):
+        def forward(self, bias):
+            return 2 * bias
+
+    net, _ = network(weights)
+    parametrize.register_parametrization(net[0], "bias", Twice())
+    assert torch.equal(net[0](torch.zeros(1, 64)), 2 * wanted)
+
+
+def test_a_packed_weight_cannot_be_pruned():
+    from torch.nn.utils import prune
+
+    net, _ = network("int4")
+    names = [name for name, _ in net.named_parameters()]
+    with pytest.raises(RuntimeError, match=r"held quantized.*dequantize the model first"):
+        prune.l1_unstructured(net[0], "weight", 0.5)
+    assert [name for name, _ in net.named_parameters()] == names
 
 
 def test_detached_codes_are_the_same_memory():

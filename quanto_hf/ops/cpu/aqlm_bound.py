@@ -4,7 +4,7 @@ import torch
 
 from quanto_hf.ops.aqlm import check_aqlm, features
 from quanto_hf.ops.cpu.aqlm import aqlm_arguments, refuses_aqlm
-from quanto_hf.ops.cpu.bound import BoundLinear, is_plain, may_bind
+from quanto_hf.ops.cpu.bound import BoundLinear, is_plain, may_bind, whereabouts
 from quanto_hf.ops.cpu.call import FLOAT_TYPES
 from quanto_hf.ops.cpu.library import NATIVE
 from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS
@@ -32,7 +32,7 @@ def bind_aqlm(codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor
     assert NATIVE is not None
     weight, run, types, threads = aqlm_arguments(*stored), NATIVE.aqlm_linear, FLOAT_TYPES, torch.get_num_threads
     rows, columns = features(codes, codebooks)
-    held = [(tensor, tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in stored]
+    unmoved = whereabouts(*stored)
     trusted: set[tuple[torch.dtype, bool]] = set()
 
     def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -42,14 +42,7 @@ def bind_aqlm(codes: torch.Tensor, codebooks: torch.Tensor, scales: torch.Tensor
             or not x.is_contiguous()
             or watched()
             or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-            # another tensor behind the same Parameter: param.data = ..., as offload does
-            or any(
-                tensor.data_ptr() != at
-                or tensor.shape != size
-                or tensor.dtype is not kind
-                or not tensor.is_contiguous()
-                for tensor, at, size, kind in held
-            )
+            or not unmoved()
         ):
             return None
         shape, dtype = x.shape, x.dtype
