@@ -145,7 +145,7 @@ def to(dtype: torch.dtype, *ends: str, layer: str = "") -> Any:
         names = [name for name in state if name.endswith(ends) and layer in name]
         assert names
         # the same bits under another name, as a changed header has them
-        state.update({name: state[name].view(dtype) for name in names})
+        state.update({name: state[name].clone().view(dtype) for name in names})
 
     return change
 
