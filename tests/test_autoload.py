@@ -9,7 +9,10 @@ from tiny_models import save
 
 CHECK = (
     "\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING"
-    "\nprint(AUTO_QUANTIZER_MAPPING['quanto_hf'].__name__, AUTO_QUANTIZATION_CONFIG_MAPPING['quanto_hf'].__name__)"
+    "\nmade = AUTO_QUANTIZER_MAPPING['quanto_hf'](AUTO_QUANTIZATION_CONFIG_MAPPING['quanto_hf'](), pre_quantized=False)"
+    "\n# where there are threads, what makes a quantizer stands there until one has been made"
+    "\nassert type(made) is AUTO_QUANTIZER_MAPPING['quanto_hf']"
+    "\nprint(type(made).__name__, type(made.quantization_config).__name__)"
 )
 # a package that is installed, but broken
 BROKEN = "raise RuntimeError('half of it is gone')\n"
