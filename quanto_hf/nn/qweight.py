@@ -230,6 +230,7 @@ class QuantizedWeight(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As of nn.Module."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._hold_stored()
         layer_is_made()
 
     def quantized(self) -> dict[str, torch.Tensor]:

@@ -141,7 +141,8 @@ class StoredParameter(nn.Parameter):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return stored_parameter, (plain(self), self.weights)
+        # an ordinary one: torch.load(weights_only=True) knows no other; a module makes it its own again
+        return nn.Parameter(plain(self), requires_grad=False).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def stored_parameter(data: torch.Tensor, weights: int | None = None, like: torch.Tensor | None = None) -> nn.Parameter:

@@ -240,6 +240,17 @@ def test_a_trace_of_operators_takes_stored_parameters(weights):
     torch.testing.assert_close(make_fx(net)(x)(x), net(x))
 
 
+@every_weight
+def test_parameters_that_are_saved_alone_are_those_of_torch(weights):
+    net, _ = network(weights)
+    buffer = io.BytesIO()
+    torch.save([dict(net.named_parameters()), net.state_dict(keep_vars=True)], buffer)
+    buffer.seek(0)
+    for state in torch.load(buffer, weights_only=True):
+        assert {type(tensor) for tensor in state.values()} == {nn.Parameter}
+        assert all(map(torch.equal, state.values(), stored(net)))
+
+
 def test_tensors_that_wrap_others_are_ordinary_parameters():
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
