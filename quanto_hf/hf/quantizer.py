@@ -140,8 +140,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if files:
             safe = all(file.endswith(".safetensors") for file in files)
             self._headers = read_headers(files) if safe else read_pickled_headers(files)
-            if not safe:
-                refuse_optimum_quanto((), files)
+            refuse_optimum_quanto(self._headers or (), files)
         if self.pre_quantized:
             take_stored_dtypes(model, self._headers or {})
         self.kept = kept_dtypes(model, self._dtype)
@@ -211,7 +210,6 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             conversions = self._conversions = merge_late(conversions)
         if self._headers is not None:
-            refuse_optimum_quanto(self._headers)
             # a copy: conversions remember which names they have seen
             seen = copy.deepcopy(conversions)
             check_before_loading(model, self._headers, seen, self.pre_quantized, complete=was_written_from(model))

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from quanto_hf.fit import Fit
 from quanto_hf.nn.activation import INPUT_SCALE
 from quanto_hf.nn.bound_call import BoundCall, Call
-from quanto_hf.nn.codes import as_codes
 from quanto_hf.nn.saved_by import layer_is_made, refuse_unknown_saver
 from quanto_hf.nn.stored import StoredParameter, plain, stored_parameter
 from quanto_hf.nn.subclasses import own_attributes, source_class
@@ -341,8 +340,7 @@ class QuantizedWeight(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *args: Any
     ) -> None:
-        """As of nn.Module; a stored tensor of another dtype is an error, not a conversion. Codes of which a loop has
-        made averages, in float32 or float64, are taken where these are whole."""
+        """As of nn.Module; a stored tensor of another dtype is an error, not a conversion."""
         errors = args[-1]
         guard = state_dict.get(f"{prefix}weight")
         if self.is_frozen and isinstance(guard, torch.Tensor) and guard.shape == (0,):
@@ -354,9 +352,6 @@ class QuantizedWeight(nn.Module):
                 continue
             given = state_dict.get(key)
             if isinstance(given, torch.Tensor) and given.dtype != tensor.dtype:
-                if (codes := _averaged(given, tensor)) is not None:
-                    state_dict = {**state_dict, key: codes}
-                    continue
                 errors.append(f"dtype mismatch for {key}: the state dict has {given.dtype}, {self} has {tensor.dtype}")
                 # go on with what is held already, so that the other bad keys are named as well
                 state_dict = {**state_dict, key: tensor}
@@ -391,11 +386,3 @@ class QuantizedWeight(nn.Module):
 def as_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A stored tensor as a plain one, another as it is."""
     return tensor.data if isinstance(tensor, StoredParameter) else tensor
-
-
-def _averaged(given: torch.Tensor, held: torch.Tensor) -> torch.Tensor | None:
-    """Float numbers as the codes that they are averages of, or None: shorter dtypes may have lost some."""
-    if held.dtype.is_floating_point or given.dtype not in (torch.float32, torch.float64) or given.device.type == "meta":
-        return None
-    # the rounding of a thousand steps; of codes that differ by one, a share that does not matter
-    return as_codes(plain(given), held.dtype, within=1 / 64)

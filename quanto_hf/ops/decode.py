@@ -130,4 +130,9 @@ def _numbers(qtype: QType) -> torch.Tensor:
         if qtype.kind == "table":
             return torch.tensor(qtype.values, dtype=torch.float32, device="cpu")
         assert qtype.float_dtype is not None
-        return torch.arange(1 << qtype.bits, device="cpu").to(torch.uint8).view(qtype.float_dtype).float()
+        return (
+            torch.arange(1 << qtype.bits, dtype=torch.int64, device="cpu")
+            .to(torch.uint8)
+            .view(qtype.float_dtype)
+            .float()
+        )
