@@ -90,7 +90,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a model that comes from another process, which may be the first one in this."""
-        self.__dict__.update(state)
+        super().__setstate__(state)
         know_dtypes()
 
     @staticmethod
