@@ -89,24 +89,6 @@ def test_a_loop_that_averages_other_codes_is_an_error_or_truncates_what_it_made_
             loop(ema, net, decay)
 
 
-@every_weight
-@every_decay
-def test_a_state_dict_of_averages_can_be_loaded(weights, decay):
-    net = network(weights)
-    ema, before = {name: tensor.clone() for name, tensor in net.state_dict().items()}, integers(net)
-    single = {name: tensor.detach().clone() for name, tensor in net.named_parameters()}
-    for _ in range(200):
-        for name, tensor in net.state_dict().items():
-            ema[name] = decay * ema[name] + (1 - decay) * tensor
-            single[name] = (decay * single[name].float() + (1 - decay) * net.get_parameter(name).data.float()).to(
-                tensor.dtype if tensor.is_floating_point() else torch.float32
-            )
-    for averages in (ema, single):
-        other = network(weights, seed=1)
-        other.load_state_dict(averages)
-        assert all(map(torch.equal, integers(other), before))
-
-
 def test_a_state_dict_of_averages_of_other_codes_is_refused():
     net, other = network("int4"), network("int4", seed=1)
     first, second = net.state_dict(), other.state_dict()
