@@ -5,6 +5,7 @@ gradients that its parameters get, must be the same but for the order of sums.
 """
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -58,6 +59,15 @@ def config(kind: str, adapters: dict[str, str]):
     if kind == "XLORA":
         given = {"task_type": "CAUSAL_LM", "hidden_size": 64, "adapters": adapters}
     return cls(**{name: value for name, value in given.items() if value is not None})
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """BOFT tries to compile for CUDA, and where that fails it leaves CC=gcc and CXX=gcc to every later test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
