@@ -163,7 +163,7 @@ def trained_eagerly():
 
 
 def quantized_stub():
-    from quanto_hf.nn.static import Quantize
+    from quanto_hf.eager.modules import Quantize
 
     return [Quantize(0.3, 2, "quint8")(X)]
 

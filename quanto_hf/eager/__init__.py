@@ -79,6 +79,16 @@ from quanto_hf.eager.defaults import (
     per_channel_weight_observer_range_neg_127_to_127,
     weight_observer_range_neg_127_to_127,
 )
+from quanto_hf.eager.fake_quantize import (
+    FakeQuantize,
+    FixedQParamsFakeQuantize,
+    FusedMovingAvgObsFakeQuantize,
+    disable_fake_quant,
+    disable_observer,
+    enable_fake_quant,
+    enable_observer,
+)
+from quanto_hf.eager.fake_quantize import FakeQuantize as FakeQuantizeBase
 from quanto_hf.eager.fuse import (
     fuse_conv_bn,
     fuse_conv_bn_relu,
@@ -107,6 +117,13 @@ from quanto_hf.eager.mappings import (
     get_quantized_operator,
     get_static_quant_module_class,
 )
+from quanto_hf.eager.modules import (
+    DeQuantize,
+    FloatFunctional,
+    QConfigError,
+    QFunctional,
+    Quantize,
+)
 from quanto_hf.eager.observer_state import (
     get_observer_state_dict,
     load_observer_state_dict,
@@ -117,6 +134,10 @@ from quanto_hf.eager.prepare import (
 from quanto_hf.eager.propagate import (
     add_quant_dequant,
     propagate_qconfig_,
+)
+from quanto_hf.eager.qat import (
+    freeze_bn_stats,
+    update_bn_stats,
 )
 from quanto_hf.eager.qconfig import (
     QConfig,
@@ -133,16 +154,6 @@ from quanto_hf.eager.verbs import (
     quantize_dynamic,
     quantize_qat,
 )
-from quanto_hf.nn.fake_quantize import (
-    FakeQuantize,
-    FixedQParamsFakeQuantize,
-    FusedMovingAvgObsFakeQuantize,
-    disable_fake_quant,
-    disable_observer,
-    enable_fake_quant,
-    enable_observer,
-)
-from quanto_hf.nn.fake_quantize import FakeQuantize as FakeQuantizeBase
 from quanto_hf.nn.observers import (
     FixedQParamsObserver,
     HistogramObserver,
@@ -159,17 +170,6 @@ from quanto_hf.nn.observers import (
 )
 from quanto_hf.nn.observers import Observer as ObserverBase
 from quanto_hf.nn.observers import RangeObserver as UniformQuantizationObserverBase
-from quanto_hf.nn.qat import (
-    freeze_bn_stats,
-    update_bn_stats,
-)
-from quanto_hf.nn.static import (
-    DeQuantize,
-    FloatFunctional,
-    QConfigError,
-    QFunctional,
-    Quantize,
-)
 
 __all__ = [
     "DeQuantStub",

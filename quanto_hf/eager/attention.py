@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quanto_hf.eager.modules import FloatFunctional, QConfigError
 from quanto_hf.eager.stubs import DeQuantStub, QuantStub
-from quanto_hf.nn.static import FloatFunctional, QConfigError
 
 
 class ObservedMultiheadAttention(nn.Module):

@@ -8,16 +8,16 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from quanto_hf.eager.fused import FusedModule
 from quanto_hf.eager.hooks import compute_weights, detach, move_hooks, restore_hooks, saved_hooks
 from quanto_hf.eager.mappings import (
     get_default_static_quant_module_mappings,
     get_default_static_quant_reference_module_mappings,
 )
+from quanto_hf.eager.modules import QConfigError
+from quanto_hf.eager.qat import RoundedWeight
 from quanto_hf.eager.ties import Ties
 from quanto_hf.eager.walk import children, device_of, has_qconfig
-from quanto_hf.nn.fused import FusedModule
-from quanto_hf.nn.qat import RoundedWeight
-from quanto_hf.nn.static import QConfigError
 from quanto_hf.ops.scratch import free
 
 Classes = Mapping[type[nn.Module], Any]

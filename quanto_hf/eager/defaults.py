@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from quanto_hf.eager.fake_quantize import FakeQuantize, FixedQParamsFakeQuantize, FusedMovingAvgObsFakeQuantize
 from quanto_hf.eager.qconfig import QConfig
-from quanto_hf.nn.fake_quantize import FakeQuantize, FixedQParamsFakeQuantize, FusedMovingAvgObsFakeQuantize
 from quanto_hf.nn.observers import (
     FixedQParamsObserver,
     HistogramObserver,

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from quanto_hf.eager import fused
 from quanto_hf.eager.hooks import move_hooks
-from quanto_hf.nn import fused
-from quanto_hf.nn.static import QConfigError
+from quanto_hf.eager.modules import QConfigError
 
 # (is_qat, *modules) -> the fused module
 Fuser = Callable[..., nn.Module]

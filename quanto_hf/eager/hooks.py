@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from quanto_hf.eager.fake_quantize import FakeQuantize
+from quanto_hf.eager.modules import FloatFunctional
 from quanto_hf.eager.qconfig import activation_is_memoryless
-from quanto_hf.nn.fake_quantize import FakeQuantize
 from quanto_hf.nn.observers import Observer
-from quanto_hf.nn.static import FloatFunctional
 
 OBSERVER = "activation_post_process"
 _TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quanto_hf.nn.static import FloatFunctional, QConfigError
+from quanto_hf.eager.modules import FloatFunctional, QConfigError
 
 State = tuple[torch.Tensor, torch.Tensor]
 

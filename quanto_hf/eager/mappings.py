@@ -8,22 +8,22 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from quanto_hf.eager import fused, modules, qat
 from quanto_hf.eager.defaults import (
     default_fixed_qparams_range_0to1_fake_quant,
     default_fixed_qparams_range_neg1to1_fake_quant,
 )
 from quanto_hf.eager.stubs import DeQuantStub, QuantStub
-from quanto_hf.nn import fused, qat, static
 
 Mapping = dict[type[nn.Module], type[nn.Module]]
 
 _FLOAT: Mapping = {
-    QuantStub: static.Quantize,
-    DeQuantStub: static.DeQuantize,
-    static.FloatFunctional: static.QFunctional,
-    NonDynamicallyQuantizableLinear: static.Linear,
+    QuantStub: modules.Quantize,
+    DeQuantStub: modules.DeQuantize,
+    modules.FloatFunctional: modules.QFunctional,
+    NonDynamicallyQuantizableLinear: modules.Linear,
     **{
-        getattr(nn, name): getattr(static, name)
+        getattr(nn, name): getattr(modules, name)
         for name in (
             "BatchNorm2d", "BatchNorm3d", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",
             "ConvTranspose3d", "Dropout", "ELU", "Embedding", "EmbeddingBag", "GroupNorm", "Hardswish",
@@ -33,11 +33,11 @@ _FLOAT: Mapping = {
     },
 }  # fmt: skip
 _FUSED: Mapping = {
-    getattr(fused, name): getattr(static, name)
+    getattr(fused, name): getattr(modules, name)
     for name in ("BNReLU2d", "BNReLU3d", "ConvReLU1d", "ConvReLU2d", "ConvReLU3d", "LinearReLU")
 }
 _TRAINED: Mapping = {
-    getattr(qat, name): getattr(static, target)
+    getattr(qat, name): getattr(modules, target)
     for name, target in {
         "Conv1d": "Conv1d", "Conv2d": "Conv2d", "Conv3d": "Conv3d",
         "ConvBn1d": "Conv1d", "ConvBn2d": "Conv2d", "ConvBn3d": "Conv3d",
@@ -49,10 +49,10 @@ _TRAINED: Mapping = {
 _STATIC: Mapping = {**_FLOAT, **_FUSED, **_TRAINED}
 # functions of a known range: rounded if training has observed them, float otherwise
 _KNOWN_RANGE: Mapping = {
-    nn.Hardsigmoid: static.Hardsigmoid,
-    nn.Sigmoid: static.Sigmoid,
-    nn.Softmax: static.Softmax,
-    nn.Tanh: static.Tanh,
+    nn.Hardsigmoid: modules.Hardsigmoid,
+    nn.Sigmoid: modules.Sigmoid,
+    nn.Softmax: modules.Softmax,
+    nn.Tanh: modules.Tanh,
 }
 _QAT: Mapping = {
     NonDynamicallyQuantizableLinear: qat.Linear,
@@ -66,12 +66,12 @@ _QAT: Mapping = {
     },
 }  # fmt: skip
 _DYNAMIC: Mapping = {
-    nn.Linear: static.DynamicLinear,
-    NonDynamicallyQuantizableLinear: static.DynamicLinear,
-    qat.DynamicLinear: static.DynamicLinear,
-    fused.LinearReLU: static.DynamicLinearReLU,
+    nn.Linear: modules.DynamicLinear,
+    NonDynamicallyQuantizableLinear: modules.DynamicLinear,
+    qat.DynamicLinear: modules.DynamicLinear,
+    fused.LinearReLU: modules.DynamicLinearReLU,
     **{
-        getattr(nn, name): getattr(static, name)
+        getattr(nn, name): getattr(modules, name)
         for name in ("LSTM", "GRU", "LSTMCell", "GRUCell", "RNNCell", "Embedding", "EmbeddingBag")
     },
 }
@@ -82,12 +82,12 @@ _SPECIAL: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Tanh: default_fixed_qparams_range_neg1to1_fake_quant,
 }
 _OPERATORS: dict[Callable[..., Any], type[nn.Module]] = {
-    F.elu: static.ELU,
-    F.hardswish: static.Hardswish,
-    F.instance_norm: static.InstanceNorm2d,
-    F.layer_norm: static.LayerNorm,
-    F.leaky_relu: static.LeakyReLU,
-    F.dropout: static.Dropout,
+    F.elu: modules.ELU,
+    F.hardswish: modules.Hardswish,
+    F.instance_norm: modules.InstanceNorm2d,
+    F.layer_norm: modules.LayerNorm,
+    F.leaky_relu: modules.LeakyReLU,
+    F.dropout: modules.Dropout,
 }
 
 
@@ -98,16 +98,16 @@ def get_default_static_quant_module_mappings() -> Mapping:
 
 def get_default_static_quant_reference_module_mappings() -> Mapping:
     """The same with modules that keep their float weight, and recurrent ones."""
-    recurrent: Mapping = {kind: made for kind, made in _DYNAMIC.items() if issubclass(made, static.StoredRecurrent)}
+    recurrent: Mapping = {kind: made for kind, made in _DYNAMIC.items() if issubclass(made, modules.StoredRecurrent)}
     return {
-        kind: static.as_reference(made) if hasattr(made, "is_reference") else made
+        kind: modules.as_reference(made) if hasattr(made, "is_reference") else made
         for kind, made in {**get_default_static_quant_module_mappings(), **recurrent}.items()
     }
 
 
 def get_embedding_static_quant_module_mappings() -> Mapping:
     """The static mapping with embeddings that were trained with quantization."""
-    trained: Mapping = {qat.Embedding: static.Embedding, qat.EmbeddingBag: static.EmbeddingBag}
+    trained: Mapping = {qat.Embedding: modules.Embedding, qat.EmbeddingBag: modules.EmbeddingBag}
     return {**get_default_static_quant_module_mappings(), **trained}
 
 
@@ -181,7 +181,7 @@ def get_quantized_operator(float_op: Callable[..., Any]) -> type[nn.Module]:
 
 def _find(key: Any, mapping: dict[Any, type[nn.Module]]) -> type[nn.Module]:
     if key not in mapping:
-        raise static.QConfigError(
+        raise modules.QConfigError(
             f"{key} has no quantized counterpart; those that have one: {', '.join(map(str, mapping))}"
         )
     return mapping[key]

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from quanto_hf.eager.loggers import Logger, OutputLogger, Shadow, ShadowLogger
+from quanto_hf.eager.modules import StoredWeights
 from quanto_hf.eager.stored_weight import dequantized
 from quanto_hf.flow.batches import device_of, moved
-from quanto_hf.nn.static import StoredWeights
 
 __all__ = [
     "Logger",

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from quanto_hf.eager.fused import FusedModule
 from quanto_hf.eager.hooks import OBSERVER, attach, move_hooks
 from quanto_hf.eager.mappings import get_default_qconfig_propagation_list, special_observer
+from quanto_hf.eager.modules import FloatFunctional, QConfigError, QFunctional
 from quanto_hf.eager.propagate import propagate_qconfig_
 from quanto_hf.eager.stubs import DeQuantStub
 from quanto_hf.eager.walk import children, device_of, has_qconfig, is_leaf
-from quanto_hf.nn.fused import FusedModule
-from quanto_hf.nn.static import FloatFunctional, QConfigError, QFunctional
 
 
 def prepare(

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from quanto_hf.eager.modules import QConfigError
 from quanto_hf.nn.observers import is_memoryless
-from quanto_hf.nn.static import QConfigError
 
 
 class _Pair(NamedTuple):

@@ -14,11 +14,11 @@ from quanto_hf.eager.defaults import (
     float_qparams_weight_only_qconfig_4bit,
 )
 from quanto_hf.eager.mappings import get_default_dynamic_quant_module_mappings, get_default_qat_module_mappings
+from quanto_hf.eager.modules import QConfigError
 from quanto_hf.eager.prepare import prepare
 from quanto_hf.eager.propagate import propagate_qconfig_
 from quanto_hf.eager.qconfig import QConfig
 from quanto_hf.nn.observers import dtype_name
-from quanto_hf.nn.static import QConfigError
 
 _RECURRENT = (nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.RNNCell, nn.GRUCell)
 _DYNAMIC: dict[str, tuple[QConfig, tuple[type[nn.Module], ...]]] = {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from quanto_hf.nn.static import QConfigError
+from quanto_hf.eager.modules import QConfigError
 
 PARAMETRIZATIONS = "parametrizations"
 

@@ -18,12 +18,13 @@ from quanto_hf.eager import (
     default_qconfig,
     fuse_modules,
     get_default_qconfig,
+    modules,
     prepare,
     prepare_qat,
     swap_module,
 )
 from quanto_hf.eager.hooks import observe_input, observe_output
-from quanto_hf.nn import QLinear, static
+from quanto_hf.nn import QLinear
 from quanto_hf.nn.activation import fake_quantize
 from quanto_hf.qtypes import qint8
 
@@ -58,9 +59,9 @@ def test_c13_nothing_of_the_preparation_is_left(net):
     assert observe_output not in hooks and observe_input not in hooks
     kinds = {name: type(module) for name, module in made.named_children()}
     assert kinds == {
-        "quant": static.Quantize, "dequant": static.DeQuantize, "conv": static.ConvReLU2d, "bn": nn.Identity,
-        "relu": nn.Identity, "conv2": static.Conv2d, "bn2": nn.Identity, "skip": static.QFunctional,
-        "fc": static.Linear,
+        "quant": modules.Quantize, "dequant": modules.DeQuantize, "conv": modules.ConvReLU2d, "bn": nn.Identity,
+        "relu": nn.Identity, "conv2": modules.Conv2d, "bn2": nn.Identity, "skip": modules.QFunctional,
+        "fc": modules.Linear,
     }  # fmt: skip
     kept = convert(calibrated(net, images()), remove_qconfig=False)
     assert kept.qconfig == default_per_channel_qconfig
@@ -70,7 +71,7 @@ def test_c13_every_activation_lies_on_its_grid(net):
     made = convert(calibrated(fuse_modules(net, ConvNet.fusible), images()))
     outs = {}
     for name, module in made.named_modules():
-        if isinstance(module, static.OnGrid) and not isinstance(module, static.QFunctional):
+        if isinstance(module, modules.OnGrid) and not isinstance(module, modules.QFunctional):
             module.register_forward_hook(lambda module, args, out, name=name: outs.update({name: (module, out)}))
     made(images())
     assert len(outs) == 4
@@ -85,7 +86,7 @@ def test_c13_the_prepared_model_stays_unless_inplace(net):
     x, before = images(), prepared(images()).shape
     assert convert(prepared) is not prepared and prepared(x).shape == before
     assert hasattr(prepared.conv, OBSERVER) and type(prepared.conv) is nn.Conv2d
-    assert convert(prepared, inplace=True) is prepared and isinstance(prepared.conv, static.Conv2d)
+    assert convert(prepared, inplace=True) is prepared and isinstance(prepared.conv, modules.Conv2d)
 
 
 def test_c13_references_keep_their_weight_and_give_the_same_numbers(net):
@@ -154,9 +155,9 @@ def test_c13_precomputed_scales_do_not_follow_the_weight():
 def test_c13_a_bare_leaf_is_replaced_itself():
     layer, x = nn.Linear(8, 4), torch.randn(5, 8)
     made = convert(seen(layer, x))
-    assert isinstance(made, static.Linear) and isinstance(made, QLinear) and error(made(x), layer(x)) < 0.02
+    assert isinstance(made, modules.Linear) and isinstance(made, QLinear) and error(made(x), layer(x)) < 0.02
     prepared = seen(layer, x)
-    assert isinstance(convert(prepared, inplace=True), static.Linear)
+    assert isinstance(convert(prepared, inplace=True), modules.Linear)
 
 
 def test_c13_weights_and_grids_are_those_of_torch(ao, net):
@@ -281,7 +282,7 @@ def test_c14_aliases_stay_aliases():
     prepared = prepare(model, inplace=True)
     run(prepared, torch.randn(2, 4))
     made = convert(prepared, inplace=True)
-    assert isinstance(made.a, static.Linear) and made.a is made.alias and made.a is made.box[0]
+    assert isinstance(made.a, modules.Linear) and made.a is made.alias and made.a is made.box[0]
 
 
 def test_c14_tied_weights_stay_shared():
@@ -367,7 +368,7 @@ def test_c15_a_custom_module_goes_there_and_back(bare):
     run(prepared, x)
     made = convert(prepared, convert_custom_config_dict=CONFIGS)
     custom = made if bare else made[0]
-    assert type(custom) is QuantizedCustom and isinstance(custom.linear, static.Linear)
+    assert type(custom) is QuantizedCustom and isinstance(custom.linear, modules.Linear)
     assert error(made(x), model(x)) < 0.04
     assert not any(hasattr(m, "qconfig") or hasattr(m, OBSERVER) for m in made.modules())
 
@@ -395,7 +396,7 @@ def test_c15_an_lstm_is_quantized_inside(batch_first, both, bias):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
     made = convert(prepared)
     assert isinstance(made, eager.QuantizedLSTM) and error(made(x)[0], layer(x)[0]) < 0.06
-    assert sum(isinstance(module, static.Linear) for module in made.modules()) == (8 if both else 4)
+    assert sum(isinstance(module, modules.Linear) for module in made.modules()) == (8 if both else 4)
 
 
 def test_c15_an_lstm_is_no_worse_than_torchs(ao):
@@ -500,7 +501,7 @@ def test_each_module_is_close_to_its_float_one(name, backend):
     make, shape = LAYERS[name]
     layer, x = make().eval(), torch.randn(shape) * 2
     made = convert(calibrated(layer, x, qconfig=get_default_qconfig(backend)))
-    assert type(made).__module__.startswith("quanto_hf.nn.static")
+    assert type(made).__module__.startswith("quanto_hf.eager.modules")
     assert made(x).shape == layer(x).shape and error(made(x), layer(x)) < (0.03 if backend == "x86" else 0.015)
     assert torch.equal(made(x), convert(calibrated(layer, x, qconfig=get_default_qconfig(backend)))(x))
 
@@ -636,7 +637,7 @@ def test_weights_are_observed_where_they_are():
 def test_a_converted_functional_that_met_no_data_takes_scalars_and_tensors():
     functional = FloatFunctional()
     functional.qconfig = QConfig(None, default_qconfig.weight)
-    made = static.QFunctional.from_float(functional)
+    made = modules.QFunctional.from_float(functional)
     x = torch.randn(3)
     assert torch.equal(made.add(x, x), x + x) and torch.equal(made.add_scalar(x, 2.0), x + 2)
     assert torch.equal(made.add(x, x), x + x)
@@ -646,7 +647,7 @@ def test_an_image_without_a_batch_is_rounded_as_one_item():
     conv = nn.Conv2d(3, 4, 3)
     affine = MinMaxObserver.with_args(dtype="qint8", qscheme="per_tensor_affine")
     conv.qconfig = QConfig(eager.default_dynamic_qconfig.activation, affine)
-    made = static.Conv2d.from_float(conv)
+    made = modules.Conv2d.from_float(conv)
     assert made.is_dynamic and made.weight_zero is not None
     image = torch.randn(3, 8, 8) * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
     torch.testing.assert_close(made(image), made(image[None])[0])

@@ -14,9 +14,9 @@ from quanto_hf.eager import (
     get_dynamic_quant_module_class,
     get_quantized_operator,
     get_static_quant_module_class,
+    modules,
     qconfig_equals,
 )
-from quanto_hf.nn import static
 
 QCONFIGS = sorted(name for name in eager.__all__ if isinstance(getattr(eager, name), QConfig))
 OBSERVERS = sorted(
@@ -109,11 +109,11 @@ def test_c16_the_propagation_list_has_the_types_of_torch(ao):
 
 
 def test_c16_classes_are_found_by_the_float_one():
-    assert get_static_quant_module_class(nn.Linear) is static.Linear
+    assert get_static_quant_module_class(nn.Linear) is modules.Linear
     assert get_static_quant_module_class(nn.Linear, is_reference=True).is_reference
     assert get_static_quant_module_class(nn.Linear, {nn.Linear: nn.Identity}) is nn.Identity
-    assert get_dynamic_quant_module_class(nn.LSTM) is static.LSTM
-    assert get_quantized_operator(nn.functional.elu) is static.ELU
+    assert get_dynamic_quant_module_class(nn.LSTM) is modules.LSTM
+    assert get_quantized_operator(nn.functional.elu) is modules.ELU
     for find in (get_static_quant_module_class, get_dynamic_quant_module_class, get_quantized_operator):
         with pytest.raises(AssertionError, match="no quantized counterpart"):
             find(nn.MaxPool2d)

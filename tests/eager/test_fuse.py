@@ -8,8 +8,7 @@ from eager_models import ConvNet, images, warmed
 from torch import nn
 
 from quanto_hf import eager
-from quanto_hf.eager import fuse_modules, fuse_modules_qat, get_fuser_method
-from quanto_hf.nn import fused
+from quanto_hf.eager import fuse_modules, fuse_modules_qat, fused, get_fuser_method
 
 
 def norm(dims, features=4):

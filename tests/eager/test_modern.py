@@ -19,11 +19,11 @@ from quanto_hf.eager import (
     convert,
     fuse_modules,
     get_default_qconfig,
+    modules,
     prepare,
     quantize,
     quantize_dynamic,
 )
-from quanto_hf.nn import static
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -168,7 +168,7 @@ def test_c17_parametrized_modules(norm, kind):
         model.train().qconfig = eager.get_default_qat_qconfig("onednn")
         made = eager.quantize_qat(model, lambda model: model(x), [])
         model.eval()
-    assert isinstance(made[0], static.Linear) and error(made(x), model(x)) < 0.02
+    assert isinstance(made[0], modules.Linear) and error(made(x), model(x)) < 0.02
     assert not hasattr(made[0], "parametrizations")
 
 

@@ -18,9 +18,9 @@ from quanto_hf.eager import (
     prepare,
     prepare_qat,
 )
+from quanto_hf.eager.fake_quantize import FixedQParamsFakeQuantize
+from quanto_hf.eager.fused import LinearReLU
 from quanto_hf.eager.hooks import observe_output
-from quanto_hf.nn.fake_quantize import FixedQParamsFakeQuantize
-from quanto_hf.nn.fused import LinearReLU
 
 OBSERVER = "activation_post_process"
 

@@ -23,10 +23,11 @@ from quanto_hf.eager import (
     fuse_modules_qat,
     get_default_qat_module_mappings,
     get_default_qat_qconfig,
+    modules,
     prepare_qat,
+    qat,
 )
-from quanto_hf.nn import qat, static
-from quanto_hf.nn.qat import freeze_bn_stats, update_bn_stats
+from quanto_hf.eager.qat import freeze_bn_stats, update_bn_stats
 
 
 def trainable(fuse=True, qconfig=None):
@@ -141,7 +142,7 @@ def test_c11_dynamic_training_needs_an_observer_without_memory():
     made, x = prepare_qat(model, mapping), torch.randn(5, 8)
     step(made, x)
     converted = convert(made.eval(), eager.get_default_dynamic_quant_module_mappings())
-    assert isinstance(converted[0], static.DynamicLinear) and error(converted(x), made(x)) < 0.02
+    assert isinstance(converted[0], modules.DynamicLinear) and error(converted(x), made(x)) < 0.02
 
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
@@ -187,7 +188,7 @@ def test_c11_a_parametrized_weight_is_trained_as_one():
     made = prepare_qat(model)
     step(made, torch.randn(3, 4))
     assert type(made[0]) is qat.Linear and torch.equal(made[0].weight, model[0].weight)
-    assert isinstance(convert(made.eval())[0], static.Linear)
+    assert isinstance(convert(made.eval())[0], modules.Linear)
 
 
 def test_c11_scales_are_learned_on_request():
@@ -251,12 +252,12 @@ def test_c11_the_copy_of_a_prepared_model_trains_on_its_own():
 
 
 LAYERS = {
-    "linear-relu": (lambda: [nn.Linear(6, 6), nn.ReLU()], (4, 6), static.LinearReLU),
-    "linear-bn": (lambda: [nn.Linear(6, 6), nn.BatchNorm1d(6)], (4, 6), static.Linear),
-    "conv1d-bn-relu": (lambda: [nn.Conv1d(6, 6, 3), nn.BatchNorm1d(6), nn.ReLU()], (4, 6, 7), static.ConvReLU1d),
-    "conv1d-relu": (lambda: [nn.Conv1d(6, 6, 3), nn.ReLU()], (4, 6, 7), static.ConvReLU1d),
-    "conv3d-bn": (lambda: [nn.Conv3d(6, 6, 2, bias=False), nn.BatchNorm3d(6)], (4, 6, 3, 3, 3), static.Conv3d),
-    "conv3d-relu": (lambda: [nn.Conv3d(6, 6, 2), nn.ReLU()], (4, 6, 3, 3, 3), static.ConvReLU3d),
+    "linear-relu": (lambda: [nn.Linear(6, 6), nn.ReLU()], (4, 6), modules.LinearReLU),
+    "linear-bn": (lambda: [nn.Linear(6, 6), nn.BatchNorm1d(6)], (4, 6), modules.Linear),
+    "conv1d-bn-relu": (lambda: [nn.Conv1d(6, 6, 3), nn.BatchNorm1d(6), nn.ReLU()], (4, 6, 7), modules.ConvReLU1d),
+    "conv1d-relu": (lambda: [nn.Conv1d(6, 6, 3), nn.ReLU()], (4, 6, 7), modules.ConvReLU1d),
+    "conv3d-bn": (lambda: [nn.Conv3d(6, 6, 2, bias=False), nn.BatchNorm3d(6)], (4, 6, 3, 3, 3), modules.Conv3d),
+    "conv3d-relu": (lambda: [nn.Conv3d(6, 6, 2), nn.ReLU()], (4, 6, 3, 3, 3), modules.ConvReLU3d),
 }
 
 
@@ -282,6 +283,6 @@ def test_c11_functions_of_a_known_range_stay_on_their_grid():
     made, x = prepare_qat(model), torch.randn(8, 4)
     step(made, x)
     converted = convert(made.eval())
-    assert [type(converted[1]), type(converted[3])] == [static.Sigmoid, static.Tanh]
+    assert [type(converted[1]), type(converted[3])] == [modules.Sigmoid, modules.Tanh]
     assert torch.equal(converted[:2](x) * 256, (converted[:2](x) * 256).round())
     assert converted[3].scale.item() == 2 / 256 and converted[3].zero_point.item() == 128

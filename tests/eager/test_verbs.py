@@ -18,12 +18,12 @@ from quanto_hf.eager import (
     fuse_modules,
     get_default_qat_qconfig,
     get_default_qconfig,
+    modules,
     prepare,
     quantize,
     quantize_dynamic,
     quantize_qat,
 )
-from quanto_hf.nn import static
 
 # of docs that were measured with torch 2.13: relative errors of static quantization of such a net
 STATIC = {"x86": 0.031, "fbgemm": 0.034, "onednn": 0.018, "qnnpack": 0.017}
@@ -64,17 +64,17 @@ def test_c9_one_call_is_the_same_as_its_steps():
     assert torch.equal(made(x), convert(steps)(x))
     # the model itself is as it was
     assert net.training and type(net.fc) is nn.Linear and not hasattr(net.fc, "qconfig")
-    assert quantize(net, run, [x], inplace=True) is net and isinstance(net.fc, static.Linear)
+    assert quantize(net, run, [x], inplace=True) is net and isinstance(net.fc, modules.Linear)
 
 
 def test_c9_a_bare_leaf_and_a_mapping_of_ones_own():
     layer, x = nn.Linear(4, 4), torch.randn(8, 4)
     layer.qconfig = default_qconfig
-    assert isinstance(quantize(layer, run, [x]), static.Linear)
+    assert isinstance(quantize(layer, run, [x]), modules.Linear)
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     model.qconfig = default_qconfig
-    made = quantize(model, run, [x], mapping={nn.LayerNorm: static.LayerNorm})
-    assert type(made[0]) is nn.Linear and isinstance(made[1], static.LayerNorm)
+    made = quantize(model, run, [x], mapping={nn.LayerNorm: modules.LayerNorm})
+    assert type(made[0]) is nn.Linear and isinstance(made[1], modules.LayerNorm)
 
 
 def test_c9_a_run_that_runs_nothing_is_an_error():
@@ -133,8 +133,8 @@ def test_c10_dynamic_quantization_is_no_worse_than_torchs(ao, dtype):
 def test_c10_embeddings_are_close(dtype, most):
     model, index = Tables().eval(), torch.randint(100, (6, 9))
     made = quantize_dynamic(model, dtype=dtype)
-    assert isinstance(made.bag, static.EmbeddingBag)
-    assert isinstance(made.embedding, static.Embedding) is (dtype == "quint8")
+    assert isinstance(made.bag, modules.EmbeddingBag)
+    assert isinstance(made.embedding, modules.Embedding) is (dtype == "quint8")
     assert error(made.bag(index), model.bag(index)) <= 1.1 * most
 
 
@@ -177,7 +177,7 @@ def test_c10_a_spec_says_what_is_quantized():
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.LSTM(4, 4))
 
     def kinds(made):
-        return [isinstance(m, static.DynamicLinear) for m in (made[0], made[1][0], made[1][1])]
+        return [isinstance(m, modules.DynamicLinear) for m in (made[0], made[1][0], made[1][1])]
 
     assert kinds(quantize_dynamic(model, {"1.1"})) == [False, False, True]
     assert kinds(quantize_dynamic(model, {"1"})) == [False, True, True]
@@ -191,8 +191,8 @@ def test_c10_a_spec_says_what_is_quantized():
 
 
 def test_c10_a_bare_leaf_is_quantized():
-    assert isinstance(quantize_dynamic(nn.Linear(4, 4)), static.DynamicLinear)
-    assert isinstance(quantize_dynamic(nn.LSTM(4, 4)), static.LSTM)
+    assert isinstance(quantize_dynamic(nn.Linear(4, 4)), modules.DynamicLinear)
+    assert isinstance(quantize_dynamic(nn.LSTM(4, 4)), modules.LSTM)
 
 
 def test_c10_a_fused_layer_and_one_scale_per_row():
@@ -200,7 +200,7 @@ def test_c10_a_fused_layer_and_one_scale_per_row():
     x = torch.randn(4, 8)
     spec = {type(model[0]): eager.per_channel_dynamic_qconfig}
     made = quantize_dynamic(model, spec)
-    assert isinstance(made[0], static.DynamicLinearReLU) and made(x).min() == 0 and error(made(x), model(x)) < 0.02
+    assert isinstance(made[0], modules.DynamicLinearReLU) and made(x).min() == 0 and error(made(x), model(x)) < 0.02
     assert made[0].weight_scale.unique().numel() == 8
     assert quantize_dynamic(nn.Linear(8, 8)).weight_scale.unique().numel() == 1
 
@@ -272,7 +272,7 @@ def test_c10_a_table_that_is_changed_by_reading_it_is_refused():
 def test_c10_a_language_model(ao):
     model, ids = build("llama"), tokens()
     made = quantize_dynamic(model)
-    assert isinstance(made.model.layers[0].self_attn.q_proj, static.DynamicLinear)
+    assert isinstance(made.model.layers[0].self_attn.q_proj, modules.DynamicLinear)
     mine = error(made(ids).logits, model(ids).logits)
     assert mine <= 1.1 * 0.026
     assert mine <= 1.1 * error(ao.quantize_dynamic(model)(ids).logits, model(ids).logits)
@@ -310,7 +310,7 @@ def test_c12_training_with_quantization_in_one_call():
     made = quantize_qat(net, lambda model, many: losses.extend(train(model, many)), [25])
     assert losses[-1] < losses[0] / 5
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items()) and net.training
-    assert isinstance(made.conv, static.ConvReLU2d) and not made.training
+    assert isinstance(made.conv, modules.ConvReLU2d) and not made.training
     assert quantize_qat(net, train, [1], inplace=True) is net
 
 

@@ -249,7 +249,7 @@ def fed_one(observer, x):
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("data", ["normal", "outlier", "long-tail", "positive"])
 def test_mse_is_never_worse_than_the_whole_range(dtype, data):
-    from quanto_hf.nn.grid import round_to_grid
+    from quanto_hf.eager.grid import round_to_grid
 
     best, whole = MseObserver(dtype=dtype), MinMaxObserver(dtype, "per_tensor_symmetric")
     x = torch.cat([x.flatten() for x in DATA[data]()])

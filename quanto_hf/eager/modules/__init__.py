@@ -7,7 +7,7 @@ quantized dtype.
 Imports: ``schemes``, ``nn``. Never: a whole model.
 """
 
-from quanto_hf.nn.static.activation import (
+from quanto_hf.eager.modules.activation import (
     ELU,
     Dropout,
     Hardsigmoid,
@@ -19,7 +19,7 @@ from quanto_hf.nn.static.activation import (
     Softmax,
     Tanh,
 )
-from quanto_hf.nn.static.conv import (
+from quanto_hf.eager.modules.conv import (
     Conv1d,
     Conv2d,
     Conv3d,
@@ -30,11 +30,11 @@ from quanto_hf.nn.static.conv import (
     ConvTranspose2d,
     ConvTranspose3d,
 )
-from quanto_hf.nn.static.embedding import Embedding, EmbeddingBag
-from quanto_hf.nn.static.errors import QConfigError
-from quanto_hf.nn.static.functional import FloatFunctional, QFunctional
-from quanto_hf.nn.static.linear import DynamicLinear, DynamicLinearReLU, Linear, LinearReLU
-from quanto_hf.nn.static.norm import (
+from quanto_hf.eager.modules.embedding import Embedding, EmbeddingBag
+from quanto_hf.eager.modules.errors import QConfigError
+from quanto_hf.eager.modules.functional import FloatFunctional, QFunctional
+from quanto_hf.eager.modules.linear import DynamicLinear, DynamicLinearReLU, Linear, LinearReLU
+from quanto_hf.eager.modules.norm import (
     BatchNorm2d,
     BatchNorm3d,
     BNReLU2d,
@@ -45,11 +45,11 @@ from quanto_hf.nn.static.norm import (
     InstanceNorm3d,
     LayerNorm,
 )
-from quanto_hf.nn.static.on_grid import OnGrid
-from quanto_hf.nn.static.quantize import DeQuantize, Quantize
-from quanto_hf.nn.static.recurrent import GRU, LSTM, GRUCell, LSTMCell, RNNCell, StoredRecurrent
-from quanto_hf.nn.static.reference import as_reference
-from quanto_hf.nn.static.stored_weights import StoredWeights
+from quanto_hf.eager.modules.on_grid import OnGrid
+from quanto_hf.eager.modules.quantize import DeQuantize, Quantize
+from quanto_hf.eager.modules.recurrent import GRU, LSTM, GRUCell, LSTMCell, RNNCell, StoredRecurrent
+from quanto_hf.eager.modules.reference import as_reference
+from quanto_hf.eager.modules.stored_weights import StoredWeights
 
 __all__ = [
     "ELU",

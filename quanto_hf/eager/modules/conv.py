@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from quanto_hf.eager.modules.weighted import Stored, Weighted
 from quanto_hf.nn.qconv import (
     QConv1d,
     QConv2d,
@@ -12,7 +13,6 @@ from quanto_hf.nn.qconv import (
     QConvTranspose3d,
     conv_transpose,
 )
-from quanto_hf.nn.static.weighted import Stored, Weighted
 
 
 class StoredConv(Stored):

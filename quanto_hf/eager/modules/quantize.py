@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from quanto_hf.eager.modules.on_grid import OnGrid
 from quanto_hf.nn.observers import number
-from quanto_hf.nn.static.on_grid import OnGrid
 
 
 class Quantize(OnGrid):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from quanto_hf.nn.static.on_grid import OnGrid
+from quanto_hf.eager.modules.on_grid import OnGrid
 
 
 class Functional(nn.Module):

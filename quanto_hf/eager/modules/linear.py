@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quanto_hf.eager.modules.weighted import Stored, Weighted
 from quanto_hf.nn.qlinear import QLinear
-from quanto_hf.nn.static.weighted import Stored, Weighted
 
 
 class StoredLinear(Stored, nn.Linear):

@@ -6,12 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from quanto_hf.nn.activation import fake_quantize
-from quanto_hf.nn.observers import is_memoryless
-from quanto_hf.nn.qconv import items
-from quanto_hf.nn.static.kept import bare
-from quanto_hf.nn.static.on_grid import OnGrid
-from quanto_hf.nn.static.stored_weights import (
+from quanto_hf.eager.modules.kept import bare
+from quanto_hf.eager.modules.on_grid import OnGrid
+from quanto_hf.eager.modules.stored_weights import (
     INT8,
     StoredWeights,
     encoded,
@@ -19,6 +16,9 @@ from quanto_hf.nn.static.stored_weights import (
     scale_axis,
     weight_observer,
 )
+from quanto_hf.nn.activation import fake_quantize
+from quanto_hf.nn.observers import is_memoryless
+from quanto_hf.nn.qconv import items
 from quanto_hf.qtypes import qint8
 
 

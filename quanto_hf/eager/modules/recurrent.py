@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from quanto_hf.nn.static.errors import QConfigError
-from quanto_hf.nn.static.kept import bare
-from quanto_hf.nn.static.stored_weights import StoredWeights, observer_for
+from quanto_hf.eager.modules.errors import QConfigError
+from quanto_hf.eager.modules.kept import bare
+from quanto_hf.eager.modules.stored_weights import StoredWeights, observer_for
 
 Hidden = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 

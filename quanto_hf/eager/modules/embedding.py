@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quanto_hf.eager.modules.errors import QConfigError
+from quanto_hf.eager.modules.kept import bare
+from quanto_hf.eager.modules.stored_weights import StoredWeights, observer_for, weight_observer
 from quanto_hf.nn.qembedding import rows_of_bags
-from quanto_hf.nn.static.errors import QConfigError
-from quanto_hf.nn.static.kept import bare
-from quanto_hf.nn.static.stored_weights import StoredWeights, observer_for, weight_observer
 
 
 class StoredEmbedding(StoredWeights):

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from quanto_hf.nn.grid import round_to_grid
+from quanto_hf.eager.grid import round_to_grid
+from quanto_hf.eager.modules.errors import QConfigError
+from quanto_hf.eager.modules.kept import KeepsNamed, bare
 from quanto_hf.nn.observers import is_memoryless, number
-from quanto_hf.nn.static.errors import QConfigError
-from quanto_hf.nn.static.kept import KeepsNamed, bare
 
 
 class OnGrid(KeepsNamed):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from quanto_hf.nn.static.on_grid import OnGrid
+from quanto_hf.eager.modules.on_grid import OnGrid
 
 
 class Activation(OnGrid):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quanto_hf.nn.fake_quantize import (
+from quanto_hf.eager.fake_quantize import (
     FakeQuantize,
     FixedQParamsFakeQuantize,
     FusedMovingAvgObsFakeQuantize,
@@ -12,7 +12,7 @@ from quanto_hf.nn.fake_quantize import (
     enable_fake_quant,
     enable_observer,
 )
-from quanto_hf.nn.grid import round_to_grid, round_with_learned_scale
+from quanto_hf.eager.grid import round_to_grid, round_with_learned_scale
 from quanto_hf.nn.observers import (
     FixedQParamsObserver,
     HistogramObserver,

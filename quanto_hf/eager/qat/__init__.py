@@ -1,12 +1,12 @@
 """Modules for training with quantization: float weights that are rounded in each forward pass.
 
 ``from_float`` makes one from a float module with a ``qconfig``, whose parameters it shares. What it is converted to
-afterwards is in ``quanto_hf/nn/static``.
+afterwards is in ``quanto_hf/eager/modules``.
 
 Imports: ``nn``. Never: a whole model.
 """
 
-from quanto_hf.nn.qat.batchnorm import (
+from quanto_hf.eager.qat.batchnorm import (
     ConvBn1d,
     ConvBn2d,
     ConvBn3d,
@@ -17,7 +17,7 @@ from quanto_hf.nn.qat.batchnorm import (
     freeze_bn_stats,
     update_bn_stats,
 )
-from quanto_hf.nn.qat.weighted import (
+from quanto_hf.eager.qat.weighted import (
     Conv1d,
     Conv2d,
     Conv3d,

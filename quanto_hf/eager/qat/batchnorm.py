@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from quanto_hf.nn.qat.weighted import RoundedWeight
-from quanto_hf.nn.static.kept import bare
+from quanto_hf.eager.modules.kept import bare
+from quanto_hf.eager.qat.weighted import RoundedWeight
 
 
 class WithBatchNorm(RoundedWeight):

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quanto_hf.eager.modules.errors import QConfigError
+from quanto_hf.eager.modules.kept import bare
 from quanto_hf.nn.observers import is_memoryless
-from quanto_hf.nn.static.errors import QConfigError
-from quanto_hf.nn.static.kept import bare
 
 
 class RoundedWeight(nn.Module):

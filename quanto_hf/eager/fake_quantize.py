@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quanto_hf.nn.grid import round_to_grid, round_with_learned_scale
+from quanto_hf.eager.grid import round_to_grid, round_with_learned_scale
 from quanto_hf.nn.observers import (
     FixedQParamsObserver,
     KeepsDtypes,
@@ -28,7 +28,7 @@ class FakeQuantize(WithArgs, KeepsDtypes):
         quant_max: largest code.
         is_dynamic: the scale is found anew for each tensor; needs an observer without memory.
         learnable: the scale is a parameter. It starts as the observer's for the first tensor, after which observing
-            ends; see :func:`quanto_hf.nn.grid.round_with_learned_scale`.
+            ends; see :func:`quanto_hf.eager.grid.round_with_learned_scale`.
         observer_kwargs: all other arguments of the observer.
 
     Example:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quanto_hf.nn.grid import round_to_grid
+from quanto_hf.eager.grid import round_to_grid
+from quanto_hf.eager.modules.errors import QConfigError
+from quanto_hf.eager.modules.kept import KeepsNamed
 from quanto_hf.nn.observers import PerChannelMinMaxObserver
-from quanto_hf.nn.static.errors import QConfigError
-from quanto_hf.nn.static.kept import KeepsNamed
 from quanto_hf.nn.weight_writes import refuse_write
 from quanto_hf.ops import pack
 from quanto_hf.schemes import Affine
