@@ -97,7 +97,7 @@ def _register_when_ready(auto: ModuleType) -> None:
 def _call(auto: Any) -> None:
     # the package first: to import a part of it makes a thread that imports the package at this time fail in a deadlock
     import_module("quanto_hf")
-    import_module("quanto_hf.hf.register").register_with(auto)
+    import_module("quanto_hf.hf.load.register").register_with(auto)
 
 
 def _register(auto: Any) -> None:

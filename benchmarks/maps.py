@@ -44,8 +44,8 @@ from transformers.integrations.accelerate import get_device
 
 import quanto_hf
 from quanto_hf import QuantoConfig
-from quanto_hf.hf import offload
-from quanto_hf.hf.prefetch_hook import prefetch
+from quanto_hf.hf.offload import hooks as offload
+from quanto_hf.hf.offload.prefetch_hook import prefetch
 from quanto_hf.io.lanes import PlainLane
 
 PAGE = mmap.PAGESIZE

@@ -22,7 +22,7 @@ Afterwards a new layer has to be on the CPU and in float32, and transformers has
 often each verb was done; the exit status is 1 if any result differs or any job fails.
 
 transformers itself cannot load *float* models in several threads (bfloat16 and tied ones come out wrong); quantized
-loads wait for each other where it matters (quanto_hf/hf/building.py).
+loads wait for each other where it matters (quanto_hf/hf/load/building.py).
 """
 
 import argparse

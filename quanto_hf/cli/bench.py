@@ -132,7 +132,7 @@ def _folder(path: str | None) -> str:
         WrongUsage: there is none.
     """
     from quanto_hf import tiny_lm
-    from quanto_hf.hf.sources import local_folder
+    from quanto_hf.hf.convert.sources import local_folder
 
     if path is None:
         return tiny_lm()

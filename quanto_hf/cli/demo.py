@@ -95,7 +95,7 @@ def measure_all(chosen: tuple[str, ...], text: Path | None, model: str | None) -
     """The float model and each type; and the number of tokens that were predicted."""
     from quanto_hf import QuantoConfig, tiny_lm
     from quanto_hf.cli import measure
-    from quanto_hf.hf.sources import local_folder
+    from quanto_hf.hf.convert.sources import local_folder
 
     for name in chosen:
         # a wrong name is told before anything is loaded

@@ -72,7 +72,7 @@ def _evaluate_all(
     from quanto_hf import QuantoConfig
     from quanto_hf.cli import measure
     from quanto_hf.flow import compare, evaluate
-    from quanto_hf.hf.sources import local_folder
+    from quanto_hf.hf.convert.sources import local_folder
 
     for name in weights:
         QuantoConfig(weights=name)

@@ -40,10 +40,10 @@ def quantize(
     Example: `quanto-hf quantize path/to/model out-int4 --weights int4 --override '*.down_proj=int8'`
     """
     from quanto_hf import QuantoConfig
-    from quanto_hf.hf.card import write_card
-    from quanto_hf.hf.convert import convert_checkpoint
-    from quanto_hf.hf.gguf import named_gguf
-    from quanto_hf.hf.sources import local_folder
+    from quanto_hf.hf.convert.convert import convert_checkpoint
+    from quanto_hf.hf.convert.sources import local_folder
+    from quanto_hf.hf.load.gguf import named_gguf
+    from quanto_hf.hf.save.card import write_card
 
     config = QuantoConfig(
         weights=weights,

@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import Any
 
 # first: an error that says which transformers is needed, and not the first thing that an older one lacks
-import quanto_hf.hf.requirements  # noqa: F401  # isort: skip
-from quanto_hf.hf.adopt import quantize
-from quanto_hf.hf.aqlm_config import AqlmConfig
-from quanto_hf.hf.config import METHOD, QuantoConfig
-from quanto_hf.hf.load import load_and_quantize_model
-from quanto_hf.hf.register import install, register
+import quanto_hf.hf.config.requirements  # noqa: F401  # isort: skip
+from quanto_hf.hf.config.aqlm import AqlmConfig
+from quanto_hf.hf.config.quanto import METHOD, QuantoConfig
+from quanto_hf.hf.load.adopt import quantize
+from quanto_hf.hf.load.load_and_quantize import load_and_quantize_model
+from quanto_hf.hf.load.register import install, register
 
 __all__ = [
     "METHOD",
@@ -32,11 +32,11 @@ __all__ = [
 
 # these import transformers' quantizers and accelerate: 1 s that `import quanto_hf` does not take
 _LAZY = {
-    "QuantoHfQuantizer": "quanto_hf.hf.quantizer",
-    "convert_checkpoint": "quanto_hf.hf.convert",
-    "plan": "quanto_hf.hf.planning",
-    "replace_with_aqlm_linear": "quanto_hf.hf.aqlm",
-    "replace_with_quanto_layers": "quanto_hf.hf.replace",
+    "QuantoHfQuantizer": "quanto_hf.hf.load.quantizer",
+    "convert_checkpoint": "quanto_hf.hf.convert.convert",
+    "plan": "quanto_hf.hf.memory.planning",
+    "replace_with_aqlm_linear": "quanto_hf.hf.load.aqlm",
+    "replace_with_quanto_layers": "quanto_hf.hf.load.replace",
 }
 
 

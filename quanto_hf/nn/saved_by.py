@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 SAVERS = ("save_pretrained", "_save_pretrained")
-# they save adapters and leave the quantized layers alone, or have a quantizer (quanto_hf/hf/saving.py), by module
+# they save adapters and leave the quantized layers alone, or have a quantizer (quanto_hf/hf/save/saving.py), by module
 ADAPTERS, TRANSFORMERS = "peft.", "transformers.modeling_utils"
 # what a class has that makes its quantized layers itself, in its constructor or from_pretrained
 REBUILDS = "quanto_hf_rebuilds"

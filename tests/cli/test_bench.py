@@ -12,7 +12,7 @@ import quanto_hf
 from quanto_hf import QuantoConfig
 from quanto_hf.cli import bench_linear, peers
 from quanto_hf.cli.app import app
-from quanto_hf.hf.convert import convert_checkpoint
+from quanto_hf.hf.convert.convert import convert_checkpoint
 
 TINY = ("--features", "48x64", "--rows", "1,12", "--rounds", "2")
 

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 import quanto_hf
 from quanto_hf import QuantoConfig
 from quanto_hf.cli.app import app
-from quanto_hf.hf.convert import convert_checkpoint
+from quanto_hf.hf.convert.convert import convert_checkpoint
 
 
 @pytest.fixture(scope="module")

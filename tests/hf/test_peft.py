@@ -34,7 +34,7 @@ every_kind = pytest.mark.parametrize("kind", [*PUBLISHED, *OURS])
 @pytest.fixture(scope="module", autouse=True)
 def taken_over():
     """quanto_hf serves "aqlm" for these tests."""
-    register = importlib.import_module("quanto_hf.hf.register")
+    register = importlib.import_module("quanto_hf.hf.load.register")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(register, "_overrides", set())
         for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):

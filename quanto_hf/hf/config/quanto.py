@@ -1,0 +1,283 @@
+"""What a user of transformers writes: QuantoConfig."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quanto_hf.fit import FITS
+from quanto_hf.flow import ACTIVATIONS, OVERRIDABLE, Choice, activation_type
+from quanto_hf.hf.config.foreign_words import SHORT, hints, unknown_keywords
+from quanto_hf.io import FORMAT_VERSION, INTERRUPTED, check_version, refuse_interrupted
+from quanto_hf.qtypes import QType, weight_names
+from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL, is_aqlm_name
+
+METHOD = "quanto_hf"
+# of a config that asks for an empty model (hf/memory/skeleton.py): known to transformers only so that from_pretrained
+# finds the quantizer that stops it; never saved
+SKELETON_METHOD = "quanto_hf_skeleton"
+
+# Keys that a former format version had and that have no meaning any more: format version -> names. Versions 0
+# and 1 have the same keys.
+OLDER_KEYS: dict[int, frozenset[str]] = {}
+
+# keywords that the library writes
+WRITTEN = ("format_version", "schemes", "quant_method")
+
+
+@dataclass
+class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How ``from_pretrained`` quantizes a model.
+
+    Args:
+        weights: number type of the weights: int8, int4, int2, float8 (= float8_e4m3fn), float8_e5m2, nf4, fp4; or an
+            AQLM layout: "aqlm-2x8" is 2 codebooks with codes of 8 bits.
+        activations: None (weight-only), "int8" or "float8": also round the inputs of linear layers. The numbers are
+            those of a quantized product. A scale belongs to a token; where int4 or int2 weights meet int8, to 32
+            columns of it. docs/speed.md says where this is faster.
+        static_activations: round inputs with one scale per layer, which :class:`quanto_hf.Calibration` finds; the model
+            refuses to run before. Calibrating a model without it sets it. May be given for a quantized checkpoint that
+            was saved without.
+        qat: load float weights into layers that give what the packed ones would give, for quantization-aware training;
+            :func:`quanto_hf.freeze` packs them. A quantized checkpoint has no float weights, and is refused.
+        learn_scales: with ``qat``, train the scales as well. May be given for a checkpoint of training that was saved
+            without.
+        modules_to_not_convert: patterns of modules that stay float, besides the defaults (output and task heads,
+            routers and gates of experts, tied weights, what the model keeps in float32). A pattern is a run of whole
+            name segments or a glob: ``fc1`` does not match ``fc10``, ``*.down_proj`` does what it says.
+        group_size: columns that share a scale: 16, 32, 64, 128, 256, or -1 for whole rows. None is the default of
+            the type: whole rows for 8 bits, 64 for int4 and int2, 32 for nf4 and fp4. Of AQLM: columns that share a
+            code, any number, 8 by default.
+        symmetric: no zero point. None is the default of the type: False for int4 and int2, True for all others.
+        fit: how scales are found: absmax, minmax, mse, mse_gain, hqq. None is the best data-free one of the type.
+        overrides: pattern -> values of weights, group_size, symmetric and fit that differ for these modules, such as
+            ``{"*.down_proj": {"weights": "int8"}}``; ``{"weights": None}`` leaves them in float. The first pattern
+            that matches counts. One that names a router or a gate itself (``mlp.gate``, not ``mlp``) quantizes it.
+        default_skips: False also quantizes output and task heads, routers and gates. Tied weights stay float all the
+            same.
+        dequantize: load with float weights in plain layers: those of the quantized checkpoint, or, of a float one,
+            the weights rounded as they would be.
+        format_version: format of the checkpoint; written by the library.
+        schemes: resolved scheme of each module; written by the library.
+        quant_method: "quanto_hf".
+
+    Number types may also be given as :class:`quanto_hf.QType`, such as ``quanto_hf.qint4``; the config has their names.
+
+    Raises:
+        ValueError: lists every value that is not allowed, and the allowed ones.
+        TypeError: a keyword is not known; the text says what to write in place of those of other tools.
+
+    Example:
+        >>> QuantoConfig(weights="int4", overrides={"*.down_proj": {"weights": "int8"}}).weights
+        'int4'
+    """
+
+    weights: str = "int8"
+    activations: str | None = None
+    modules_to_not_convert: list[str] | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    fit: str | None = None
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    default_skips: bool = True
+    dequantize: bool = False
+    static_activations: bool = False
+    qat: bool = False
+    learn_scales: bool = False
+    format_version: int = FORMAT_VERSION
+    schemes: list[dict[str, Any]] | None = None
+    # keyword only: the base class has it first, but the first argument is the weights, as in transformers' QuantoConfig
+    quant_method: str = field(default=METHOD, kw_only=True)
+    # flags that a config given for a quantized checkpoint has beyond the saved one: for after loading, and not saved
+    asked: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        self.overrides = {} if self.overrides is None else self.overrides
+        self._name_types()
+        problems = self._problems()
+        if problems:
+            raise ValueError("this QuantoConfig cannot be used:\n  " + "\n  ".join(problems))
+        check_version(self.format_version)
+
+    def _name_types(self) -> None:
+        """Names in the place of number types: a config is written as JSON."""
+        self.weights, self.activations = as_name(self.weights), as_name(self.activations)
+        if isinstance(self.overrides, Mapping):
+            self.overrides = {
+                pattern: {key: as_name(value) for key, value in values.items()}
+                if isinstance(values, Mapping)
+                else values
+                for pattern, values in self.overrides.items()
+            }
+
+    def _problems(self) -> list[str]:
+        """One sentence for each bad value."""
+        problems = _value_problems(vars(self), self.weights)
+        if self.quant_method not in (METHOD, "quanto"):
+            problems.append(f"quant_method={SHORT.repr(self.quant_method)}; it is {METHOD!r}")
+        try:
+            activation_type(self.activations)
+        except ValueError:
+            problems.append(f"activations={SHORT.repr(self.activations)}; choose None, {', '.join(ACTIVATIONS)}")
+        names = self.modules_to_not_convert
+        if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
+            problems.append(f"modules_to_not_convert={SHORT.repr(names)}; give a list of names or patterns, or None")
+        for flag in ("default_skips", "dequantize", "static_activations", "qat", "learn_scales"):
+            if not isinstance(getattr(self, flag), bool):
+                problems.append(f"{flag}={SHORT.repr(getattr(self, flag))}; choose True or False")
+        if not isinstance(self.overrides, Mapping):
+            return [*problems, f"overrides={SHORT.repr(self.overrides)}; give a dict of pattern -> values"]
+        for pattern, values in self.overrides.items():
+            if not isinstance(values, Mapping):
+                problems.append(
+                    f"overrides[{pattern!r}]={SHORT.repr(values)}; give a dict such as {{'weights': 'int8'}}"
+                )
+                continue
+            where = f"overrides[{pattern!r}]: "
+            problems += [
+                f"{where}{key!r} is not known; choose {', '.join(OVERRIDABLE)}" for key in set(values) - {*OVERRIDABLE}
+            ]
+            problems += [
+                where + problem for problem in _value_problems(values, values.get("weights", self.weights), True)
+            ]
+        if not problems:
+            problems = self._combination_problems()
+        return problems
+
+    def _combination_problems(self) -> list[str]:
+        """Values that are fine alone and do not go together."""
+        problems = []
+        if self.static_activations and self.activations is None:
+            problems.append("static_activations=True without activations; add activations='int8' or 'float8'")
+        if self.qat and self.dequantize:
+            problems.append("qat=True and dequantize=True; choose one of them")
+        if self.learn_scales and not self.qat:
+            problems.append("learn_scales=True without qat=True; scales are learned in training only")
+        for where, choice in [("", self.choice()), *self._override_choices()]:
+            # of a checkpoint that is quantized nothing is fitted any more
+            asked = choice if self.schemes is None or self.qat else replace(choice, fit=None)
+            if (reason := asked.refusal()) is not None:
+                problems.append(where + reason)
+            elif self.qat and (reason := choice.scheme().refuses_training()) is not None:
+                problems.append(f"{where}qat=True does not work with {choice.weights} weights: {reason}")
+            elif self.learn_scales and self.qat and (reason := choice.scheme().refuses_learning()) is not None:
+                problems.append(where + reason)
+        return problems
+
+    def _override_choices(self) -> list[tuple[str, Choice]]:
+        return [
+            (f"overrides[{pattern!r}]: ", self.choice().override(values))
+            for pattern, values in self.overrides.items()
+            if values.get("weights", "") is not None
+        ]
+
+    def choice(self) -> Choice:
+        """What a module gets that no override names."""
+        return Choice(self.weights, self.group_size, self.symmetric, self.fit)
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> "QuantoConfig | tuple[QuantoConfig, dict[str, Any]]":
+        """The config of a dict, such as the ``quantization_config`` of a config.json.
+
+        Raises:
+            ValueError: a key is not known (keys of older format versions are dropped), or a value is not allowed.
+            CheckpointError: the folder holds files of two models, because a save was interrupted.
+        """
+        if INTERRUPTED in config_dict:
+            refuse_interrupted(config_dict[INTERRUPTED])
+        known = {f.name for f in fields(cls)}
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        check_version(version)
+        older = frozenset[str]().union(*(keys for v, keys in OLDER_KEYS.items() if v >= version))
+        values = {key: value for key, value in config_dict.items() if key not in older}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            advice = hints({key: values[key] for key in unknown}, known)
+            raise ValueError(
+                f"unknown keys in the quantization config: {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+                + (f"; write {'; '.join(advice)}" if advice else "")
+            )
+        config = cls(**values)
+        unused = config.update(**kwargs)
+        config.__post_init__()
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config in JSON types."""
+        return asdict(self)
+
+    def conflicts(self, other: "QuantoConfig") -> list[str]:
+        """Names of the values, of those that decide how weights are stored, in which two configs differ."""
+        mine, others = self._resolved(), other._resolved()
+        # another number type has another default group size: that the types differ says it all
+        return [name for name in mine if mine[name] != others[name] and getattr(self, name) != getattr(other, name)]
+
+    def _resolved(self) -> dict[str, Any]:
+        """The values that decide how weights are stored, the same for two ways to write the same."""
+        scheme = self.choice().scheme().to_dict()
+        return {
+            "weights": scheme.get("qtype", self.weights),
+            "activations": activation_type(self.activations),
+            "group_size": scheme.get("group_size", scheme.get("in_group")),
+            "symmetric": scheme.get("symmetric", True),
+            "fit": self.fit,
+            "overrides": self.overrides,
+            "modules_to_not_convert": sorted(self.modules_to_not_convert or []),
+            "default_skips": self.default_skips,
+        }
+
+
+def as_name(value: Any) -> Any:
+    """The name of a number type; anything else as it is."""
+    return value.name if isinstance(value, QType) else value
+
+
+def _known_keywords_only(init: Callable[..., None]) -> Callable[..., None]:
+    """``__init__`` with a sentence for the keywords of other tools, and the same signature."""
+
+    @functools.wraps(init)
+    def checked(self: QuantoConfig, *args: Any, **kwargs: Any) -> None:
+        known = [f.name for f in fields(QuantoConfig)]
+        unknown = {name: value for name, value in kwargs.items() if name not in known}
+        if unknown:
+            raise TypeError(unknown_keywords("QuantoConfig", unknown, [n for n in known if n not in WRITTEN]))
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+QuantoConfig.__init__ = _known_keywords_only(QuantoConfig.__init__)  # type: ignore[method-assign]
+
+
+def _value_problems(values: Mapping[str, Any], weights: Any, may_be_float: bool = False) -> list[str]:
+    """Bad values among weights, group_size, symmetric and fit.
+
+    Args:
+        weights: what the values are for, named by them or not.
+    """
+    problems = []
+    if "weights" in values and values["weights"] not in weight_names() and not is_aqlm_name(values["weights"]):
+        if not (may_be_float and values["weights"] is None):
+            none = ", or None for float" if may_be_float else ""
+            names = ", ".join([*weight_names(), "aqlm-1x8", "aqlm-2x8", "aqlm-1x16"])
+            problems.append(f"weights={SHORT.repr(values['weights'])}; choose one of {names} (any aqlm-KxB){none}")
+    group_size = values.get("group_size")
+    if is_aqlm_name(weights) and group_size is not None and (type(group_size) is not int or group_size < 1):
+        problems.append(
+            f"group_size={group_size!r}, which is in_group={group_size!r} of {weights} weights, does not work; choose "
+            "a whole number above 0"
+        )
+    if group_size is not None and group_size not in (PER_CHANNEL, *GROUP_SIZES) and not is_aqlm_name(weights):
+        problems.append(
+            f"group_size={SHORT.repr(group_size)}; choose one of {', '.join(map(str, (PER_CHANNEL, *GROUP_SIZES)))}"
+        )
+    if values.get("symmetric") not in (None, True, False):
+        problems.append(f"symmetric={SHORT.repr(values['symmetric'])}; choose None, True or False")
+    # a list of the names: what is not hashable is no name either
+    if values.get("fit") is not None and values["fit"] not in list(FITS):
+        problems.append(f"fit={SHORT.repr(values['fit'])}; choose one of {', '.join(sorted(FITS))}")
+    return problems

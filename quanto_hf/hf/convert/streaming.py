@@ -1,0 +1,164 @@
+"""The tensors of a quantized checkpoint, one after the other, from those of a float one."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from quanto_hf.hf.load.loading import loader_names, quantize_into, split_name
+from quanto_hf.hf.memory.sizes import kept_dtypes, loaded_dtype
+from quanto_hf.hf.memory.skeleton import Skeleton
+from quanto_hf.io import check_tensors, read_headers
+from quanto_hf.nn import QuantizedWeight
+from quanto_hf.schemes import TensorSpec
+
+
+class NotStreamable(Exception):
+    """Why a checkpoint cannot be converted tensor by tensor."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor is, and its shape and dtype there."""
+
+    file: str
+    key: str
+    spec: TensorSpec
+
+
+def find_sources(skeleton: Skeleton) -> dict[str, Source]:
+    """Name in the float model -> where the checkpoint has it, by the names that the loader gives.
+
+    Raises:
+        NotStreamable: a tensor of the model is not one tensor of the checkpoint.
+        CheckpointError: a shape is wrong.
+    """
+    model, conversions = skeleton.model, skeleton.conversions
+    if not skeleton.files or not all(file.endswith(".safetensors") for file in skeleton.files):
+        raise NotStreamable("it is not in safetensors files")
+    entries = {key: Source(file, key, spec) for file in skeleton.files for key, spec in read_headers([file]).items()}
+    state = model.state_dict()
+    found: dict[str, Source] = {}
+    for key, name, converter, _ in loader_names(model, entries, conversions, state):
+        if name not in state:
+            # the loader leaves it out too
+            continue
+        if converter is not None or name in found:
+            raise NotStreamable(f"its tensors are merged or split on loading, such as {key}")
+        found[name] = entries[key]
+    check_tensors(
+        {name: TensorSpec(tuple(state[name].shape), torch.float32) for name in found},
+        {name: TensorSpec(entry.spec.shape, torch.float32) for name, entry in found.items()},
+    )
+    _tie(model, found, state)
+    return found
+
+
+def _tie(model: Any, found: dict[str, Source], state: Mapping[str, torch.Tensor]) -> None:
+    """Tie the skeleton as the loader does, and give names that share a parameter the same source; every other name
+    has to have its own."""
+    with ExitStack() as stack:
+        for target, source in model.all_tied_weights_keys.items():
+            if target in found and source in found:
+                first, second = (_open(stack, found[n].file).get_tensor(found[n].key) for n in (target, source))
+                # with two values they are not tied; the loader compares them too
+                if torch.equal(first, second):
+                    del found[target]
+    missing = {name for name in state if name not in found}
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    by_id = {id(model.get_parameter_or_buffer(name)): source for name, source in found.items()}
+    for name in sorted(state):
+        owner, leaf = split_name(model, name)
+        if name in found or (isinstance(owner, QuantizedWeight) and leaf in owner.kept_names):
+            continue
+        if id(getattr(owner, leaf)) not in by_id:
+            raise NotStreamable(f"it lacks {name}, which is newly initialised")
+        found[name] = by_id[id(getattr(owner, leaf))]
+
+
+def freeze_empty(skeleton: Skeleton) -> None:
+    """Make the skeleton what the loaded model is, still on meta: stored tensors only, and its config."""
+    model = skeleton.model
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight):
+            module._parameters.pop("weight", None)
+    model._weight_conversions = [entry for entry in skeleton.conversions if entry.was_used()]
+    model.hf_quantizer = skeleton.quantizer
+    skeleton.quantizer.postprocess_model(model)
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+
+
+def output_tensors(skeleton: Skeleton) -> dict[str, tuple[str, torch.Tensor]]:
+    """Name in the saved checkpoint -> name in the model, and an empty tensor; in the order of ``save_pretrained``.
+
+    Raises:
+        NotStreamable: a tensor of the model is not one tensor of the output.
+    """
+    model = skeleton.model
+    state = model.state_dict()
+    for key in model._keys_to_ignore_on_save or ():
+        state.pop(key, None)
+    state = remove_tied_weights_from_state_dict(state, model)
+    kept = kept_dtypes(model, skeleton.dtype)
+    state = {name: torch.empty_like(t, dtype=loaded_dtype(model, name, t.dtype, kept)) for name, t in state.items()}
+    names = {id(tensor): name for name, tensor in state.items()}
+    saved = revert_weight_conversion(model, state)
+    if {id(tensor) for tensor in saved.values()} != set(names):
+        raise NotStreamable("its tensors are merged or split on saving")
+    return {saved_name: (names[id(tensor)], tensor) for saved_name, tensor in saved.items()}
+
+
+class Reader:
+    """Makes the tensors of the output. Files stay mapped while it is open.
+
+    Args:
+        skeleton: frozen (:func:`freeze_empty`).
+        sources: of :func:`find_sources`.
+    """
+
+    def __init__(self, skeleton: Skeleton, sources: Mapping[str, Source]) -> None:
+        self.skeleton, self.sources = skeleton, sources
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self._layer, self._stored = "", dict[str, torch.Tensor]()
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of the quantized model by its name there.
+
+        Raises:
+            ValueError: a weight has NaN or infinite values.
+        """
+        owner, leaf = split_name(self.skeleton.model, name)
+        if not (isinstance(owner, QuantizedWeight) and leaf in owner.kept_names):
+            return self._read(name).to(dtype)
+        layer = name.rpartition(".")[0]
+        if layer != self._layer or not self._stored:
+            weight = f"{layer}.weight" if layer else "weight"
+            # codes, scales and zeros follow each other, so a layer is quantized once
+            parts = quantize_into(owner, self._read(weight).to(self.skeleton.dtype), weight)
+            self._stored = {owner.prefix + part: tensor for part, tensor in parts.items()}
+            self._layer = layer
+        return self._stored[leaf]
+
+    def _read(self, name: str) -> torch.Tensor:
+        source = self.sources[name]
+        if source.file not in self._files:
+            self._files[source.file] = _open(self._stack, source.file)
+        tensor: torch.Tensor = self._files[source.file].get_tensor(source.key)
+        return tensor
+
+
+def _open(stack: ExitStack, file: str) -> Any:
+    return stack.enter_context(safe_open(file, framework="pt"))

@@ -1,0 +1,212 @@
+"""Bytes of an empty model once it is loaded, as device maps count them, and what loading needs besides.
+
+A device map is right only if every tensor counts as what it will be: stored tensors and not the float placeholder, and
+in float32 what the model keeps in float32.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from quanto_hf.fit import Fit, fit_by_name
+from quanto_hf.fit.aqlm import Layout
+from quanto_hf.fit.aqlm.memory import fit_bytes
+from quanto_hf.flow import replace_modules
+from quanto_hf.hf.load.loading import split_name, waits_for_weight
+from quanto_hf.nn import QuantizedWeight
+from quanto_hf.nn.stored import bytes_each
+from quanto_hf.ops.cpu.aqlm_fit import refuses_aqlm_fit
+from quanto_hf.schemes import Aqlm, Grouped, Scheme
+from quanto_hf.schemes.quantizing import BLOCK_VALUES
+
+# Bytes per value of a block that is quantized in torch: reused buffers (values, scaled, numbers, cells: 4 each; codes:
+# 1) and temporaries of the fit. Measured peaks: 11 (int8) to 21 (int4, odd width), 25 (nf4), 45 (hqq).
+BLOCK_BYTES, BLOCK_BYTES_HQQ = 26, 48
+# The error of a weight is measured on 64 rows, in three float32 tensors.
+ERROR_ROWS, ERROR_BYTES = 64, 12
+# Making the lookup table of nf4 or fp4, once per device.
+TABLE_BYTES = 20 << 20
+
+Kept = list[tuple[re.Pattern[str], torch.dtype]]
+
+
+def kept_dtypes(model: Any, dtype: torch.dtype) -> Kept:
+    """Patterns of the tensors that a model keeps in another dtype than the one it is loaded in, as the loader reads
+    them: anywhere in a name."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    return [(re.compile(pattern.replace("*", ".*")), kept) for pattern, kept in plan.items()]
+
+
+def loaded_dtype(
+    model: nn.Module, name: str, dtype: torch.dtype, kept: Kept, pre_quantized: bool = False
+) -> torch.dtype:
+    """The dtype that the loader gives a tensor.
+
+    Args:
+        model: the empty model, or a part of it.
+        name: of a parameter or buffer of ``model``.
+        dtype: of this tensor while it is empty.
+        kept: of :func:`kept_dtypes`.
+        pre_quantized: whether the checkpoint is quantized: then only floats are converted.
+    """
+    owner, leaf = split_name(model, name)
+    if isinstance(owner, QuantizedWeight) and leaf in owner.kept_names:
+        return dtype
+    # what is in no checkpoint is made anew, as it is
+    if leaf in owner._non_persistent_buffers_set or (pre_quantized and not dtype.is_floating_point):
+        return dtype
+    return next((found for pattern, found in kept if pattern.search(name)), dtype)
+
+
+def loaded_element_size(
+    model: nn.Module, name: str, tensor: torch.Tensor, kept: Kept, pre_quantized: bool, dequantize: bool
+) -> float:
+    """Bytes per element of a tensor after loading; 0 for one that is gone by then.
+
+    Args:
+        tensor: the empty tensor; what is an element is what its ``numel()`` counts.
+        dequantize: whether the model gets float weights in plain layers.
+    """
+    return bytes_each(loaded_bytes(model, name, tensor, kept, pre_quantized, dequantize), tensor.numel())
+
+
+def loaded_bytes(
+    model: nn.Module, name: str, tensor: torch.Tensor, kept: Kept, pre_quantized: bool, dequantize: bool
+) -> int:
+    """Bytes of a tensor after loading, as :func:`loaded_element_size`."""
+    owner, leaf = split_name(model, name)
+    stored = isinstance(owner, QuantizedWeight) and leaf in owner.kept_names
+    if dequantize and stored:
+        assert isinstance(owner, QuantizedWeight)
+        # the placeholder of a float checkpoint counts, and the first tensor of a quantized one for the float weight
+        if "weight" in owner._parameters or leaf != owner.stored_names[0]:
+            return 0
+        return torch.Size(owner.weight_shape).numel() * owner.weight_dtype.itemsize
+    if waits_for_weight(model, name) and not dequantize:
+        return 0
+    return tensor.shape.numel() * loaded_dtype(model, name, tensor.dtype, kept, pre_quantized).itemsize
+
+
+@dataclass(frozen=True)
+class Transient:
+    """What the quantization of the most demanding layer takes on its device besides the result.
+
+    Args:
+        nbytes: on an accelerator: the float weight, and the temporaries.
+        layer: its name; empty where nothing is quantized.
+        cpu_nbytes: on the CPU, where the float weight is a mapped page of its file: what AQLM weights are made in.
+            Others are quantized there in a few MB.
+        cpu_layer: the most demanding one there.
+    """
+
+    nbytes: int = 0
+    layer: str = ""
+    cpu_nbytes: int = 0
+    cpu_layer: str = ""
+
+
+def largest_transient(model: nn.Module, dtype: torch.dtype, kept: Kept) -> Transient:
+    """Of all layers of an empty model that wait for a float weight.
+
+    Args:
+        dtype: in which the model is loaded; the float weight arrives in it.
+        kept: of :func:`kept_dtypes`.
+    """
+    found, on_cpu = (0, ""), (0, "")
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantizedWeight) or "weight" not in module._parameters:
+            continue
+        weight = f"{name}.weight" if name else "weight"
+        arrives = loaded_dtype(model, weight, dtype, kept)
+        shape = module.matrix_shape
+        nbytes = shape[0] * shape[1] * arrives.itemsize + workspace_bytes(module.scheme, module.fit, shape, arrives)
+        if nbytes > found[0]:
+            found = nbytes, name
+        # as for 16 bits, with a copy in float32: a weight that arrives in float32 is mostly a copy of one in 16 bits
+        if (
+            isinstance(module.scheme, Aqlm)
+            and (most := aqlm_bytes(module.scheme, shape, torch.bfloat16, "cpu")) > on_cpu[0]
+        ):
+            on_cpu = most, name
+    return Transient(*found, *on_cpu)
+
+
+def aqlm_bytes(scheme: Aqlm, shape: tuple[int, int], dtype: torch.dtype, device: str) -> int:
+    """Most bytes of temporaries that making one AQLM weight takes, by the loops that serve on a type of device."""
+    if not shape[0] or not shape[1]:
+        return 0
+    layout = Layout(scheme.num_codebooks, scheme.nbits, scheme.out_group, scheme.in_group)
+    return fit_bytes(shape, layout, dtype, native=refuses_aqlm_fit(torch.device(device)) is None)
+
+
+def workspace_bytes(scheme: Scheme, fit: Fit | str | None, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Most bytes of temporaries that quantizing one weight in torch takes, as on an accelerator; an upper bound within
+    a few MB, and for AQLM about what is measured.
+
+    Args:
+        fit: what finds scale and zero; None is the default of the scheme.
+        shape: of the weight, (out_features, in_features).
+        dtype: of the weight.
+    """
+    rows, columns = shape
+    if isinstance(scheme, Aqlm):
+        return aqlm_bytes(scheme, shape, dtype, "cuda")
+    if not rows or not columns:
+        return 0
+    known = fit if fit is not None or not isinstance(scheme, Grouped) else scheme.default_fit()
+    name = fit_by_name(known).name if known is not None else ""
+    # a fit that we do not know is taken to be as hungry as the hungriest
+    each = BLOCK_BYTES if name in ("absmax", "minmax", "mse", "mse_gain") else BLOCK_BYTES_HQQ
+    block = min(rows, max(1, BLOCK_VALUES // columns)) * columns
+    table = TABLE_BYTES if isinstance(scheme, Grouped) and scheme.type.kind == "table" else 0
+    return each * block + ERROR_BYTES * min(rows, ERROR_ROWS) * columns + table
+
+
+def lower_by_transient(max_memory: dict[Any, Any], transient: Transient) -> dict[Any, Any]:
+    """``max_memory`` in bytes, with room for the transient on every device but the disk.
+
+    Args:
+        max_memory: device -> bytes as an int or float, or a size such as "1.5GiB".
+    """
+    from accelerate.utils.modeling import convert_file_size_to_int
+
+    sizes = {d: convert_file_size_to_int(size) if isinstance(size, str) else size for d, size in max_memory.items()}
+    return {d: size if d == "disk" else max(0, size - transient_on(transient, d)) for d, size in sizes.items()}
+
+
+def transient_on(transient: Transient, device: Any) -> int:
+    """Bytes that quantizing takes on a device; what goes to disk is quantized on the CPU."""
+    return 0 if device == "disk" else transient.cpu_nbytes if device == "cpu" else transient.nbytes
+
+
+def as_loaded(model: Any, kept: Kept, pre_quantized: bool, dequantize: bool) -> None:
+    """Make an empty model what the loaded one is, still on meta: stored tensors only, or float weights in plain layers,
+    with their dtypes and ties. In place."""
+    if dequantize:
+        _as_dequantized(model)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedWeight):
+            module._parameters.pop("weight", None)
+        for tensors in (module._parameters, module._buffers):
+            for leaf, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                dtype = loaded_dtype(model, f"{name}.{leaf}" if name else leaf, tensor.dtype, kept, pre_quantized)
+                if dtype != tensor.dtype:
+                    empty = torch.empty_like(tensor, dtype=dtype, device="meta")
+                    tensors[leaf] = nn.Parameter(empty, False) if tensors is module._parameters else empty
+    if getattr(model, "all_tied_weights_keys", None):
+        model.tie_weights(missing_keys=set(model.all_tied_weights_keys), recompute_mapping=False)
+
+
+def _as_dequantized(model: nn.Module) -> None:
+    made: dict[nn.Module, nn.Module] = {}
+    for layer in model.modules():
+        if isinstance(layer, QuantizedWeight):
+            plain = layer.plain(torch.empty(layer.weight_shape, dtype=layer.weight_dtype, device="meta"))
+            plain.quanto_hf_left = "it is dequantized"  # type: ignore[assignment]
+            made[layer] = plain
+    replace_modules(model, made)

@@ -1,0 +1,85 @@
+"""An old transformers: a sentence from the import of quanto_hf, and nothing of transformers breaks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quanto_hf.hf.config.requirements import TRANSFORMERS, check_transformers
+
+# of those that the quantizer imports, one that transformers does not
+MISSING = "quanto_hf.hf.offload.deferred"
+
+
+def run(code, path=None):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(path), environment.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_the_version_is_that_of_the_package():
+    project = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+    assert f'"transformers>={TRANSFORMERS}",' in project
+
+
+@pytest.mark.parametrize("found", ["4.57.1", "5.20.9", "5.4.0.dev0", "4"])
+def test_an_older_one_is_refused(found):
+    with pytest.raises(
+        ImportError, match=rf"needs transformers {TRANSFORMERS} or later, and {found} is installed: pip"
+    ):
+        check_transformers(found)
+
+
+@pytest.mark.parametrize("found", ["5.21.0", "5.21.0.dev0", "5.23.0+local", "6.0", "", "of my own"])
+def test_a_later_one_and_one_without_a_number_are_let_through(found):
+    check_transformers(found)
+
+
+def test_the_import_says_which_version_is_needed_and_transformers_still_works():
+    done = run(
+        "import transformers\n"
+        "transformers.__version__ = '4.57.1'\n"
+        "try:\n"
+        "    import quanto_hf\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+        "import sys\n"
+        "assert not [f for f in sys.meta_path if 'quanto_hf' in type(f).__module__]\n"
+        "from transformers import LlamaForCausalLM\n"
+        "print(LlamaForCausalLM.__name__)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("quanto_hf needs transformers 5.21 or later, and 4.57.1 is installed: pip install")
+    assert second == "LlamaForCausalLM"
+
+
+def test_an_old_transformers_without_what_we_import_gives_the_same_sentence(tmp_path):
+    # nothing of it is used before its version is known
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("__version__ = '4.40.0'\n")
+    done = run("import quanto_hf", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "ImportError: quanto_hf needs transformers 5.21 or later, and 4.40.0"
+    )
+
+
+def test_a_transformers_that_lacks_a_module_we_need_still_imports_its_models(tmp_path):
+    done = run(
+        f"import sys, warnings\nsys.modules[{MISSING!r}] = None\n"
+        "import quanto_hf\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import transformers.quantizers.auto as auto\n"
+        "print([str(w.message) for w in said if 'quanto_hf' in str(w.message)])\n"
+        "try:\n"
+        "    auto.AutoHfQuantizer.from_config(quanto_hf.QuantoConfig('int4'))\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "quanto_hf cannot quantize with this transformers" in done.stdout and MISSING in done.stdout
