@@ -13,9 +13,7 @@ import torch.nn.functional as F
 
 from quanto_hf.qtypes import QTYPES
 from quanto_hf.schemes import (
-    DEFAULTS,
     GROUP_SIZES,
-    GROUPED,
     Affine,
     Float8,
     Lookup,
@@ -26,8 +24,8 @@ from quanto_hf.schemes import (
 
 EVERY = [
     cls(name, group_size, symmetric)
-    for cls in GROUPED
-    for name in cls.qtypes
+    for cls in (Affine, Float8, Lookup)
+    for name in cls.qtypes()
     for group_size in ((-1,) if cls is Float8 else (-1, *GROUP_SIZES))
     for symmetric in ((True, False) if name in ("int2", "int4") else (True,))
 ]
@@ -185,11 +183,15 @@ def test_autocast_changes_nothing(scheme: Scheme):
     assert torch.equal(shown, scheme.dequantize(expected, 200, torch.float32))
 
 
-def test_the_defaults_are_those_of_the_table():
-    for name, (group_size, symmetric) in DEFAULTS.items():
+def test_the_defaults_are_those_of_the_number_type():
+    defaults = {
+        "int8": (-1, True, "absmax"), "float8_e4m3fn": (-1, True, "absmax"), "float8_e5m2": (-1, True, "absmax"),
+        "int4": (64, False, "mse"), "nf4": (32, True, "mse"), "fp4": (32, True, "mse"), "int2": (64, False, "mse_gain"),
+    }  # fmt: skip
+    assert list(QTYPES) == list(defaults)
+    for name, wanted in defaults.items():
         scheme = make_scheme(name)
-        assert (scheme.qtype, scheme.group_size, scheme.symmetric) == (name, group_size, symmetric)
-    assert set(DEFAULTS) == set(QTYPES)
+        assert (scheme.group_size, scheme.symmetric, scheme.default_fit().name) == wanted and scheme.qtype == name
     assert make_scheme("qfloat8") == Float8("float8_e4m3fn")
 
 

@@ -20,7 +20,7 @@ from quanto_hf.hf.config.flags import refuse_mixed
 from quanto_hf.hf.config.quanto import METHOD, QuantoConfig
 from quanto_hf.hf.load.gguf import is_float_gguf
 from quanto_hf.nn import QuantizedInput, QuantizedLinear, QuantizedWeight
-from quanto_hf.schemes import Aqlm, Scheme
+from quanto_hf.schemes import Scheme
 
 # layers of the eager mode: from_pretrained makes none
 EAGER = ("quanto_hf.eager.modules", "quanto_hf.eager.qat")
@@ -174,8 +174,8 @@ def _quantizer(model: nn.Module, layers: dict[str, QuantizedWeight]) -> Any:
         )
     scheme = schemes.most_common(1)[0][0]
     if published:
-        assert isinstance(scheme, Aqlm)
-        sizes = (scheme.in_group, scheme.out_group, scheme.num_codebooks, scheme.nbits)
+        said = scheme.to_dict()
+        sizes = (said[name] for name in ("in_group", "out_group", "num_codebooks", "nbits"))
         quantizer: Any = AqlmQuantizer(AqlmConfig(*sizes), pre_quantized=False)
     else:
         quantizer = QuantoHfQuantizer(_config(scheme, layers), pre_quantized=False)
@@ -187,8 +187,4 @@ def _config(scheme: Scheme, layers: dict[str, QuantizedWeight]) -> QuantoConfig:
     """A config with the scheme of most layers; that of each is in 'schemes'."""
     rounded = [layer.activations for layer in layers.values() if isinstance(layer, QuantizedInput)]
     activations = rounded[0].name if rounded and rounded[0] is not None else None
-    if isinstance(scheme, Aqlm):
-        weights = f"aqlm-{scheme.num_codebooks}x{scheme.nbits}"
-        return QuantoConfig(weights, activations, group_size=scheme.in_group)
-    said = scheme.to_dict()
-    return QuantoConfig(said["qtype"], activations, group_size=said["group_size"], symmetric=said["symmetric"])
+    return QuantoConfig(activations=activations, **scheme.asked())

@@ -316,7 +316,7 @@ def test_quantizing_a_layer_in_torch_takes_no_more_than_the_transient(weights, s
 @pytest.mark.parametrize("shape", [(512, 512), (64, 1024)], ids=str)
 @pytest.mark.parametrize("weights", ["aqlm-2x3", "aqlm-1x8"])
 def test_making_an_aqlm_layer_takes_about_the_transient(weights, shape, monkeypatch):
-    monkeypatch.setattr(loops, "_native", lambda device: False)
+    monkeypatch.setattr(loops, "runs_native", lambda device: False)
     scheme = make_scheme(weights)
     skeleton = nn.Sequential(QLinear(shape[1], shape[0], False, scheme=scheme, device="meta", dtype=torch.bfloat16))
     layer, weight = skeleton[0], torch.randn(shape, dtype=torch.bfloat16)
