@@ -157,7 +157,7 @@ def check(scheme: "Scheme", dtype: "torch.dtype") -> dict[str, Any] | None:
 
     if not isinstance(scheme, Grouped):
         return check_aqlm_kernels(cast("Aqlm", scheme), dtype)
-    if scheme.type.native is None or not scheme.scale_type.is_float:
+    if not scheme.has_kernels:
         return None
     from quanto_hf.ops.cpu.int8 import int8_error, refuses_int8, why_int8_wrong
     from quanto_hf.ops.cpu.library import NATIVE

@@ -287,13 +287,13 @@ class Grouped(Scheme):
         x_scale: torch.Tensor | None = None,
     ) -> BoundLinear | None:
         """See :class:`Scheme`."""
-        if not self.scale_type.is_float:
+        if not self.has_kernels:
             return None
         return bind_linear(*self._operands(tensors), self.qtype, self.group_size, in_features, activations, x_scale)
 
     def bind_rows(self, tensors: Tensors, in_features: int) -> BoundEmbedding | None:
         """See :class:`Scheme`."""
-        if not self.scale_type.is_float:
+        if not self.has_kernels:
             return None
         return bind_embedding(*self._operands(tensors), self.qtype, self.group_size, in_features)
 
@@ -305,7 +305,7 @@ class Grouped(Scheme):
 
     def bind_experts(self, tensors: Tensors, in_features: int) -> BoundExperts | None:
         """See :class:`Scheme`."""
-        if not self.scale_type.is_float:
+        if not self.has_kernels:
             return None
         return bind_experts(*self._operands(tensors), self.qtype, self.group_size, in_features)
 
@@ -324,6 +324,12 @@ class Grouped(Scheme):
     def __str__(self) -> str:
         group = "" if self.group_size == PER_CHANNEL else f" g{self.group_size}"
         return f"{self.qtype}{group}{'' if self.symmetric else ' asym'}"
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether kernels for one device may read the stored tensors where they lie: codes that they know, and scales
+        that are floats."""
+        return self.type.native is not None and self.scale_type.is_float
 
     def _operands(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes, scales and zeros as kernels read them: scales are floats there."""
@@ -359,6 +365,12 @@ class Float8(Grouped):
 
     kind: ClassVar[str] = "float8"
     numbers: ClassVar[str] = "float"
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether kernels for one device may read the stored tensors where they lie: codes that they know, and scales
+        that are floats."""
+        return self.type.native is not None and self.scale_type.is_float
 
     def _operands(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes, scales and zeros as kernels read them: scales are floats there."""

@@ -39,8 +39,7 @@ def quantize_natively(scheme: "Grouped", rows: torch.Tensor, fit: Fit, out: Part
         False: it cannot, or it is wrong on this machine, or the weight has values that are not finite. What is in
         ``out`` then means nothing.
     """
-    # csrc reads and writes float scales, and only some codes
-    if not scheme.scale_type.is_float or scheme.type.native is None:
+    if not scheme.has_kernels:
         return False
     if refuses_quantize(rows, out, scheme.group_size) is not None:
         return False
