@@ -28,15 +28,11 @@ from quanto_hf.ops.decode import decode_reference
 from quanto_hf.qtypes import QTYPES, QType, qtype
 from quanto_hf.schemes.base import Scheme, any_of, register_scheme
 from quanto_hf.schemes.given import encode, fake_quantize
-from quanto_hf.schemes.quantizing import BLOCK_VALUES, quantize_in_blocks, quantize_natively, quantize_whole
+from quanto_hf.schemes.quantizing import quantize_weight, workspace_bytes
 from quanto_hf.schemes.stored import Tensors, TensorSpec
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 PER_CHANNEL = -1
-# The error of a weight is measured on 64 rows, in three float32 tensors.
-ERROR_ROWS, ERROR_BYTES = 64, 12
-# Making the lookup table of nf4 or fp4, once per device.
-TABLE_BYTES = 20 << 20
 
 
 @dataclass(frozen=True)
@@ -195,27 +191,7 @@ class Grouped(Scheme):
         """See :class:`Scheme`. One native pass over the weight, or torch on blocks of rows through reused buffers:
         about 8 MB beyond the result. A fit that wants second moments sees the whole weight in float32.
         """
-        if weight.dim() < 2 or not weight.is_floating_point():
-            raise ValueError(
-                f"a weight has a float dtype and at least 2 dimensions, "
-                f"but this one has dtype {weight.dtype} and shape {tuple(weight.shape)}"
-            )
-        if weight.shape[-1] == 0:
-            raise ValueError(f"a weight has at least 1 column, but this one has shape {tuple(weight.shape)}")
-        found = self.fit_of(fit)
-        specs = self.tensors(tuple(weight.shape), weight.dtype)
-        result = {name: torch.empty(s.shape, dtype=s.dtype, device=weight.device) for name, s in specs.items()}
-        columns = weight.shape[-1]
-        if weight.numel() == 0 or weight.device.type == "meta":
-            return result
-        flat = weight.detach().reshape(-1, columns)
-        parts = {name: tensor.view(flat.shape[0], -1) for name, tensor in result.items()}
-        if not (
-            (found.wants_moments and quantize_whole(self, flat, found, parts, context))
-            or quantize_natively(self, flat, found, parts)
-        ):
-            quantize_in_blocks(self, flat, found, parts)
-        return result
+        return quantize_weight(self, weight, self.fit_of(fit), context)
 
     def workspace_bytes(
         self,
@@ -228,17 +204,7 @@ class Grouped(Scheme):
     ) -> int:
         """See :class:`Scheme`: in torch, as on an accelerator, an upper bound within a few MB. With second moments
         about what a fit takes that holds the weight, what is left of it, and three moments, in float32."""
-        rows, columns = shape
-        if not rows or not columns:
-            return 0
-        found = self.fit_of(fit)
-        if calibrated and found.wants_moments:
-            return 12 * rows * columns + 24 * columns**2
-        if device == "cpu":
-            return 0
-        block = min(rows, max(1, BLOCK_VALUES // columns)) * columns
-        table = TABLE_BYTES if self.type.kind == "table" else 0
-        return found.block_bytes * block + ERROR_BYTES * min(rows, ERROR_ROWS) * columns + table
+        return workspace_bytes(self, shape, self.fit_of(fit), device, calibrated)
 
     def scaled(self, tensors: Tensors, factor: float) -> dict[str, torch.Tensor] | None:
         """See :class:`Scheme`."""

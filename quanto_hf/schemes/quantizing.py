@@ -24,6 +24,48 @@ BLOCK_VALUES = 1 << 18
 # moves the error by less than 0.1 % (tests/ops/cpu/test_quantize.py).
 MORE_ERROR = 0.02
 NOT_FINITE = "the weight has NaN or infinite values, which cannot be quantized"
+# The error of a weight is measured on 64 rows, in three float32 tensors.
+ERROR_ROWS, ERROR_BYTES = 64, 12
+# Making the lookup table of nf4 or fp4, once per device.
+TABLE_BYTES = 20 << 20
+
+
+def quantize_weight(scheme: "Grouped", weight: torch.Tensor, fit: Fit, context: Context) -> Parts:
+    """See :meth:`quanto_hf.schemes.Scheme.quantize`."""
+    if weight.dim() < 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"a weight has a float dtype and at least 2 dimensions, "
+            f"but this one has dtype {weight.dtype} and shape {tuple(weight.shape)}"
+        )
+    if weight.shape[-1] == 0:
+        raise ValueError(f"a weight has at least 1 column, but this one has shape {tuple(weight.shape)}")
+    specs = scheme.tensors(tuple(weight.shape), weight.dtype)
+    result = {name: torch.empty(s.shape, dtype=s.dtype, device=weight.device) for name, s in specs.items()}
+    columns = weight.shape[-1]
+    if weight.numel() == 0 or weight.device.type == "meta":
+        return result
+    flat = weight.detach().reshape(-1, columns)
+    parts = {name: tensor.view(flat.shape[0], -1) for name, tensor in result.items()}
+    if not (
+        (fit.wants_moments and quantize_whole(scheme, flat, fit, parts, context))
+        or quantize_natively(scheme, flat, fit, parts)
+    ):
+        quantize_in_blocks(scheme, flat, fit, parts)
+    return result
+
+
+def workspace_bytes(scheme: "Grouped", shape: tuple[int, int], fit: Fit, device: str, calibrated: bool) -> int:
+    """See :meth:`quanto_hf.schemes.Scheme.workspace_bytes`."""
+    rows, columns = shape
+    if not rows or not columns:
+        return 0
+    if calibrated and fit.wants_moments:
+        return 12 * rows * columns + 24 * columns**2
+    if device == "cpu":
+        return 0
+    block = min(rows, max(1, BLOCK_VALUES // columns)) * columns
+    table = TABLE_BYTES if scheme.type.kind == "table" else 0
+    return fit.block_bytes * block + ERROR_BYTES * min(rows, ERROR_ROWS) * columns + table
 
 
 def quantize_natively(scheme: "Grouped", rows: torch.Tensor, fit: Fit, out: Parts) -> bool:
