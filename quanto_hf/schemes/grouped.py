@@ -1,4 +1,4 @@
-"""Schemes in which neighbouring columns of a row share a scale: integers, 8-bit floats and tables."""
+"""Schemes in which neighbouring columns of a row share a scale."""
 
 import reprlib
 from collections.abc import Mapping
@@ -26,8 +26,9 @@ from quanto_hf.ops import (
 )
 from quanto_hf.ops.decode import decode_reference
 from quanto_hf.qtypes import QTYPES, QType, qtype
-from quanto_hf.schemes.base import Scheme, any_of, register_scheme
+from quanto_hf.schemes.base import Scheme
 from quanto_hf.schemes.given import encode, fake_quantize
+from quanto_hf.schemes.making import any_of
 from quanto_hf.schemes.quantizing import quantize_weight, workspace_bytes
 from quanto_hf.schemes.stored import Tensors, TensorSpec
 
@@ -310,50 +311,3 @@ class Grouped(Scheme):
 
     def _may_have_zero(self) -> bool:
         return False
-
-
-@register_scheme
-@dataclass(frozen=True)
-class Affine(Grouped):
-    """Integers: w = code * scale, or (code - zero) * scale. int8 is symmetric only."""
-
-    kind: ClassVar[str] = "affine"
-    numbers: ClassVar[str] = "int"
-
-    def _may_have_zero(self) -> bool:
-        return self.type.is_packed
-
-
-@register_scheme
-@dataclass(frozen=True)
-class Float8(Grouped):
-    """8-bit floats times one scale per row: w = float(code) * scale."""
-
-    kind: ClassVar[str] = "float8"
-    numbers: ClassVar[str] = "float"
-
-    @property
-    def has_kernels(self) -> bool:
-        """Whether kernels for one device may read the stored tensors where they lie: codes that they know, and scales
-        that are floats."""
-        return self.type.native is not None and self.scale_type.is_float
-
-    def _operands(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Codes, scales and zeros as kernels read them: scales are floats there."""
-        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
-        if self.scale_type.is_float:
-            return packed, scale, zero
-        read = self.scale_type.read
-        return packed, read(scale), None if zero is None else read(zero)
-
-    def _group_sizes(self) -> tuple[int, ...]:
-        return (PER_CHANNEL,)
-
-
-@register_scheme
-@dataclass(frozen=True)
-class Lookup(Grouped):
-    """A table of 16 values times a scale: w = table[code] * scale, for nf4 and fp4."""
-
-    kind: ClassVar[str] = "lookup"
-    numbers: ClassVar[str] = "table"
