@@ -136,6 +136,7 @@ class Grouped(Scheme):
         """See :class:`Scheme`.
 
         Example:
+            >>> from quanto_hf.schemes import Affine
             >>> Affine("int8").refuses_fit("mse") is None, Affine("int8").refuses_fit("hqq")
             (True, "fit='hqq' moves the zero, and symmetric int8 weights have none; ...")
         """
