@@ -124,7 +124,7 @@ def test_every_module_says_what_it_is():
 
 
 def failed_examples(file):
-    """How many examples in the docstrings of a file do not run as they say; 0 where a package of an extra is missing."""
+    """How many examples in docstrings of a file do not run as they say; 0 where a package of an extra is missing."""
     try:
         module = importlib.import_module(name_of(file))
     except ModuleNotFoundError as error:
