@@ -60,14 +60,14 @@ def random_x(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 @any_kind
 @every_float
 def test_the_product_is_that_of_float64(level: str, kind: Kind, dtype: torch.dtype):
-    # Two of the eight shapes for each combination, so that each shape meets every dtype and level with many kinds.
+    # Two of the eight shapes for each combination, and a third of the numbers of rows for each, so that each shape
+    # and each number of rows meets every dtype and level with many kinds.
     turn = ALL_KINDS.index(kind) + list(FLOATS.values()).index(dtype) + 3 * LEVELS.index(level)
-    for shape in (SHAPES[turn % 8], SHAPES[(5 * turn + 3) % 8]):
-        n, k = shape
-        weight = make_weight(kind, n, k, seed=turn)
-        x, bias = random_x(ROWS[-1], k, dtype), torch.randn(n).to(dtype) if turn % 2 else None
+    for i, (n, k) in enumerate((SHAPES[turn % 8], SHAPES[(5 * turn + 3) % 8])):
+        weight, rows = make_weight(kind, n, k, seed=turn), ROWS[(turn + i) % 3 :: 3]
+        x, bias = random_x(rows[-1], k, dtype), torch.randn(n).to(dtype) if turn % 2 else None
         exact = Exact.of(x, weight, bias)
-        for m in ROWS:
+        for m in rows:
             exact.check(native()(*weight.linear(x[:m], bias)), m)
 
 
@@ -502,9 +502,11 @@ def test_a_tensor_on_another_device_is_never_read_as_memory(which: int):
 @any_kind
 @every_float
 def test_a_weight_is_dequantized_to_the_bit(level: str, kind: Kind, dtype: torch.dtype):
-    for i, shape in enumerate(SHAPES):
-        scale_dtype = list(FLOATS.values())[(i + ALL_KINDS.index(kind)) % 3]
-        weight = make_weight(kind, *shape, scale_dtype=scale_dtype)
+    # Three of the eight shapes for each combination, so that over the dtypes a kind meets all of them at each level.
+    number, order = ALL_KINDS.index(kind), list(FLOATS.values()).index(dtype)
+    for i in range(3 * order, 3 * order + 3):
+        scale_dtype = list(FLOATS.values())[(i + number) % 3]
+        weight = make_weight(kind, *SHAPES[(i + number) % 8], scale_dtype=scale_dtype)
         assert torch.equal(native(dequantize)(*weight.rest(), dtype), dequantize.reference(*weight.rest(), dtype))
 
 
