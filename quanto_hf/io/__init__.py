@@ -15,7 +15,8 @@ from quanto_hf.io.format import (
     without_guards,
 )
 from quanto_hf.io.mapped import MappedFiles, aligned
-from quanto_hf.io.offload_folder import OffloadFolder, file_digest
+from quanto_hf.io.offload_folder import OffloadFolder
+from quanto_hf.io.safe_files import file_digest
 from quanto_hf.io.shard_writer import write_model_file
 from quanto_hf.io.whole_save import INTERRUPTED, finish_save, refuse_interrupted, save_whole
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from quanto_hf.flow.codebooks import costly_codebooks
 from quanto_hf.io.checkpoint import CheckpointError, read_headers
 from quanto_hf.io.format import check_version, find_guards, read_modules, without_guards
 from quanto_hf.schemes import Aqlm, Grouped, Scheme, TensorSpec
+from quanto_hf.schemes.codebooks import costly_codebooks
 
 INDEX = "model.safetensors.index.json"
 PREFIX = "weight_"
