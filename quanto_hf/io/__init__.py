@@ -1,10 +1,11 @@
 """What is written to config.json and to checkpoints, and the checks of what is read.
 
-Imports: ``schemes``, ``nn``, safetensors. Never: transformers. The format itself is in docs/format.md.
+Imports: ``schemes``, ``nn``, safetensors. Never: transformers. Formats of saved models are in
+:mod:`quanto_hf.io.formats`; our own is told in docs/format.md.
 """
 
 from quanto_hf.io.checkpoint import CheckpointError, check_tensors, read_headers
-from quanto_hf.io.format import (
+from quanto_hf.io.formats.quanto import (
     FORMAT_VERSION,
     VERSION_KEY,
     check_version,

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 
 from quanto_hf.io.checkpoint import read_headers
-from quanto_hf.io.format import FORMAT_VERSION
+from quanto_hf.io.formats.quanto import FORMAT_VERSION
 from quanto_hf.io.safe_files import file_digest, write_text
 from quanto_hf.io.shard_writer import write_shard
 from quanto_hf.schemes import TensorSpec

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from quanto_hf.io.checkpoint import DTYPE_NAMES
-from quanto_hf.io.format import GUARD_SHAPE, guards_for
+from quanto_hf.io.formats.base import WRITER_KEY
+from quanto_hf.io.formats.quanto import GUARD_SHAPE, guards_for
 from quanto_hf.io.mapped import ALIGNMENT
 from quanto_hf.io.safe_files import replacing
 from quanto_hf.schemes import TensorSpec
@@ -59,8 +60,8 @@ def write_shard(
 def write_model_file(
     tensors: Mapping[str, torch.Tensor], path: str | PathLike[str], metadata: Mapping[str, str]
 ) -> None:
-    """Write a file of a saved model in our format, with a guard for each packed weight (docs/format.md), as
-    :func:`write_shard` does.
+    """Write a file of a saved model as :func:`write_shard` does; with a guard for each packed weight (docs/format.md)
+    unless its metadata says that it is in another format than ours.
 
     Args:
         tensors: by the names in the file, on any device.
@@ -76,7 +77,7 @@ def write_model_file(
     for name, spec in specs.items():
         if spec.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name} is {spec.dtype}, which cannot be saved; convert it, or leave it out")
-    for name, packed in guards_for(specs).items():
+    for name, packed in guards_for(specs).items() if WRITER_KEY not in metadata else ():
         # of one dtype: readers map both at the same place, and torch.save refuses two views of other types
         specs[name] = TensorSpec(GUARD_SHAPE, specs[packed].dtype)
         held[name] = torch.empty(GUARD_SHAPE, dtype=specs[packed].dtype)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from quanto_hf.io.checkpoint import CheckpointError
 from quanto_hf.io.folder_lock import only_one
+from quanto_hf.io.formats import format_of
 from quanto_hf.io.safe_files import sync, write_text
 
 CONFIG = "config.json"
@@ -102,9 +103,8 @@ def _mark(place: Path, work: Path) -> None:
     config = json.loads((work / FILES / CONFIG).read_text(encoding="utf-8"))
     method = (config.get("quantization_config") or {}).get("quant_method")
     config["quantization_config"] = {"quant_method": method, INTERRUPTED: work.name}
-    if method != "quanto_hf":
-        # transformers has a quantizer of its own for it, which does not know the mark, but refuses this
-        config["quantization_config"]["num_codebooks"] = "an interrupted save"
+    known = format_of({"quant_method": method})
+    config["quantization_config"].update({} if known is None else known.spoiled)
     write_text(place / CONFIG, json.dumps(config), work / MARKED)
     sync(place)
 
