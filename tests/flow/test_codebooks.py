@@ -10,7 +10,7 @@ from torch import nn
 
 from quanto_hf.flow import codebooks_of, quantize
 
-module = importlib.import_module("quanto_hf.flow.codebooks")
+module = importlib.import_module("quanto_hf.schemes.codebooks")
 
 
 def test_quantize_says_so_before_anything_is_fitted():
