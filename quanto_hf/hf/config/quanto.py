@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from quanto_hf.fit import FITS
-from quanto_hf.flow import ACTIVATIONS, OVERRIDABLE, Choice, activation_type
+from quanto_hf.flow import OVERRIDABLE, Choice, activation_names, activation_type
 from quanto_hf.hf.config.base import FormatConfig, add_config
 from quanto_hf.hf.config.foreign_words import SHORT, hints, unknown_keywords
 from quanto_hf.io import FORMAT_VERSION, INTERRUPTED, check_version, refuse_interrupted
 from quanto_hf.io.formats import QUANTO, Format
 from quanto_hf.nn import QuantizedInput, QuantizedWeight
-from quanto_hf.qtypes import QType, weight_names
-from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL, is_aqlm_name
+from quanto_hf.qtypes import QType
+from quanto_hf.schemes import SCHEMES, Affine, class_of, names_of_schemes
 
 METHOD = QUANTO.method
 
@@ -115,7 +115,7 @@ class QuantoConfig(FormatConfig):
         try:
             activation_type(self.activations)
         except ValueError:
-            problems.append(f"activations={SHORT.repr(self.activations)}; choose None, {', '.join(ACTIVATIONS)}")
+            problems.append(f"activations={SHORT.repr(self.activations)}; choose None, {', '.join(activation_names())}")
         names = self.modules_to_not_convert
         if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
             problems.append(f"modules_to_not_convert={SHORT.repr(names)}; give a list of names or patterns, or None")
@@ -183,10 +183,7 @@ class QuantoConfig(FormatConfig):
         rounded = [layer.activations for layer in layers.values() if isinstance(layer, QuantizedInput)]
         activations = rounded[0].name if rounded and rounded[0] is not None else None
         scheme = Counter(layer.scheme for layer in layers.values()).most_common(1)[0][0]
-        said = scheme.to_dict()
-        if "qtype" in said:
-            return cls(said["qtype"], activations, group_size=said["group_size"], symmetric=said["symmetric"])
-        return cls(f"{scheme.kind}-{said['num_codebooks']}x{said['nbits']}", activations, group_size=said["in_group"])
+        return cls(activations=activations, **scheme.asked())
 
     @classmethod
     def from_dict(
@@ -227,12 +224,12 @@ class QuantoConfig(FormatConfig):
 
     def _resolved(self) -> dict[str, Any]:
         """The values that decide how weights are stored, the same for two ways to write the same."""
-        scheme = self.choice().scheme().to_dict()
+        asked = self.choice().scheme().asked()
         return {
-            "weights": scheme.get("qtype", self.weights),
+            "weights": asked["weights"],
             "activations": activation_type(self.activations),
-            "group_size": scheme.get("group_size", scheme.get("in_group")),
-            "symmetric": scheme.get("symmetric", True),
+            "group_size": asked["group_size"],
+            "symmetric": asked.get("symmetric", True),
             "fit": self.fit,
             "overrides": self.overrides,
             "modules_to_not_convert": sorted(self.modules_to_not_convert or []),
@@ -270,21 +267,14 @@ def _value_problems(values: Mapping[str, Any], weights: Any, may_be_float: bool 
         weights: what the values are for, named by them or not.
     """
     problems = []
-    if "weights" in values and values["weights"] not in weight_names() and not is_aqlm_name(values["weights"]):
-        if not (may_be_float and values["weights"] is None):
-            none = ", or None for float" if may_be_float else ""
-            names = ", ".join([*weight_names(), "aqlm-1x8", "aqlm-2x8", "aqlm-1x16"])
-            problems.append(f"weights={SHORT.repr(values['weights'])}; choose one of {names} (any aqlm-KxB){none}")
-    group_size = values.get("group_size")
-    if is_aqlm_name(weights) and group_size is not None and (type(group_size) is not int or group_size < 1):
-        problems.append(
-            f"group_size={group_size!r}, which is in_group={group_size!r} of {weights} weights, does not work; choose "
-            "a whole number above 0"
-        )
-    if group_size is not None and group_size not in (PER_CHANNEL, *GROUP_SIZES) and not is_aqlm_name(weights):
-        problems.append(
-            f"group_size={SHORT.repr(group_size)}; choose one of {', '.join(map(str, (PER_CHANNEL, *GROUP_SIZES)))}"
-        )
+    if "weights" in values and class_of(values["weights"]) is None and not (may_be_float and values["weights"] is None):
+        none = ", or None for float" if may_be_float else ""
+        spellings = " or ".join(cls.spelling for cls in SCHEMES.values() if cls.spelling)
+        names = f"{', '.join(names_of_schemes())} (any {spellings})"
+        problems.append(f"weights={SHORT.repr(values['weights'])}; choose one of {names}{none}")
+    if (group_size := values.get("group_size")) is not None:
+        reason = (class_of(weights) or Affine).refuses_group_size(weights, group_size)
+        problems += [] if reason is None else [reason]
     if values.get("symmetric") not in (None, True, False):
         problems.append(f"symmetric={SHORT.repr(values['symmetric'])}; choose None, True or False")
     # a list of the names: what is not hashable is no name either

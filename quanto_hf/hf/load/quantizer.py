@@ -17,7 +17,7 @@ from quanto_hf.flow import (
     first_match,
     make_plan,
     not_quantizable,
-    warn_of_codebooks,
+    warn_of_notes,
 )
 from quanto_hf.hf.config.base import CONFIGS, FormatConfig
 from quanto_hf.hf.config.flags import flags, refuse_mixed
@@ -131,7 +131,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         plan = self._saved_plan(model) if self.pre_quantized else self._new_plan(model)
         if not self.pre_quantized:
             _warn_of_floats(model, plan)
-            warn_of_codebooks(model, plan)
+            warn_of_notes(model, plan)
         replace_by_plan(model, plan, self.quantization_config, self.pre_quantized, self.format.layer)
         self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
         if files:

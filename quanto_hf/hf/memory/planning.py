@@ -26,9 +26,7 @@ from quanto_hf.hf.memory.places import (
     read_max_memory,
 )
 from quanto_hf.hf.memory.sizes import as_loaded, transient_on
-
-# what is tried where a model does not fit, the most exact first
-OTHERS = ("int8", "int4", "int2")
+from quanto_hf.qtypes import QTYPES
 
 
 def plan(
@@ -92,7 +90,8 @@ def plan(
     if found.fits or empty.source is None:
         return found
     others, notes = {}, list(found.notes)
-    for weights in OTHERS:
+    # integers, which every kernel takes, the most exact first
+    for weights in (kind.name for kind in QTYPES.values() if kind.kind == "int"):
         if weights == empty.config.weights:
             continue
         try:

@@ -1,6 +1,7 @@
 """Whole models to AQLM: with data and without, resumed after a kill, with a warning for layers that no data reached."""
 
 import copy
+import importlib
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from quanto_hf.flow import aqlm_making, freeze, freeze_aqlm, quantize
+from quanto_hf.flow import freeze, freeze_aqlm, quantize
 from quanto_hf.io.safe_files import TEMPORARY
 
 
@@ -78,7 +79,8 @@ def test_a_layer_that_no_data_reached_is_made_from_its_weight(data):
 @pytest.mark.parametrize("moment_bytes", [1, 10**9])
 def test_what_is_interrupted_goes_on_to_the_same_bits(net, data, tmp_path, monkeypatch, moment_bytes):
     whole = tensors(freeze_aqlm(copy.deepcopy(net), data, progress=False, moment_bytes=moment_bytes))
-    right, made = aqlm_making.quantize_aqlm, []
+    fits = importlib.import_module("quanto_hf.schemes.aqlm")
+    right, made = fits.quantize_aqlm, []
 
     def dies(*args, **kwargs):
         if len(made) == 2:
@@ -87,7 +89,7 @@ def test_what_is_interrupted_goes_on_to_the_same_bits(net, data, tmp_path, monke
         return right(*args, **kwargs)
 
     first = copy.deepcopy(net)
-    monkeypatch.setattr(aqlm_making, "quantize_aqlm", dies)
+    monkeypatch.setattr(fits, "quantize_aqlm", dies)
     with pytest.raises(KeyboardInterrupt):
         freeze_aqlm(first, data, folder=tmp_path, progress=False, moment_bytes=moment_bytes)
     assert len(list(tmp_path.iterdir())) == 2
@@ -95,7 +97,7 @@ def test_what_is_interrupted_goes_on_to_the_same_bits(net, data, tmp_path, monke
     assert not first.c.is_frozen and first.c.rounding
 
     made.clear()
-    monkeypatch.setattr(aqlm_making, "quantize_aqlm", lambda *a, **k: (made.append(a), right(*a, **k))[1])
+    monkeypatch.setattr(fits, "quantize_aqlm", lambda *a, **k: (made.append(a), right(*a, **k))[1])
     again = freeze_aqlm(copy.deepcopy(net), data, folder=tmp_path, progress=False, moment_bytes=moment_bytes)
     assert len(made) == 1 and same(tensors(again), whole)
 
@@ -150,7 +152,7 @@ def test_finished_layers_of_other_data_are_made_again(net, data, tmp_path):
 def test_the_estimate_comes_first_and_the_bar_tells_the_time_left(net, data, capsys):
     freeze_aqlm(net, data)
     err = capsys.readouterr().err
-    assert err.startswith("3 layers with 0.0 M weights to aqlm 2x4: about ")
+    assert err.startswith("3 layers with 0.0 M weights to aqlm 2x4 g8: about ")
     assert "threads, and 1 MB of memory besides the model" in err
     assert "left" in err and "100%" in err
 
