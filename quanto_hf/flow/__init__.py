@@ -1,6 +1,6 @@
 """Whole models: which scheme each module gets, the verbs that change a model, and the report.
 
-Imports: everything below ``nn`` included. Never: transformers.
+Imports: ``io`` and everything below it. Never: transformers.
 """
 
 from quanto_hf.flow.aqlm import freeze_aqlm

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from quanto_hf.io.checkpoint import CheckpointError, read_headers
-from quanto_hf.io.format import check_version, find_guards, read_modules, without_guards
-from quanto_hf.schemes import Aqlm, Scheme, TensorSpec, notes
+from quanto_hf.io.formats import QUANTO, format_of
+from quanto_hf.io.formats.quanto import find_guards, without_guards
+from quanto_hf.schemes import Scheme, TensorSpec, notes
 
 INDEX = "model.safetensors.index.json"
-PREFIX = "weight_"
 
 
 @dataclass(frozen=True)
@@ -100,20 +100,19 @@ def read_inventory(folder: Path) -> Inventory:
     if not isinstance(quantization, dict):
         raise CheckpointError(f"quantization_config in {folder / 'config.json'} is an object, not {quantization!r}")
     schemes: dict[str, Scheme] = {}
-    version, prefix = None, PREFIX
-    if quantization.get("quant_method") == "quanto_hf":
-        version = quantization.get("format_version")
-        check_version(version)
-        entries = quantization.get("schemes")
-        schemes, headers = read_modules([] if entries is None else entries), without_guards(headers)
-    elif quantization.get("quant_method") == "aqlm":
-        prefix, schemes = "", _aqlm_modules(folder, quantization, headers)
-    stored = {prefix + name for scheme in schemes.values() for name in scheme.names}
+    version, saved_as = None, format_of(quantization) or QUANTO
+    prefix = saved_as.prefix
+    if saved_as.method == quantization.get("quant_method"):
+        try:
+            version, schemes = saved_as.version(quantization), saved_as.schemes(quantization, headers)
+        except ValueError as error:
+            raise CheckpointError(f"the config of {folder} cannot be used: {error}") from None
+        headers = without_guards(headers) if saved_as.guarded else headers
     groups: dict[str, dict[str, TensorSpec]] = {}
     rows = []
     for name, spec in headers.items():
         owner, _, leaf = name.rpartition(".")
-        if schemes and (leaf in stored or (prefix and leaf.startswith(prefix))):
+        if schemes and saved_as.part_of(leaf) is not None:
             groups.setdefault(owner, {})[leaf] = spec
         else:
             rows.append(Item(name, _text(spec.dtype), prod(spec.shape), _nbytes(spec)))
@@ -200,18 +199,6 @@ def _common_end(one: str, other: str) -> int:
             break
         same += 1
     return same
-
-
-def _aqlm_modules(folder: Path, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> dict[str, Scheme]:
-    """The modules of a checkpoint in the AQLM format, which its config does not name."""
-    keys = ("num_codebooks", "nbits_per_codebook", "out_group_size", "in_group_size")
-    try:
-        scheme = Aqlm(*(config.get(key, default) for key, default in zip(keys, (1, 16, 1, 8), strict=True)))
-    except ValueError as error:
-        values = ", ".join(f"{key}={config[key]!r}" for key in keys if key in config)
-        raise CheckpointError(f"the config of {folder} cannot be used: {error} ({values})") from None
-    leaves = tuple(f".{name}" for name in scheme.names)
-    return {name.rpartition(".")[0]: scheme for name in headers if name.endswith(leaves)}
 
 
 def _problems(name: str, scheme: Scheme, found: Mapping[str, TensorSpec], prefix: str) -> list[str]:

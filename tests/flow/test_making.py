@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from quanto_hf.flow import freeze, freeze_aqlm, quantize
+from quanto_hf.io.safe_files import TEMPORARY
 
 
 class Net(nn.Module):
@@ -104,7 +105,8 @@ def test_what_is_interrupted_goes_on_to_the_same_bits(net, data, tmp_path, monke
 KILLED = """
 import os, signal, sys, torch
 from torch import nn
-from quanto_hf.flow import freeze_aqlm, layer_store, quantize
+from quanto_hf.flow import freeze_aqlm, quantize
+from quanto_hf.io import safe_files
 
 torch.manual_seed(0)
 torch.set_num_threads(2)
@@ -116,7 +118,7 @@ def kills(a, b):
         os.kill(os.getpid(), signal.SIGKILL)
     count.append(replace(a, b))
 
-layer_store.os.replace = kills
+safe_files.os.replace = kills
 freeze_aqlm(model, [torch.ones(4, 16)], folder=sys.argv[1], progress=False)
 """
 
@@ -126,11 +128,11 @@ def test_a_killed_process_leaves_whole_files_and_the_next_one_goes_on(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     files = [path.name for path in tmp_path.iterdir()]
-    assert sum(name.startswith(".tmp-") for name in files) == 1 and len(files) == 2
+    assert sum(name.startswith(TEMPORARY) for name in files) == 1 and len(files) == 2
     torch.manual_seed(0)
     model = quantize(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16), nn.Linear(16, 8)), "aqlm-1x3")
     whole = freeze_aqlm(copy.deepcopy(model), [torch.ones(4, 16)], progress=False)
-    before = next(path for path in tmp_path.iterdir() if not path.name.startswith(".tmp-")).stat().st_mtime_ns
+    before = next(path for path in tmp_path.iterdir() if not path.name.startswith(TEMPORARY)).stat().st_mtime_ns
     with warnings.catch_warnings():
         # what was left half made has another name
         warnings.simplefilter("error")
