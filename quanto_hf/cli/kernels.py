@@ -123,7 +123,7 @@ def grouped_ops(scheme: "Grouped", dtype: "torch.dtype", shape: tuple[int, int],
     def stored(shape: tuple[int, ...]) -> tuple["torch.Tensor | None", ...]:
         # only shapes and dtypes are looked at
         made = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in scheme.tensors(shape, dtype).items()}
-        return made["packed"], made["scale"], made.get("zero")
+        return scheme.operands(made)
 
     weight, weights = stored(shape), stored((2, *shape))
     rest = (scheme.qtype, scheme.group_size)

@@ -234,18 +234,18 @@ class Grouped(Scheme):
     def dequantize(self, tensors: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`Scheme`."""
         lead = tensors["packed"].shape[:-1]
-        flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in self._operands(tensors)]
+        flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in self.operands(tensors)]
         op = dequantize.torch_op if torch.compiler.is_compiling() else dequantize
         weight: torch.Tensor = op(*flat, self.qtype, self.group_size, in_features, dtype)
         return weight.view(*lead, in_features)
 
     def linear(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
         """See :class:`Scheme`."""
-        return linear(x, *self._operands(tensors), bias, self.qtype, self.group_size)
+        return linear(x, *self.operands(tensors), bias, self.qtype, self.group_size)
 
     def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`Scheme`."""
-        return embedding(index, *self._operands(tensors), self.qtype, self.group_size, in_features, dtype)
+        return embedding(index, *self.operands(tensors), self.qtype, self.group_size, in_features, dtype)
 
     def bind(
         self,
@@ -257,25 +257,25 @@ class Grouped(Scheme):
         """See :class:`Scheme`."""
         if not self.has_kernels:
             return None
-        return bind_linear(*self._operands(tensors), self.qtype, self.group_size, in_features, activations, x_scale)
+        return bind_linear(*self.operands(tensors), self.qtype, self.group_size, in_features, activations, x_scale)
 
     def bind_rows(self, tensors: Tensors, in_features: int) -> BoundEmbedding | None:
         """See :class:`Scheme`."""
         if not self.has_kernels:
             return None
-        return bind_embedding(*self._operands(tensors), self.qtype, self.group_size, in_features)
+        return bind_embedding(*self.operands(tensors), self.qtype, self.group_size, in_features)
 
     def expert_linear(
         self, x: torch.Tensor, experts: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """See :class:`Scheme`."""
-        return expert_linear(x, experts, *self._operands(tensors), bias, self.qtype, self.group_size)
+        return expert_linear(x, experts, *self.operands(tensors), bias, self.qtype, self.group_size)
 
     def bind_experts(self, tensors: Tensors, in_features: int) -> BoundExperts | None:
         """See :class:`Scheme`."""
         if not self.has_kernels:
             return None
-        return bind_experts(*self._operands(tensors), self.qtype, self.group_size, in_features)
+        return bind_experts(*self.operands(tensors), self.qtype, self.group_size, in_features)
 
     def at_ends(self, tensors: Tensors, in_features: int) -> torch.Tensor:
         """See :class:`Scheme`."""
@@ -299,7 +299,7 @@ class Grouped(Scheme):
         that are floats."""
         return self.type.native is not None and self.scale_type.is_float
 
-    def _operands(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def operands(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes, scales and zeros as kernels read them: scales are floats there."""
         packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
         if self.scale_type.is_float:
