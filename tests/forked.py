@@ -15,7 +15,10 @@ import importlib, json, os, sys, traceback
 
 modules, cases, folder = json.load(sys.stdin)
 for module in modules:
-    importlib.import_module(module)
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        pass  # a package of an extra: a program that needs it says so
 
 def become(program, environment, arguments):
     os.environ.clear()
@@ -41,6 +44,14 @@ for number, case in enumerate(cases):
     codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 print(json.dumps(codes))
 """
+
+
+# what loading, running and training a model of transformers imports besides, as far as it is not part of transformers:
+# that would register quanto_hf
+MODELS = (
+    "torch", "transformers", "torch.distributed.tensor", "torch._dynamo", "accelerate", "scipy.optimize",
+    "sklearn.metrics",
+)  # fmt: skip
 
 
 class Program(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import Program, run_all
+from forked import MODELS, Program, run_all
 
 from quanto_hf.nn import QLinear
 from quanto_hf.schemes import make_scheme
@@ -29,7 +29,7 @@ def results():
     """What became of the program in each setting."""
     code = PROGRAM.read_text()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = run_all([Program(code, arguments=setting) for setting in SETTINGS], environment=environment)
+    done = run_all([Program(code, arguments=setting) for setting in SETTINGS], MODELS, environment=environment)
     return dict(zip(SETTINGS, done, strict=True))
 
 

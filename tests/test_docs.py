@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked import Program, run_all
+from forked import MODELS, Program, run_all
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -37,7 +37,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.Compl
         Program(f"import os; os.chdir({str(tmp_path_factory.mktemp('page'))!r})\n" + python_blocks(ROOT / page))
         for page in PAGES
     ]
-    return dict(zip(PAGES, run_all(programs, environment=ENVIRONMENT), strict=True))
+    return dict(zip(PAGES, run_all(programs, MODELS, environment=ENVIRONMENT), strict=True))
 
 
 @pytest.mark.parametrize("page", PAGES)
