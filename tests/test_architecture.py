@@ -12,10 +12,10 @@ import quanto_hf
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "quanto_hf"
 
-# A room may import the rooms of a lower number, and its own. io and eager stand side by side.
+# A room may import the rooms of a lower number, and its own.
 ROOMS = {
-    "assets": 0, "qtypes": 0, "ops": 1, "fit": 2, "schemes": 3, "nn": 4, "flow": 5, "io": 6, "eager": 6, "hf": 7,
-    "cli": 8, "__main__": 9,
+    "assets": 0, "qtypes": 0, "ops": 1, "fit": 2, "schemes": 3, "nn": 4, "io": 5, "flow": 6, "eager": 7, "hf": 8,
+    "cli": 9, "__main__": 10,
 }  # fmt: skip
 FOREIGN = ("optimum", "torch.ao", "torchao", "bitsandbytes")
 FILES = sorted(PACKAGE.rglob("*.py"))

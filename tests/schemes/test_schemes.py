@@ -14,9 +14,7 @@ import torch.nn.functional as F
 
 from quanto_hf.qtypes import QTYPES
 from quanto_hf.schemes import (
-    DEFAULTS,
     GROUP_SIZES,
-    GROUPED,
     Affine,
     Float8,
     Lookup,
@@ -27,8 +25,8 @@ from quanto_hf.schemes import (
 
 EVERY = [
     cls(name, group_size, symmetric)
-    for cls in GROUPED
-    for name in cls.qtypes
+    for cls in (Affine, Float8, Lookup)
+    for name in cls.qtypes()
     for group_size in ((-1,) if cls is Float8 else (-1, *GROUP_SIZES))
     for symmetric in ((True, False) if name in ("int2", "int4") else (True,))
 ]
@@ -198,8 +196,15 @@ def test_autocast_changes_nothing(scheme: Scheme):
     assert torch.equal(shown, scheme.dequantize(expected, 200, torch.float32))
 
 
-def test_every_type_has_a_default_and_float8_means_e4m3fn():
-    assert set(DEFAULTS) == set(QTYPES)
+def test_the_defaults_are_those_of_the_number_type():
+    defaults = {
+        "int8": (-1, True, "absmax"), "float8_e4m3fn": (-1, True, "absmax"), "float8_e5m2": (-1, True, "absmax"),
+        "int4": (64, False, "mse"), "nf4": (32, True, "mse"), "fp4": (32, True, "mse"), "int2": (64, False, "mse_gain"),
+    }  # fmt: skip
+    assert list(QTYPES) == list(defaults)
+    for name, wanted in defaults.items():
+        scheme = make_scheme(name)
+        assert (scheme.group_size, scheme.symmetric, scheme.default_fit().name) == wanted and scheme.qtype == name
     assert make_scheme("qfloat8") == Float8("float8_e4m3fn")
 
 
