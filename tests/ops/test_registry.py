@@ -49,10 +49,10 @@ def test_torch_library_finds_no_fault(op: Op, qtype: str):
 
 
 @every_qtype
-@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 @pytest.mark.parametrize("name", ["linear", "expert_linear"])
-def test_torch_library_finds_no_fault_in_the_gradients(name: str, qtype: str, dtype: torch.dtype):
-    op = OPS[name]
+def test_torch_library_finds_no_fault_in_the_gradients(name: str, qtype: str):
+    # one dtype for each type of weights, so that both ops meet all of them
+    op, dtype = OPS[name], list(FLOATS.values())[(list(QTYPES).index(qtype) + (name == "linear")) % 3]
     bias = [argument.name for argument in op.torch_op._schema.arguments].index("bias")
     args = [args for args in samples(op, dtype) if of_type(args, qtype) and args[bias] is not None][-1]
     for tensor in (args[0], args[bias]):
