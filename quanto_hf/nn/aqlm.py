@@ -1,11 +1,11 @@
 """The linear layer of published AQLM checkpoints."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import nn
 
 from quanto_hf.nn.qlinear import QLinear
+from quanto_hf.nn.slots import WEIGHT, Slot
 from quanto_hf.schemes import Aqlm
 
 
@@ -34,10 +34,7 @@ class QuantizedLinear(QLinear):
         {'codes': (4, 2, 2), 'codebooks': (2, 256, 1, 8), 'scales': (4, 1, 1, 1), 'bias': (4,)}
     """
 
-    prefix: ClassVar[str] = ""
-
-    # the type of the layer that this one stands for
-    source_cls: type[nn.Module] = nn.Linear
+    declared: ClassVar[tuple[Slot, ...]] = (Slot(WEIGHT, prefix=""),)
 
     def __init__(
         self,
@@ -53,11 +50,3 @@ class QuantizedLinear(QLinear):
     ) -> None:
         scheme = Aqlm(num_codebooks, nbits_per_codebook, out_group_size, in_group_size)
         super().__init__(in_features, out_features, bias, scheme=scheme, device=device, dtype=dtype)
-
-    @classmethod
-    def from_module(cls, module: nn.Linear, *args: Any, **kwargs: Any) -> "QuantizedLinear":
-        """See :class:`QLinear`."""
-        layer = super().from_module(module, *args, **kwargs)
-        assert isinstance(layer, QuantizedLinear)
-        layer.source_cls = type(module)
-        return layer

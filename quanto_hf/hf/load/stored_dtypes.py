@@ -22,7 +22,7 @@ def _floats(model: nn.Module) -> Iterator[tuple[QuantizedWeight, str, list[str]]
     """Each AQLM layer, what stands before the names of its tensors, and the names of the float ones in the layer."""
     for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight) and isinstance(module.scheme, Aqlm):
-            leaves = [module.prefix + part for part in PARTS]
+            leaves = [module.slot().stored(part) for part in PARTS]
             yield (
                 module,
                 f"{name}." if name else "",

@@ -185,7 +185,9 @@ def _quantizer(model: nn.Module, layers: dict[str, QuantizedWeight]) -> Any:
 
 def _config(scheme: Scheme, layers: dict[str, QuantizedWeight]) -> QuantoConfig:
     """A config with the scheme of most layers; that of each is in 'schemes'."""
-    rounded = [layer.activations for layer in layers.values() if isinstance(layer, QuantizedInput)]
+    rounded = [
+        layer.activations for layer in layers.values() if isinstance(layer, QuantizedInput) and layer.rounds_inputs
+    ]
     activations = rounded[0].name if rounded and rounded[0] is not None else None
     if isinstance(scheme, Aqlm):
         weights = f"aqlm-{scheme.num_codebooks}x{scheme.nbits}"
