@@ -23,7 +23,7 @@ from quanto_hf.nn import QuantizedInput, QuantizedLinear, QuantizedWeight
 from quanto_hf.schemes import Aqlm, Scheme
 
 # layers of the eager mode: from_pretrained makes none
-EAGER = ("quanto_hf.eager.modules", "quanto_hf.eager.qat")
+EAGER = ("quanto_hf.eager.modules.", "quanto_hf.eager.qat.")
 
 # the models that are being saved, by id: a method that was overridden calls the one of its base class
 _described: ContextVar[frozenset[int]] = ContextVar("quanto_hf_described", default=frozenset())
