@@ -8,6 +8,8 @@ from torch import nn
 
 from quanto_hf.flow.plan import Plan
 from quanto_hf.nn import QuantizedWeight
+from quanto_hf.nn.registry import slots_of
+from quanto_hf.nn.slots import find
 from quanto_hf.schemes import Aqlm
 
 # Bits per weight. The published 1x16 has 0.5 at 4096 x 4096, and 8 at 1024 x 1024.
@@ -41,10 +43,11 @@ def warn_of_codebooks(model: nn.Module, plan: Plan) -> None:
     """Warn if the codebooks of a plan cost more than half a bit per weight."""
     layers: dict[str, tuple[Aqlm, tuple[int, int], torch.dtype]] = {}
     for name, choice in plan.chosen.items():
-        scheme, weight = choice.scheme(), model.get_submodule(name).weight
+        scheme, (owner, leaf) = choice.scheme(), find(model, name)
         if isinstance(scheme, Aqlm):
-            assert isinstance(weight, torch.Tensor)
-            layers[name] = (scheme, (weight.shape[0], weight[0].numel()), weight.dtype)
+            module = model.get_submodule(owner)
+            rows, columns = slots_of(module)[leaf].matrix_shape
+            layers[name] = (scheme, (rows, columns), getattr(module, leaf).dtype)
     if (sentence := costly_codebooks(layers)) is not None:
         warnings.warn(sentence, stacklevel=3)
 
@@ -52,8 +55,10 @@ def warn_of_codebooks(model: nn.Module, plan: Plan) -> None:
 def codebooks_of(model: nn.Module) -> str | None:
     """The same sentence about the layers of a quantized model."""
     layers: dict[str, Any] = {
-        name: (module.scheme, module.matrix_shape, module.tensors()["codebooks"].dtype)
+        slot.label(name): (scheme, slot.matrix_shape, stored["codebooks"].dtype)
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedWeight) and isinstance(module.scheme, Aqlm) and module.tensors()
+        if isinstance(module, QuantizedWeight)
+        for slot in module.slots
+        if isinstance(scheme := module.scheme_of(slot), Aqlm) and (stored := module.tensors(slot.name))
     }
     return costly_codebooks(layers)

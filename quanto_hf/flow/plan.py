@@ -12,7 +12,7 @@ from quanto_hf.flow.holders import held_parameters
 from quanto_hf.flow.patterns import any_names, first_match, unmatched
 from quanto_hf.nn import why_no_qmodule
 from quanto_hf.nn.learned import LearnedScales
-from quanto_hf.nn.registry import LOAD, entry_of
+from quanto_hf.nn.registry import LOAD, entry_of, slots_of
 from quanto_hf.nn.slots import find, joined, label
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme, make_scheme
@@ -139,9 +139,7 @@ def make_plan(
             # first with the name of the module, which says more than the pattern
             if (problem := chosen.refusal(learn)) is not None:
                 raise ValueError(f"{name}: {problem}")
-            leaf = find(model, name)[1]
-            slot = next(slot for slot in quantized_class.declared if slot.name == leaf)
-            reason = chosen.scheme().refuses(slot.of(getattr(module, leaf).shape).matrix_shape)
+            reason = chosen.scheme().refuses(slots_of(module)[find(model, name)[1]].matrix_shape)
         if reason is None:
             plan.chosen[name] = chosen
         else:

@@ -13,10 +13,11 @@ import torch
 from quanto_hf.flow.codebooks import costly_codebooks
 from quanto_hf.io.checkpoint import CheckpointError, read_headers
 from quanto_hf.io.format import check_version, find_guards, read_modules, without_guards
+from quanto_hf.nn.slots import WEIGHT, Slot, joined
 from quanto_hf.schemes import Aqlm, Grouped, Scheme, TensorSpec
 
 INDEX = "model.safetensors.index.json"
-PREFIX = "weight_"
+PREFIX = Slot(WEIGHT).stored("")
 
 
 @dataclass(frozen=True)
@@ -111,26 +112,28 @@ def read_inventory(folder: Path) -> Inventory:
         schemes, headers = read_modules([] if entries is None else entries), without_guards(headers)
     elif quantization.get("quant_method") == "aqlm":
         prefix, schemes = "", _aqlm_modules(folder, quantization, headers)
-    stored = {prefix + name for scheme in schemes.values() for name in scheme.names}
     groups: dict[str, dict[str, TensorSpec]] = {}
     rows = []
     for name, spec in headers.items():
-        owner, _, leaf = name.rpartition(".")
-        if schemes and (leaf in stored or (prefix and leaf.startswith(prefix))):
-            groups.setdefault(owner, {})[leaf] = spec
+        if (slot := _slot_of(name, schemes, prefix)) is not None:
+            groups.setdefault(slot, {})[name] = spec
         else:
             rows.append(Item(name, _text(spec.dtype), prod(spec.shape), _nbytes(spec)))
     saved = _saved_names(schemes, groups)
     costs: dict[str, tuple[Aqlm, tuple[int, int], torch.dtype]] = {}
-    problems = [f"unexpected: {name}.{leaf}" for name in {*groups} - {*saved.values()} for leaf in groups[name]]
+    problems = [f"unexpected: {tensor}" for name in {*groups} - {*saved.values()} for tensor in groups[name]]
     for module, scheme in schemes.items():
         name = saved.get(module, module)
         found = groups.get(name, {})
-        problems += _problems(name, scheme, found, prefix)
-        shape = _shape(scheme, found, prefix) or (0,)
+        # of a module's weight, or of another parameter of a module
+        weight = not found or any(tensor.startswith(f"{name}.") for tensor in found)
+        before = f"{name}.{prefix}" if weight else f"{name}_"
+        problems += _problems(scheme, found, before)
+        shape = _shape(scheme, found, before) or (0,)
         if isinstance(scheme, Aqlm) and len(shape) == 2:
-            costs[name] = (scheme, shape, found[f"{prefix}codebooks"].dtype)
-        rows.append(Item(f"{name}.weight", str(scheme), prod(shape), sum(map(_nbytes, found.values()))))
+            costs[name] = (scheme, shape, found[f"{before}codebooks"].dtype)
+        full = joined(name, WEIGHT) if weight else name
+        rows.append(Item(full, str(scheme), prod(shape), sum(map(_nbytes, found.values()))))
     if problems:
         raise CheckpointError(f"{folder} is not what its config says:\n  " + "\n  ".join(sorted(problems)))
     note = costly_codebooks(costs)
@@ -181,6 +184,18 @@ def _read_files(folder: Path) -> tuple[list[Path], dict[str, TensorSpec]]:
     return files, read_headers(files)
 
 
+def _slot_of(name: str, schemes: Mapping[str, Scheme], prefix: str) -> str | None:
+    """What 'schemes' calls the parameter that a tensor of a file stores a part of (:func:`quanto_hf.nn.slots.label`), or
+    None for a tensor that is stored as it is."""
+    owner, _, leaf = name.rpartition(".")
+    parts = {part for scheme in schemes.values() for part in scheme.names}
+    if schemes and (leaf in {prefix + part for part in parts} or (prefix and leaf.startswith(prefix))):
+        return owner
+    stem, _, part = leaf.rpartition("_")
+    known = part in parts and stem in {label.rpartition(".")[2] for label in schemes}
+    return joined(owner, stem) if known else None
+
+
 def _saved_names(schemes: Mapping[str, Scheme], groups: Mapping[str, Any]) -> dict[str, str]:
     """Module name -> its name in the files. They differ for models that transformers renames on saving: then it is
     the one left over with the longest common end."""
@@ -218,14 +233,19 @@ def _aqlm_modules(folder: Path, config: Mapping[str, Any], headers: Mapping[str,
     return {name.rpartition(".")[0]: scheme for name in headers if name.endswith(leaves)}
 
 
-def _shape(scheme: Scheme, found: Mapping[str, TensorSpec], prefix: str) -> tuple[int, ...] | None:
+def _shape(scheme: Scheme, found: Mapping[str, TensorSpec], before: str) -> tuple[int, ...] | None:
     """Shape of the float weight, or None where the stored tensors are not those of one. The last byte of a row may be
-    partly used: then the largest number of columns that fits is taken."""
-    first = found.get(prefix + scheme.names[0])
+    partly used: then the largest number of columns that fits is taken.
+
+    Args:
+        found: the stored tensors, by the names in the files.
+        before: what stands in front of the names of the scheme there.
+    """
+    first = found.get(before + scheme.names[0])
     if first is None:
         return None
     for shape in _shapes(scheme, first.shape):
-        if _wanted(scheme, shape, found, prefix) == found:
+        if _wanted(scheme, shape, found, before) == found:
             return shape
     return None
 
@@ -241,31 +261,31 @@ def _shapes(scheme: Scheme, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _wanted(
-    scheme: Scheme, shape: tuple[int, ...], found: Mapping[str, TensorSpec], prefix: str
+    scheme: Scheme, shape: tuple[int, ...], found: Mapping[str, TensorSpec], before: str
 ) -> dict[str, TensorSpec]:
     # floats of AQLM have the dtype of the model, of which only they tell here
-    books = found.get(f"{prefix}codebooks")
+    books = found.get(f"{before}codebooks")
     dtype = torch.bfloat16 if books is None or not getattr(books.dtype, "is_floating_point", False) else books.dtype
-    return {prefix + name: spec for name, spec in scheme.tensors(shape, dtype).items()}
+    return {before + name: spec for name, spec in scheme.tensors(shape, dtype).items()}
 
 
-def _problems(name: str, scheme: Scheme, found: Mapping[str, TensorSpec], prefix: str) -> list[str]:
+def _problems(scheme: Scheme, found: Mapping[str, TensorSpec], before: str) -> list[str]:
     """A line for each stored tensor of a weight that is missing, unexpected or wrong."""
-    if _shape(scheme, found, prefix) is not None:
+    if _shape(scheme, found, before) is not None:
         return []
-    leaves = {prefix + leaf for leaf in scheme.names}
-    lines = [f"missing: {name}.{leaf}" for leaf in leaves - {*found}]
-    lines += [f"unexpected: {name}.{leaf} of {scheme} weights" for leaf in {*found} - leaves]
+    names = {before + part for part in scheme.names}
+    lines = [f"missing: {name}" for name in names - {*found}]
+    lines += [f"unexpected: {name} of {scheme} weights" for name in {*found} - names]
     if lines:
         return lines
-    shapes = _shapes(scheme, found[prefix + scheme.names[0]].shape)
+    shapes = _shapes(scheme, found[before + scheme.names[0]].shape)
     if not shapes:
         return lines
     return [
-        f"wrong: {name}.{leaf} is {_text(found[leaf].dtype)} {list(found[leaf].shape)}, but {scheme} weights need "
+        f"wrong: {name} is {_text(found[name].dtype)} {list(found[name].shape)}, but {scheme} weights need "
         f"{_text(spec.dtype)} {list(spec.shape)}"
-        for leaf, spec in _wanted(scheme, shapes[0], found, prefix).items()
-        if found[leaf] != spec
+        for name, spec in _wanted(scheme, shapes[0], found, before).items()
+        if found[name] != spec
     ]
 
 

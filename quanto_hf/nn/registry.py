@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from quanto_hf.nn.slots import Slot
 from quanto_hf.nn.subclasses import subclassed, why_not_equivalent
 
 # Exact float type -> quantized class.
@@ -78,6 +79,18 @@ def entry_of(module: nn.Module) -> Found | None:
         elif source(module):
             return Found(cls, type(module))
     return None
+
+
+def slots_of(module: nn.Module) -> dict[str, Slot]:
+    """Slot name -> slot, of a module of a registered type, float or quantized; empty for any other.
+
+    Example:
+        >>> slots_of(nn.Linear(4, 2))["weight"].matrix_shape
+        (2, 4)
+    """
+    if (found := entry_of(module)) is not None:
+        return {slot.name: slot.of(getattr(module, slot.name).shape) for slot in found.quantized.declared}
+    return {slot.name: slot for slot in getattr(module, "slots", ()) if isinstance(slot, Slot)}
 
 
 def source_of(module: nn.Module) -> type[nn.Module] | None:

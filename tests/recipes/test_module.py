@@ -145,7 +145,7 @@ def test_quantize_freeze_and_dequantize_a_plain_model(folder):
     assert torch.equal(answer(model), prepared.detach()) and 0 < relative(prepared, wanted) < 0.1
     experts = model[0].experts
     assert {name: tuple(t.shape) for name, t in experts.state_dict().items()} == {
-        "up_packed": (EXPERTS, INNER, WIDTH), "up_scale": (EXPERTS, INNER, 1), "down_packed": (EXPERTS, WIDTH, 64),
+        "up_packed": (EXPERTS, INNER, WIDTH), "up_scale": (EXPERTS, INNER, 1), "down_packed": (EXPERTS, WIDTH, 48),
         "down_scale": (EXPERTS, WIDTH, 2), "down_zero": (EXPERTS, WIDTH, 2),
     }  # fmt: skip
     assert experts.down.shape == (EXPERTS, INNER, WIDTH) and not experts.down.requires_grad
