@@ -85,8 +85,9 @@ def quantize(
         group_size: columns that share a scale, -1 for whole rows; None is the default of the type.
         symmetric: None is the default of the type.
         optimizer: the fit: "absmax", "minmax", "mse", "hqq" or a :class:`quanto_hf.fit.Fit`; None is the default.
-        include: patterns of modules to quantize (whole name segments or globs); None means all. A router or gate is
-            quantized if a pattern, here or of ``overrides``, names it itself, and not only a module that it is in.
+        include: patterns of modules to quantize (whole name segments or globs); None means all. A router or gate, an
+            embedding or a transposed convolution is quantized if a pattern, here or of ``overrides``, names it itself,
+            and not only a module that it is in.
         exclude: patterns of modules that stay float.
         overrides: pattern -> values that differ there, such as ``{"*.down_proj": {"weights": "int8"}}``.
 

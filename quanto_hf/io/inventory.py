@@ -185,7 +185,7 @@ def _read_files(folder: Path) -> tuple[list[Path], dict[str, TensorSpec]]:
 
 
 def _slot_of(name: str, schemes: Mapping[str, Scheme], prefix: str) -> str | None:
-    """What 'schemes' calls the parameter that a tensor of a file stores a part of (:func:`quanto_hf.nn.slots.label`), or
+    """What 'schemes' calls the parameter of which a tensor of a file is a part (:func:`quanto_hf.nn.slots.label`), or
     None for a tensor that is stored as it is."""
     owner, _, leaf = name.rpartition(".")
     parts = {part for scheme in schemes.values() for part in scheme.names}

@@ -1,8 +1,9 @@
 """The linear layer of published AQLM checkpoints."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from quanto_hf.nn.qlinear import QLinear
 from quanto_hf.nn.slots import WEIGHT, Slot
@@ -36,6 +37,9 @@ class QuantizedLinear(QLinear):
 
     declared: ClassVar[tuple[Slot, ...]] = (Slot(WEIGHT, prefix=""),)
 
+    # the type of the layer that this one stands for
+    source_cls: type[nn.Module] = nn.Linear
+
     def __init__(
         self,
         in_features: int,
@@ -50,3 +54,11 @@ class QuantizedLinear(QLinear):
     ) -> None:
         scheme = Aqlm(num_codebooks, nbits_per_codebook, out_group_size, in_group_size)
         super().__init__(in_features, out_features, bias, scheme=scheme, device=device, dtype=dtype)
+
+    @classmethod
+    def from_module(cls, module: nn.Linear, *args: Any, **kwargs: Any) -> "QuantizedLinear":
+        """See :class:`QLinear`."""
+        layer = super().from_module(module, *args, **kwargs)
+        assert isinstance(layer, QuantizedLinear)
+        layer.source_cls = type(module)
+        return layer

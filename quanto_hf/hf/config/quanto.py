@@ -54,7 +54,8 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         fit: how scales are found: absmax, minmax, mse, mse_gain, hqq. None is the best data-free one of the type.
         overrides: pattern -> values of weights, group_size, symmetric and fit that differ for these modules, such as
             ``{"*.down_proj": {"weights": "int8"}}``; ``{"weights": None}`` leaves them in float. The first pattern
-            that matches counts. One that names a router or a gate itself (``mlp.gate``, not ``mlp``) quantizes it.
+            that matches counts. One that names a router, a gate, an embedding or a convolution itself (``mlp.gate``,
+            not ``mlp``) quantizes it.
         default_skips: False also quantizes output and task heads, routers and gates. Tied weights stay float all the
             same.
         dequantize: load with float weights in plain layers: those of the quantized checkpoint, or, of a float one,
