@@ -7,13 +7,14 @@ import torch
 from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
-from quanto_hf.flow import Plan, dequantize, warn_of_codebooks
+from quanto_hf.flow import Plan, warn_of_codebooks
 from quanto_hf.hf.config.flags import flags, refuse_mixed
 from quanto_hf.hf.config.quanto import METHOD, QuantoConfig
 from quanto_hf.hf.config.refusals import refuse_optimum_quanto
 from quanto_hf.hf.load import building
 from quanto_hf.hf.load.assigning import new_plan, saved_plan, warn_of_floats, was_written_from
 from quanto_hf.hf.load.checking import check_before_loading, expect_guards
+from quanto_hf.hf.load.finishing import dequantized, finish_layers, finish_offload
 from quanto_hf.hf.load.finite import refuse_not_finite
 from quanto_hf.hf.load.legacy import LegacyHooks
 from quanto_hf.hf.load.loading import QuantizeWeights
@@ -23,8 +24,8 @@ from quanto_hf.hf.load.names import waiting_slot
 from quanto_hf.hf.load.own_floats import own_floats
 from quanto_hf.hf.load.owner import Owned
 from quanto_hf.hf.load.register import register
-from quanto_hf.hf.load.replace import finish_prepared, replace_by_plan
-from quanto_hf.hf.load.stored_dtypes import take_stored_dtypes
+from quanto_hf.hf.load.replace import replace_by_plan
+from quanto_hf.hf.load.stored_dtypes import kept_tensors, take_stored_dtypes
 from quanto_hf.hf.memory.sizes import (
     Kept,
     Transient,
@@ -34,15 +35,13 @@ from quanto_hf.hf.memory.sizes import (
     lower_by_transient,
 )
 from quanto_hf.hf.offload.deferred import Deferred
-from quanto_hf.hf.offload.hooks import add_to_index, folder_of, offload_hooks, use_in_place, where_it_runs
 from quanto_hf.hf.save.card import TAG
 from quanto_hf.hf.save.other_savers import watch_other_savers
 from quanto_hf.hf.save.own_files import write_own_files
 from quanto_hf.hf.save.saving import given_state, watch_saving
 from quanto_hf.io import FORMAT_VERSION, VERSION_KEY, describe_modules, read_headers, read_modules
 from quanto_hf.io.pickled import read_pickled_headers
-from quanto_hf.nn import QuantizedInput, QuantizedWeight
-from quanto_hf.nn.slots import joined
+from quanto_hf.nn import QuantizedWeight
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import TensorSpec
 
@@ -141,13 +140,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             take_stored_dtypes(model, self._headers or {})
         self.kept = kept_dtypes(model, self._dtype)
-        self._stored = {
-            joined(name, leaf): tensor.dtype
-            for name, module in model.named_modules()
-            if isinstance(module, QuantizedWeight)
-            for leaf in module.kept_names
-            if (tensor := module.held(leaf)) is not None
-        }
+        self._stored = kept_tensors(model)
         self._device_map = kwargs.get("device_map")
         return model
 
@@ -230,7 +223,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             own_floats(model, every=not self.pre_quantized)
         self._finish_offload(model)
         free()
-        self._finish_layers(model)
+        finish_layers(model, self.quantization_config)
         self.belongs_to(model)
         if self.pre_quantized:
             refuse_not_finite(model)
@@ -254,50 +247,8 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             setattr(config, flag, any(layers.values()))
 
     def _finish_offload(self, model: Any) -> None:
-        """Write what goes to disk, and use it, and the checkpoint's own files, in place."""
-        hooks = offload_hooks(model)
-        if self._deferred is not None and self._deferred.taken:
-            folder = folder_of(hooks)
-            if folder is None:
-                raise ValueError(
-                    f"device_map leaves {len(self._deferred.taken)} weights on disk that are quantized or merged now, "
-                    "but no offload_folder says where; give offload_folder=... to from_pretrained, or save the model "
-                    "quantized and load that"
-                )
-            add_to_index(hooks, self._deferred.write(model, folder))
+        finish_offload(model, self._deferred, COPIED if self.pre_quantized and self.copies_floats else 0)
         self._deferred, self._conversions = None, []
-        if hooks:
-            use_in_place(model, hooks, COPIED if self.pre_quantized and self.copies_floats else 0)
-
-    def _finish_layers(self, model: Any) -> None:
-        absent, config = [], self.quantization_config
-        # only now: until here they said what the checkpoint holds
-        for flag in config.asked:
-            setattr(config, flag, True)
-        for name, module in model.named_modules():
-            if not isinstance(module, QuantizedWeight):
-                continue
-            floats = {slot.full(name): module._parameters.get(slot.name) for slot in module.slots}
-            missing = [full for full, weight in floats.items() if weight is not None and weight.device.type == "meta"]
-            if missing:
-                absent += missing
-                continue
-            if config.qat:
-                finish_prepared(module, config)
-                continue
-            # a converter whose first tensor stays float hands the others over as they are
-            module.freeze()
-            if config.static_activations and isinstance(module, QuantizedInput) and module.rounds_inputs:
-                if not module.is_static:
-                    module.make_static(device=where_it_runs(module))
-            for kept in module.kept_names:
-                # the loader marks every float parameter as trainable
-                if (tensor := module.held(kept)) is not None:
-                    tensor.requires_grad_(False)
-        if absent:
-            raise ValueError(
-                "the checkpoint does not fit the model:\n  " + "\n  ".join(f"missing: {name}" for name in absent)
-            )
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Float weights in plain layers. Everything else keeps its dtype unless one is given: transformers would
@@ -309,14 +260,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        places = getattr(model, "hf_device_map", {}).values()
-        if "disk" in places or any(parameter.device.type == "meta" for parameter in model.parameters()):
-            raise ValueError("a model with offloaded weights cannot be dequantized; load it without disk offload first")
-        dequantize(model)
-        if isinstance(dtype, str):
-            # save_pretrained leaves the name of the dtype in the config, from where transformers takes it
-            dtype = getattr(torch, dtype)
-        return model if dtype is None else model.to(dtype)
+        return dequantized(model, dtype)
 
     # ------------------------------------------------------------------------------------------- what it can do
 
