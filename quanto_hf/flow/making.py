@@ -99,7 +99,7 @@ def _identity(layer: QuantizedWeight, settings: list[int | None], read: str) -> 
 
 def _make(name: str, layer: QuantizedWeight, context: Context) -> dict[str, torch.Tensor]:
     try:
-        return layer.quantized(context)
+        return layer.quantized(context=context)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

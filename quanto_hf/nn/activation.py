@@ -1,6 +1,6 @@
 """Quantization of activations: rounding with scales that are found when a token passes, or that were calibrated."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -65,6 +65,8 @@ class QuantizedInput(nn.Module):
     """
 
     activations: QType | None
+    # whether its inputs can be rounded: those of an embedding are row numbers
+    rounds_inputs: ClassVar[bool] = True
     # whether anything has passed since the module observes
     observed: bool = False
     # the scale that was found to be calibrated, and its version then: looking at it costs a wait for a GPU

@@ -9,6 +9,7 @@ from quanto_hf.fit import NO_CONTEXT, Context
 from quanto_hf.nn.activation import INPUT_SCALE, QuantizedInput
 from quanto_hf.nn.prepared_op import weight_in_graph
 from quanto_hf.nn.qweight import QuantizedWeight
+from quanto_hf.nn.slots import WEIGHT
 from quanto_hf.ops.watched import as_a_node, transformed
 from quanto_hf.schemes import Scheme
 
@@ -76,24 +77,24 @@ class LearnedScales(QuantizedWeight):
 
     def sources(self) -> dict[str, torch.Tensor]:
         """The tensors from which the rounded numbers are computed, by name: those that may have a gradient."""
-        names = (INPUT_SCALE,) if self.is_frozen else ("weight", SCALE, ZERO, INPUT_SCALE)
+        names = (INPUT_SCALE,) if self.is_frozen else (WEIGHT, SCALE, ZERO, INPUT_SCALE)
         return {name: tensor for name in names if (tensor := self.held(name)) is not None}
 
-    def quantized(self, context: Context = NO_CONTEXT) -> dict[str, torch.Tensor]:
+    def quantized(self, name: str | None = None, context: Context = NO_CONTEXT) -> dict[str, torch.Tensor]:
         """The stored tensors, or what :meth:`freeze` would store."""
         if self.is_frozen:
             return self.tensors()
         if (scale := self._parameters.get(SCALE)) is None:
-            return super().quantized(context)
+            return super().quantized(name, context)
         return self.scheme.encode(self.to_matrix(self.weight), usable(scale, self.scheme), self._parameters.get(ZERO))
 
-    def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+    def set_tensors(self, tensors: dict[str, torch.Tensor], name: str | None = None) -> None:
         """Hold these stored tensors; learned scales have become part of them."""
         self._parameters.pop(SCALE, None)
         self._parameters.pop(ZERO, None)
         if isinstance(self, QuantizedInput):
             self.train_input_scale(False)
-        super().set_tensors(tensors)
+        super().set_tensors(tensors, name)
 
     def round_weight(self, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The float weight with the numbers of the packed one; gradients pass straight through the rounding.
@@ -103,7 +104,7 @@ class LearnedScales(QuantizedWeight):
         """
         if self.is_frozen:
             return self.dequantized()
-        matrix = self.to_matrix(sources["weight"])
+        matrix = self.to_matrix(sources[WEIGHT])
         if as_a_node() and not transformed():
             return self.from_matrix(weight_in_graph(self, matrix, sources))
         return self.from_matrix(self.round_matrix(matrix, sources))

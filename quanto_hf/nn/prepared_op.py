@@ -17,6 +17,7 @@ from torch import nn
 from quanto_hf.fit import Fit, name_of_fit
 from quanto_hf.nn.activation import INPUT_SCALE
 from quanto_hf.nn.prepared import gradients, straight_through
+from quanto_hf.nn.slots import WEIGHT
 from quanto_hf.ops.watched import traced
 from quanto_hf.qtypes import QTYPES
 from quanto_hf.schemes import Scheme, scheme_from_dict
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 Maybe = torch.Tensor | None
 
 # what a layer holds, as LearnedScales.sources names it: of the weight, and of the input
-OF_WEIGHT = ("weight", "learned_scale", "learned_zero")
+OF_WEIGHT = (WEIGHT, "learned_scale", "learned_zero")
 NAMES = (*OF_WEIGHT, INPUT_SCALE)
 
 
@@ -92,7 +93,7 @@ def _layer(sources: Sequence[Maybe], scheme: str, fit: str | None, activations: 
     layer: Any = QLinear.__new__(QLinear)
     nn.Module.__init__(layer)
     layer._parameters = dict(zip(NAMES, sources, strict=False))
-    weight = layer._parameters["weight"]
+    weight = layer._parameters[WEIGHT]
     layer.out_features, layer.in_features = weight.shape
     layer._setup(_scheme(scheme), weight.dtype, fit)
     layer.activations = None if activations is None else QTYPES[activations]
@@ -152,7 +153,7 @@ def _weight(*args: Any) -> torch.Tensor:
     *sources, scheme, fit = args
     layer = _layer(sources, scheme, fit)
     held = layer.sources()
-    return layer.round_matrix(held["weight"], held).contiguous()
+    return layer.round_matrix(held[WEIGHT], held).contiguous()
 
 
 def _weight_fake(weight: Any, *args: Any) -> Any:
@@ -167,7 +168,7 @@ def _weight_grad(grad: torch.Tensor, *args: Any) -> list[torch.Tensor]:
     leaves = [None if tensor is None else tensor.detach().requires_grad_(need) for tensor, need in given]
     with torch.enable_grad():
         named = {name: leaf for name, leaf in zip(OF_WEIGHT, leaves, strict=True) if leaf is not None}
-        rounded = layer.round_matrix(named["weight"], named)
+        rounded = layer.round_matrix(named[WEIGHT], named)
     wanted = [leaf for leaf in named.values() if leaf.requires_grad]
     return [made.contiguous() for made in torch.autograd.grad(rounded, wanted, grad)]
 

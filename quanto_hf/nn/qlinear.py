@@ -15,13 +15,13 @@ from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.nn.prepared import straight_through
 from quanto_hf.nn.prepared_op import linear_in_graph
 from quanto_hf.nn.qweight import QuantizedWeight
-from quanto_hf.nn.registry import register_qmodule
+from quanto_hf.nn.registry import LOAD, QUANTIZE, register_qmodule
 from quanto_hf.ops.watched import as_a_node, recording, sizes, transformed
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
 
 
-@register_qmodule(nn.Linear)
+@register_qmodule(nn.Linear, by_default=[LOAD, QUANTIZE])
 class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
     """A linear layer with a quantized weight.
 
