@@ -157,7 +157,7 @@ LAYERS = re.compile(
     r"Linear|Bilinear|Embedding(Bag)?|(Lazy)?Conv\w+|\w*(Layer|Batch|Group|Instance|RMS)Norm\w*|LSTM|GRU|RNN"
 )
 # Where a user makes a layer and names no dtype, as that of torch would do.
-MAY_ASK = {"quanto_hf/nn/qweight.py"}
+MAY_ASK = {"quanto_hf/nn/twin.py"}
 ASKS = "asks for the default dtype"
 # Decorators of functions that make something once and keep it: it must not lie on the default device of the first call.
 KEEPING = {"cache", "lru_cache", "_kept"}

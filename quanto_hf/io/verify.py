@@ -48,7 +48,7 @@ def verify(folder: Path) -> Verified:
     version = None
     try:
         inventory = read_inventory(folder)
-        stored = {row.name.removesuffix(".weight"): row.stored for row in inventory.rows}
+        stored = {row.name.removesuffix(f".{WEIGHT}"): row.stored for row in inventory.rows}
         version = inventory.format_version
         found.notes += inventory.notes
     except ValueError as error:

@@ -44,8 +44,8 @@ def register_qmodule(source: Source, by_default: Iterable[str] = ()) -> Callable
 
     Args:
         source: a module type; the path of one such as ``"transformers.pytorch_utils.Conv1D"``, which is not imported;
-            or a predicate over modules. Of the last two the decorated class is a mixin: a module's quantized class is
-            made of it and of the module's own.
+            or a predicate over modules. Where the decorated class does not derive from the module's own, the quantized
+            class is made of both.
         by_default: the verbs, of ``LOAD`` and ``QUANTIZE``, that quantize these modules where no pattern names them.
     """
 
@@ -119,9 +119,10 @@ def qmodule_for(module: nn.Module) -> Any:
         >>> made.__name__, issubclass(made, Mine), issubclass(made, QMODULES[nn.Linear])
         ('QMine', True, True)
     """
-    if type(module) in QMODULES:
-        return QMODULES[type(module)]
+    kind = type(module)
+    if kind in QMODULES:
+        return subclassed(QMODULES[kind], kind, kind)
     found = entry_of(module)
     if found is None or why_no_qmodule(module) is not None:
         return None
-    return subclassed(found.quantized, found.source, type(module))
+    return subclassed(found.quantized, found.source, kind)
