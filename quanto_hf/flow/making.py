@@ -85,6 +85,8 @@ def make_layers(
     read = "" if data is None or store is None else digest(t for batch in batches(data) for t in every_tensor(batch))
     # those whose inputs are looked at
     seen = {name for name, layer in layers.items() if data is not None and _wants_moments(layer)}
+    if data is not None and not seen:
+        warnings.warn("the data is not used: no layer has a scheme or a fit that wants it", stacklevel=3)
     bar = _Bar(layers, seen, moment_bytes, progress)
     rounding = {layer: layer.rounding for layer, _ in layers.values()}
     try:

@@ -212,7 +212,7 @@ def freeze(
             names the layer), or there is no data. Layers that are finished stay so.
 
     Warns:
-        UserWarning: no data reached a layer that wants it; it is made from its weight alone.
+        UserWarning: no data reached a layer that wants it, which is made from its weight alone; or no layer wants data.
 
     Example:
         >>> model = quantize(nn.Sequential(nn.Linear(64, 32)), "aqlm-2x4")

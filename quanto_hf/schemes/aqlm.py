@@ -144,7 +144,12 @@ class Aqlm(Scheme):
         return None
 
     def tensors(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorSpec]:
-        """See :class:`Scheme`: ``codes``, ``codebooks`` and ``scales``.
+        """See :class:`Scheme`.
+
+        Returns:
+            ``codes``: the smallest signed integers with ``nbits`` bits, shape (rows / out_group, columns / in_group,
+            K); ``codebooks``: ``dtype``, shape (K, 2**nbits, out_group, in_group); ``scales``: ``dtype``, shape
+            (rows / out_group, 1, 1, 1).
 
         Raises:
             ValueError: :meth:`refuses` has a reason.
