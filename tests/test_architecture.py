@@ -85,6 +85,37 @@ def test_nothing_is_imported_that_is_about_to_go_away():
     assert [found for file in FILES for found in foreign(file)] == []
 
 
+# modules that import each other inside of functions
+CIRCLE = {"quanto_hf.nn.learned", "quanto_hf.nn.prepared_op", "quanto_hf.nn.qlinear"}
+
+
+def typed_lines(file):
+    """Lines of a file that only type checkers read."""
+    blocks = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.If)]
+    blocks = [node for node in blocks if "TYPE_CHECKING" in ast.unparse(node.test)]
+    return {line for node in blocks for line in range(node.lineno, node.end_lineno + 1)}
+
+
+def reachable(start, edges):
+    """What imports lead to, from one module."""
+    found, ahead = set(), [start]
+    while ahead:
+        new = edges[ahead.pop()] - found
+        found |= new
+        ahead += new
+    return found
+
+
+def test_no_modules_import_each_other():
+    known = {name_of(file): file for file in FILES}
+    edges = {}
+    for name, file in known.items():
+        typed = typed_lines(file)
+        read = [found for line, found in imports(file) if line not in typed]
+        edges[name] = {found if found in known else found.rpartition(".")[0] for found in read} & known.keys() - {name}
+    assert {name for name in known if name in reachable(name, edges)} <= CIRCLE
+
+
 def test_the_reader_of_imports_sees_all_forms(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     file = tmp_path / "quanto_hf" / "nn" / "example.py"
