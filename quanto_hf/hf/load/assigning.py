@@ -94,7 +94,7 @@ def warn_of_floats(model: Any, plan: Plan) -> None:
     if share > LEFT_IN_FLOAT:
         warnings.warn(
             f"{share:.0%} of the weights of {type(model).__name__} stay in float, because they are in modules of a "
-            f"type that quanto_hf does not quantize: {', '.join(types[:5])}",
+            f"type that quanto_hf does not quantize, or only where a pattern names them: {', '.join(types[:5])}",
             stacklevel=2,
         )
     elif not plan.chosen:
