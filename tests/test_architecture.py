@@ -74,6 +74,32 @@ def test_no_import_points_upward(file):
     assert upward == []
 
 
+# The folders of `ops` that belong to a device. Nobody above `ops` names one: what is offered is in `quanto_hf.ops`.
+DEVICES = ("quanto_hf.ops.cpu", "quanto_hf.ops.torch", "quanto_hf.ops.triton")
+
+
+def test_nobody_above_the_ops_imports_a_device():
+    found = [
+        f"{name_of(file)}:{line} imports {name}"
+        for file in FILES
+        for line, name in imports(file)
+        if room(name_of(file)) != "ops" and f"{name}.".startswith(tuple(f"{device}." for device in DEVICES))
+    ]
+    assert found == []
+
+
+def test_the_registry_of_kernels_stands_below_the_devices():
+    ops = PACKAGE / "ops"
+    found = [
+        f"{name_of(file)}:{line} imports {name}"
+        for file in sorted(ops.glob("*.py"))
+        if file.name != "__init__.py"
+        for line, name in imports(file)
+        if f"{name}.".startswith(tuple(f"{device}." for device in DEVICES))
+    ]
+    assert found == []
+
+
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_nothing_is_imported_that_is_about_to_go_away(file):
     found = [name for _, name in imports(file) if any(f"{name}.".startswith(f"{f}.") for f in FOREIGN)]

@@ -17,7 +17,7 @@ from quanto_hf.flow.layer_store import LayerStore, digest
 from quanto_hf.flow.moments import collect_moments
 from quanto_hf.flow.refuse import refuse_other_dtypes
 from quanto_hf.nn import QuantizedWeight
-from quanto_hf.ops.cpu.aqlm_fit import refuses_aqlm_fit
+from quanto_hf.ops.aqlm_loops import refuses_loops
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import Aqlm
 
@@ -221,7 +221,7 @@ def _memory(layers: dict[str, QuantizedWeight], moment_bytes: int | None) -> int
             assert isinstance(layer.scheme, Aqlm)
             made = fit_bytes(
                 layer.matrix_shape, layout_of(layer.scheme), layer.weight.dtype, calibrated=moment_bytes is not None,
-                native=refuses_aqlm_fit(layer.weight.device) is None,
+                native=refuses_loops(layer.weight.device) is None,
             )  # fmt: skip
             most = max(most, moments + made)
     return most

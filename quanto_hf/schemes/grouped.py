@@ -6,26 +6,12 @@ from typing import Any, ClassVar
 import torch
 
 from quanto_hf.fit import Fit, Grid, fit_by_name
-from quanto_hf.ops import (
-    BoundEmbedding,
-    BoundExperts,
-    BoundLinear,
-    activation_group,
-    bind_embedding,
-    bind_experts,
-    bind_linear,
-    dequantize,
-    embedding,
-    expert_linear,
-    groups,
-    linear,
-    packed_width,
-)
+from quanto_hf.ops import GroupedWeight, activation_group, groups, packed_width
 from quanto_hf.ops.decode import decode_reference
 from quanto_hf.qtypes import QTYPES, QType
 from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
 from quanto_hf.schemes.given import encode, fake_quantize
-from quanto_hf.schemes.quantizing import quantize_in_blocks, quantize_natively
+from quanto_hf.schemes.quantizing import quantize_rows
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 PER_CHANNEL = -1
@@ -138,8 +124,7 @@ class Grouped(Scheme):
             return result
         flat = weight.detach().reshape(-1, columns)
         parts = {name: tensor.view(flat.shape[0], -1) for name, tensor in result.items()}
-        if not quantize_natively(self, flat, found, parts):
-            quantize_in_blocks(self, flat, found, parts)
+        quantize_rows(self, flat, found, self.weight(parts, columns))
         return result
 
     def encode(
@@ -154,51 +139,10 @@ class Grouped(Scheme):
         """See :class:`Scheme`."""
         return fake_quantize(self, weight, scale, zero)
 
-    def dequantize(self, tensors: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-        """See :class:`Scheme`."""
-        packed = tensors["packed"]
-        flat = {name: tensor.reshape(-1, tensor.shape[-1]) for name, tensor in tensors.items()}
-        args = (flat["packed"], flat["scale"], flat.get("zero"), self.qtype, self.group_size, in_features, dtype)
-        op = dequantize.torch_op if torch.compiler.is_compiling() else dequantize
-        weight: torch.Tensor = op(*args)
-        return weight.view(*packed.shape[:-1], in_features)
-
-    def linear(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
-        """See :class:`Scheme`."""
-        return linear(x, tensors["packed"], tensors["scale"], tensors.get("zero"), bias, self.qtype, self.group_size)
-
-    def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    def weight(self, tensors: Tensors, in_features: int) -> GroupedWeight:
         """See :class:`Scheme`."""
         packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
-        return embedding(index, packed, scale, zero, self.qtype, self.group_size, in_features, dtype)
-
-    def bind(
-        self,
-        tensors: Tensors,
-        in_features: int,
-        activations: str | None = None,
-        x_scale: torch.Tensor | None = None,
-    ) -> BoundLinear | None:
-        """See :class:`Scheme`."""
-        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
-        return bind_linear(packed, scale, zero, self.qtype, self.group_size, in_features, activations, x_scale)
-
-    def bind_rows(self, tensors: Tensors, in_features: int) -> BoundEmbedding | None:
-        """See :class:`Scheme`."""
-        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
-        return bind_embedding(packed, scale, zero, self.qtype, self.group_size, in_features)
-
-    def expert_linear(
-        self, x: torch.Tensor, experts: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """See :class:`Scheme`."""
-        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
-        return expert_linear(x, experts, packed, scale, zero, bias, self.qtype, self.group_size)
-
-    def bind_experts(self, tensors: Tensors, in_features: int) -> BoundExperts | None:
-        """See :class:`Scheme`."""
-        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
-        return bind_experts(packed, scale, zero, self.qtype, self.group_size, in_features)
+        return GroupedWeight(packed, scale, zero, self.qtype, self.group_size, in_features)
 
     def at_ends(self, tensors: Tensors, in_features: int) -> torch.Tensor:
         """See :class:`Scheme`."""

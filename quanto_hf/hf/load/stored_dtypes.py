@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from quanto_hf.nn import QuantizedWeight
-from quanto_hf.ops.dequantize import FLOATS
+from quanto_hf.ops.grouped_weight import FLOATS
 from quanto_hf.schemes import Aqlm, TensorSpec
 
 PARTS = ("codebooks", "scales")

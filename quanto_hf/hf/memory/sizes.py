@@ -18,9 +18,9 @@ from quanto_hf.flow import replace_modules
 from quanto_hf.hf.load.loading import split_name, waits_for_weight
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.nn.stored import bytes_each
-from quanto_hf.ops.cpu.aqlm_fit import refuses_aqlm_fit
+from quanto_hf.ops.aqlm_loops import refuses_loops
+from quanto_hf.ops.quantize import BLOCK_VALUES
 from quanto_hf.schemes import Aqlm, Grouped, Scheme
-from quanto_hf.schemes.quantizing import BLOCK_VALUES
 
 # Bytes per value of a block that is quantized in torch: reused buffers (values, scaled, numbers, cells: 4 each; codes:
 # 1) and temporaries of the fit. Measured peaks: 11 (int8) to 21 (int4, odd width), 25 (nf4), 45 (hqq).
@@ -139,7 +139,7 @@ def aqlm_bytes(scheme: Aqlm, shape: tuple[int, int], dtype: torch.dtype, device:
     if not shape[0] or not shape[1]:
         return 0
     layout = Layout(scheme.num_codebooks, scheme.nbits, scheme.out_group, scheme.in_group)
-    return fit_bytes(shape, layout, dtype, native=refuses_aqlm_fit(torch.device(device)) is None)
+    return fit_bytes(shape, layout, dtype, native=refuses_loops(torch.device(device)) is None)
 
 
 def workspace_bytes(scheme: Scheme, fit: Fit | str | None, shape: tuple[int, int], dtype: torch.dtype) -> int:
