@@ -15,7 +15,7 @@ from quanto_hf.flow.layer_store import LayerStore, digest
 from quanto_hf.flow.moments import collect_moments
 from quanto_hf.flow.refuse import refuse_other_dtypes
 from quanto_hf.nn import QuantizedWeight
-from quanto_hf.nn.learned import SCALE, ZERO
+from quanto_hf.nn.rounding import SCALE, ZERO
 from quanto_hf.nn.slots import Slot
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import Scheme

@@ -1,16 +1,15 @@
 """What a scheme is: a frozen description of how one weight is stored and multiplied."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from quanto_hf.ops import TOKEN
-from quanto_hf.qtypes import QType
-from quanto_hf.schemes.making import Making, with_scales
+from quanto_hf.schemes.making import Making
+from quanto_hf.schemes.products import Products
 from quanto_hf.schemes.stored import Tensors, TensorSpec
 
 # every scheme by its kind, in the order in which names are looked up
@@ -26,7 +25,7 @@ def register_scheme(cls: S) -> S:
 
 
 @dataclass(frozen=True)
-class Scheme(Making):
+class Scheme(Making, Products):
     """How one weight of shape (..., out_features, in_features) is stored and multiplied.
 
     Subclasses are frozen dataclasses of JSON types, hashable, with a ``kind`` that is their name in config.json and
@@ -124,76 +123,6 @@ class Scheme(Making):
         scale = tensors[self.scale_name]
         made = scale * factor
         return {self.scale_name: made} if torch.equal(made / factor, scale) else None
-
-    # ----------------------------------------------------------------------------------------------- products
-
-    @abstractmethod
-    def dequantize(self, tensors: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-        """The float weight, shape (..., out_features, in_features)."""
-
-    @abstractmethod
-    def linear(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
-        """``x @ weight.T + bias`` for a weight of 2 dimensions; shape (..., out_features), dtype of ``x``."""
-
-    def bind(
-        self,
-        tensors: Tensors,
-        in_features: int,
-        activations: str | None = None,
-        x_scale: torch.Tensor | None = None,
-    ) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor | None] | None:
-        """``call(x, bias)``, the same as :meth:`linear` with everything about these tensors looked up in advance.
-
-        Args:
-            activations: None, or the number type to which x is rounded first, as :meth:`activation_group` says.
-            x_scale: the static scale of x, 1 element, or None: scales are found when x comes.
-
-        Returns:
-            None if there is nothing to prepare. The call itself answers None where it does not serve (another device,
-            a gradient to follow, tensors that have moved); :meth:`linear` always does.
-        """
-        return None
-
-    def activation_group(self, activations: QType) -> int:
-        """Columns of x that share a scale when x is rounded to ``activations``; -1 for all of a row."""
-        return TOKEN
-
-    @abstractmethod
-    def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of the float weight, as an embedding reads them; the weight has 2 dimensions.
-
-        Args:
-            index: integer row numbers, any shape.
-
-        Returns:
-            Shape (*index.shape, in_features).
-
-        Raises:
-            IndexError: there is no such row; negative numbers do not count from the end.
-        """
-
-    def bind_rows(
-        self, tensors: Tensors, in_features: int
-    ) -> Callable[[torch.Tensor, torch.dtype], torch.Tensor | None] | None:
-        """``call(index, dtype)``, the same as :meth:`rows`; see :meth:`bind`."""
-        return None
-
-    def expert_linear(
-        self, x: torch.Tensor, experts: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Each row of ``x`` times the weight of its own expert, as :func:`quanto_hf.ops.expert_linear` says, for a
-        weight of shape (experts, out_features, in_features).
-
-        Raises:
-            ValueError: the scheme has no such product.
-        """
-        raise ValueError(f"{self} weights are not multiplied by expert; choose {with_scales()}")
-
-    def bind_experts(
-        self, tensors: Tensors, in_features: int
-    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor | None] | None:
-        """``call(x, experts, bias)``, the same as :meth:`expert_linear`; see :meth:`bind`."""
-        return None
 
     # ----------------------------------------------------------------------------------------------- descriptions
 

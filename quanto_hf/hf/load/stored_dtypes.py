@@ -13,7 +13,7 @@ from torch import nn
 
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.nn.slots import joined
-from quanto_hf.ops.dequantize import FLOATS
+from quanto_hf.ops.grouped_weight import FLOATS
 from quanto_hf.schemes import TensorSpec
 
 
