@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quanto_hf.cli.machine import lines, machine
-from quanto_hf.cli.options import WrongUsage, aqlm_schemes, features, float_dtype, schemes, whole_numbers, words
+from quanto_hf.cli.options import WrongUsage, features, float_dtype, schemes, whole_numbers, words
 from quanto_hf.cli.show import console, table
 
 if TYPE_CHECKING:
@@ -46,18 +46,16 @@ def kernels(
     Example: `quanto-hf kernels --weights int4`
     """
     kind, shape, counts = float_dtype(dtype), features(size), whole_numbers("--rows", [rows])
-    layouts, names = aqlm_schemes(weights, group_size)
-    chosen = schemes(names, group_size) if names or not words(weights) else []
+    asked = schemes(weights, group_size)
     if words(weights):
-        for reason in filter(None, (layout.refuses(shape) for layout in layouts)):
+        for reason in filter(None, (scheme.refuses(shape) for scheme in asked)):
             raise WrongUsage(f"--features {size}: {reason}")
-    layouts = [layout for layout in layouts if layout.refuses(shape) is None]
+    asked = [scheme for scheme in asked if scheme.refuses(shape) is None]
     found = machine()
-    asked: list[Scheme] = [*chosen, *layouts]
     choices = [row for scheme in asked for row in explain(scheme, kind, shape, counts)]
     checks: list[dict[str, Any]] = []
     if found["native"]:
-        checks = [check(scheme, kind, shape) for scheme in asked]
+        checks = [row for scheme in asked if (row := check(scheme, kind, shape)) is not None]
     if as_json:
         print(json.dumps({"machine": found, "kernels": choices, "checks": checks}, indent=2))
     else:
@@ -148,9 +146,9 @@ def chosen_kernel(op: "Op", arguments: tuple[Any, ...]) -> str:
     return next(kernel for kernel, said in op.explain(*arguments) if said == "runs")
 
 
-def check(scheme: "Scheme", dtype: "torch.dtype", shape: tuple[int, int]) -> dict[str, Any]:
-    """The self-checks of all kernels of a scheme that have one, for few rows of x and for many. Errors are None where
-    there is no such kernel."""
+def check(scheme: "Scheme", dtype: "torch.dtype", shape: tuple[int, int]) -> dict[str, Any] | None:
+    """The self-checks of all kernels of a scheme that have one, for few rows of x and for many; None if none has.
+    Errors are None where there is no such kernel."""
     from quanto_hf.ops.selfcheck import FEW_ROWS, TOLERANCE, undisturbed
 
     said: list[str] = []
@@ -167,6 +165,8 @@ def check(scheme: "Scheme", dtype: "torch.dtype", shape: tuple[int, int]) -> dic
                 if (name := columns.get(op.name)) is not None:
                     with undisturbed():
                         worst[name] = max(worst[name] or 0.0, *(error for error, _ in op.errors(kernel.run, *case)))
+    if worst["few_rows"] is None:
+        return None
     errors = {f"{name}_error": error for name, error in worst.items()}
     return {"weights": str(scheme), "passed": not said, "said": said, **errors, "tolerance": TOLERANCE[dtype]}
 

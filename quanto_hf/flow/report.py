@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from quanto_hf.flow.codebooks import codebooks_of
+from quanto_hf.flow.notes import notes_of
 from quanto_hf.nn import QuantizedWeight, why_no_qmodule
 
 
@@ -96,8 +96,7 @@ def report(model: nn.Module, reference: nn.Module | Mapping[str, torch.Tensor] |
             size = parameter.nbytes
             dtype = str(parameter.dtype).removeprefix("torch.")
             rows.append(Row(full, dtype, tuple(parameter.shape), size, reason=_reason(module, leaf)))
-    note = codebooks_of(model)
-    return Report(rows, () if note is None else (note,))
+    return Report(rows, notes_of(model))
 
 
 def _quantized_row(name: str, module: QuantizedWeight, exact: Mapping[str, torch.Tensor]) -> Row:

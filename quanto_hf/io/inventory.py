@@ -8,15 +8,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from quanto_hf.flow.codebooks import costly_codebooks
 from quanto_hf.io.checkpoint import CheckpointError, read_headers
-from quanto_hf.io.format import check_version, find_guards, read_modules, without_guards
-from quanto_hf.schemes import Aqlm, Grouped, Scheme, TensorSpec
+from quanto_hf.io.formats import QUANTO, format_of
+from quanto_hf.io.formats.quanto import find_guards, without_guards
+from quanto_hf.schemes import Scheme, TensorSpec, notes
 
 INDEX = "model.safetensors.index.json"
-PREFIX = "weight_"
 
 
 @dataclass(frozen=True)
@@ -103,40 +100,38 @@ def read_inventory(folder: Path) -> Inventory:
     if not isinstance(quantization, dict):
         raise CheckpointError(f"quantization_config in {folder / 'config.json'} is an object, not {quantization!r}")
     schemes: dict[str, Scheme] = {}
-    version, prefix = None, PREFIX
-    if quantization.get("quant_method") == "quanto_hf":
-        version = quantization.get("format_version")
-        check_version(version)
-        entries = quantization.get("schemes")
-        schemes, headers = read_modules([] if entries is None else entries), without_guards(headers)
-    elif quantization.get("quant_method") == "aqlm":
-        prefix, schemes = "", _aqlm_modules(folder, quantization, headers)
-    stored = {prefix + name for scheme in schemes.values() for name in scheme.names}
+    version, saved_as = None, format_of(quantization) or QUANTO
+    prefix = saved_as.prefix
+    if saved_as.method == quantization.get("quant_method"):
+        try:
+            version, schemes = saved_as.version(quantization), saved_as.schemes(quantization, headers)
+        except ValueError as error:
+            raise CheckpointError(f"the config of {folder} cannot be used: {error}") from None
+        headers = without_guards(headers) if saved_as.guarded else headers
     groups: dict[str, dict[str, TensorSpec]] = {}
     rows = []
     for name, spec in headers.items():
         owner, _, leaf = name.rpartition(".")
-        if schemes and (leaf in stored or (prefix and leaf.startswith(prefix))):
+        if schemes and saved_as.part_of(leaf) is not None:
             groups.setdefault(owner, {})[leaf] = spec
         else:
             rows.append(Item(name, _text(spec.dtype), prod(spec.shape), _nbytes(spec)))
     saved = _saved_names(schemes, groups)
-    costs: dict[str, tuple[Aqlm, tuple[int, int], torch.dtype]] = {}
+    layers: dict[str, tuple[Scheme, dict[str, TensorSpec]]] = {}
     problems = [f"unexpected: {name}.{leaf}" for name in {*groups} - {*saved.values()} for leaf in groups[name]]
     for module, scheme in schemes.items():
         name = saved.get(module, module)
-        found = groups.get(name, {})
+        found = {leaf.removeprefix(prefix): spec for leaf, spec in groups.get(name, {}).items()}
         problems += _problems(name, scheme, found, prefix)
-        shape = _shape(scheme, found, prefix) or (0,)
-        if isinstance(scheme, Aqlm) and len(shape) == 2:
-            costs[name] = (scheme, shape, found[f"{prefix}codebooks"].dtype)
-        rows.append(Item(f"{name}.weight", str(scheme), prod(shape), sum(map(_nbytes, found.values()))))
+        if (weight := scheme.weight_of(found)) is not None:
+            layers[name] = scheme, found
+        count = 0 if weight is None else prod(weight.shape)
+        rows.append(Item(f"{name}.weight", str(scheme), count, sum(map(_nbytes, found.values()))))
     if problems:
         raise CheckpointError(f"{folder} is not what its config says:\n  " + "\n  ".join(sorted(problems)))
-    note = costly_codebooks(costs)
     method = str(quantization.get("quant_method", "")) if version is None else ""
     rows.sort(key=lambda row: _natural(row.name))
-    return Inventory(rows, version, len(files), method, () if note is None else (note,))
+    return Inventory(rows, version, len(files), method, notes(layers))
 
 
 def _read_json(file: Path, absent: str) -> dict[str, Any]:
@@ -206,65 +201,19 @@ def _common_end(one: str, other: str) -> int:
     return same
 
 
-def _aqlm_modules(folder: Path, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> dict[str, Scheme]:
-    """The modules of a checkpoint in the AQLM format, which its config does not name."""
-    keys = ("num_codebooks", "nbits_per_codebook", "out_group_size", "in_group_size")
-    try:
-        scheme = Aqlm(*(config.get(key, default) for key, default in zip(keys, (1, 16, 1, 8), strict=True)))
-    except ValueError as error:
-        values = ", ".join(f"{key}={config[key]!r}" for key in keys if key in config)
-        raise CheckpointError(f"the config of {folder} cannot be used: {error} ({values})") from None
-    leaves = tuple(f".{name}" for name in scheme.names)
-    return {name.rpartition(".")[0]: scheme for name in headers if name.endswith(leaves)}
-
-
-def _shape(scheme: Scheme, found: Mapping[str, TensorSpec], prefix: str) -> tuple[int, ...] | None:
-    """Shape of the float weight, or None where the stored tensors are not those of one. The last byte of a row may be
-    partly used: then the largest number of columns that fits is taken."""
-    first = found.get(prefix + scheme.names[0])
-    if first is None:
-        return None
-    for shape in _shapes(scheme, first.shape):
-        if _wanted(scheme, shape, found, prefix) == found:
-            return shape
-    return None
-
-
-def _shapes(scheme: Scheme, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Shapes that the float weight may have, by that of the first stored tensor."""
-    if isinstance(scheme, Aqlm):
-        return [(shape[0] * scheme.out_group, shape[1] * scheme.in_group)] if len(shape) == 3 else []
-    assert isinstance(scheme, Grouped)
-    per_byte = 8 // scheme.type.bits
-    most = shape[-1] * per_byte if len(shape) > 1 else 0
-    return [(*shape[:-1], columns) for columns in range(most, most - per_byte, -1) if columns > 0]
-
-
-def _wanted(
-    scheme: Scheme, shape: tuple[int, ...], found: Mapping[str, TensorSpec], prefix: str
-) -> dict[str, TensorSpec]:
-    # floats of AQLM have the dtype of the model, of which only they tell here
-    books = found.get(f"{prefix}codebooks")
-    dtype = torch.bfloat16 if books is None or not getattr(books.dtype, "is_floating_point", False) else books.dtype
-    return {prefix + name: spec for name, spec in scheme.tensors(shape, dtype).items()}
-
-
 def _problems(name: str, scheme: Scheme, found: Mapping[str, TensorSpec], prefix: str) -> list[str]:
-    """A line for each stored tensor of a weight that is missing, unexpected or wrong."""
-    if _shape(scheme, found, prefix) is not None:
+    """A line for each stored tensor of a weight that is missing, unexpected or wrong; ``found`` has the names of the
+    scheme."""
+    if scheme.weight_of(found) is not None:
         return []
-    leaves = {prefix + leaf for leaf in scheme.names}
-    lines = [f"missing: {name}.{leaf}" for leaf in leaves - {*found}]
-    lines += [f"unexpected: {name}.{leaf} of {scheme} weights" for leaf in {*found} - leaves]
-    if lines:
-        return lines
-    shapes = _shapes(scheme, found[prefix + scheme.names[0]].shape)
-    if not shapes:
+    lines = [f"missing: {name}.{prefix}{leaf}" for leaf in {*scheme.names} - {*found}]
+    lines += [f"unexpected: {name}.{prefix}{leaf} of {scheme} weights" for leaf in {*found} - {*scheme.names}]
+    if lines or not (candidates := scheme.candidates(found)):
         return lines
     return [
-        f"wrong: {name}.{leaf} is {_text(found[leaf].dtype)} {list(found[leaf].shape)}, but {scheme} weights need "
-        f"{_text(spec.dtype)} {list(spec.shape)}"
-        for leaf, spec in _wanted(scheme, shapes[0], found, prefix).items()
+        f"wrong: {name}.{prefix}{leaf} is {_text(found[leaf].dtype)} {list(found[leaf].shape)}, but {scheme} weights "
+        f"need {_text(spec.dtype)} {list(spec.shape)}"
+        for leaf, spec in scheme.tensors(candidates[0].shape, candidates[0].dtype).items()
         if found[leaf] != spec
     ]
 

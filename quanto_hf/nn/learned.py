@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from quanto_hf.fit import NO_CONTEXT, Context
 from quanto_hf.nn.activation import INPUT_SCALE, QuantizedInput
 from quanto_hf.nn.prepared_op import weight_in_graph
 from quanto_hf.nn.qweight import QuantizedWeight
@@ -33,7 +34,7 @@ class LearnedScales(QuantizedWeight):
         found = self.scheme.quantize(self.to_matrix(self.weight.detach()), self.fit)
         for name, part in ((SCALE, "scale"), (ZERO, "zero")):
             if part in found:
-                self._parameters[name] = nn.Parameter(found[part].float())
+                self._parameters[name] = nn.Parameter(self.scheme.read_scale(found[part]))
         if isinstance(self, QuantizedInput):
             self.train_input_scale(True)
 
@@ -62,11 +63,11 @@ class LearnedScales(QuantizedWeight):
         names = (INPUT_SCALE,) if self.is_frozen else ("weight", SCALE, ZERO, INPUT_SCALE)
         return {name: tensor for name in names if (tensor := self.held(name)) is not None}
 
-    def quantized(self) -> dict[str, torch.Tensor]:
+    def quantized(self, context: Context = NO_CONTEXT) -> dict[str, torch.Tensor]:
         """The stored tensors, or what :meth:`freeze` would store."""
         if self.is_frozen:
             return self.tensors()
-        return self.how.stored(self._as_matrix(self.sources()))
+        return self.how.stored(self._as_matrix(self.sources()), context)
 
     def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Hold these stored tensors; learned scales have become part of them."""

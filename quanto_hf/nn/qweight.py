@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from quanto_hf.fit import Fit
+from quanto_hf.fit import NO_CONTEXT, Context, Fit
 from quanto_hf.nn.activation import INPUT_SCALE
 from quanto_hf.nn.bound_call import BoundCall, Call
 from quanto_hf.nn.saved_by import layer_is_made, refuse_unknown_saver
@@ -232,9 +232,9 @@ class QuantizedWeight(nn.Module):
         self._hold_stored()
         layer_is_made()
 
-    def quantized(self) -> dict[str, torch.Tensor]:
+    def quantized(self, context: Context = NO_CONTEXT) -> dict[str, torch.Tensor]:
         """What :meth:`freeze` would store for the float weight."""
-        return self.scheme.quantize(self.to_matrix(self.weight.detach()), self.fit)
+        return self.scheme.quantize(self.to_matrix(self.weight.detach()), self.fit, context)
 
     def freeze(self, tensors: dict[str, torch.Tensor] | None = None) -> None:
         """Quantize the float weight and let go of it. A FROZEN module stays as it is.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from quanto_hf.fit import Fit
+from quanto_hf.fit import NO_CONTEXT, Context, Fit
 from quanto_hf.nn.activation import INPUT_SCALE, check_calibrated, fake_quantize
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
@@ -44,11 +44,11 @@ class Rounding(NamedTuple):
     fit: Fit | str | None = None
     activations: QType | None = None
 
-    def stored(self, sources: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def stored(self, sources: Mapping[str, torch.Tensor], context: Context = NO_CONTEXT) -> dict[str, torch.Tensor]:
         """The stored tensors of the weight."""
         matrix, scale = sources["weight"].detach(), sources.get(SCALE)
         if scale is None:
-            return self.scheme.quantize(matrix, self.fit)
+            return self.scheme.quantize(matrix, self.fit, context)
         return self.scheme.encode(matrix, usable(scale, self.scheme), sources.get(ZERO))
 
     def round_weight(self, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:

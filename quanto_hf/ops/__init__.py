@@ -16,7 +16,7 @@ from quanto_hf.ops.grouped_weight import groups
 from quanto_hf.ops.index import check_index
 from quanto_hf.ops.linear import linear, linear_grad_input, linear_op
 from quanto_hf.ops.linear_rounded import linear_rounded, linear_rounded_op
-from quanto_hf.ops.packing import pack, packed_width, unpack
+from quanto_hf.ops.packing import pack, packed_width, row_lengths, unpack
 from quanto_hf.ops.quantize import quantize_op
 from quanto_hf.ops.registry import DEVICES, OPS
 from quanto_hf.ops.straight_through import scale_gradient
@@ -51,6 +51,7 @@ __all__ = [
     "packed_width",
     "quantize_op",
     "round_activations",
+    "row_lengths",
     "scale_gradient",
     "unpack",
 ]

@@ -21,6 +21,7 @@ BLOCK_VALUES = 1 << 18
 # Largest relative increase of the total error over the definition that is accepted from a kernel: searches break ties
 # differently, which moves the error by less than 0.1 % (tests/ops/cpu/test_quantize.py).
 MORE_ERROR = 0.02
+NOT_FINITE = "the weight has NaN or infinite values, which cannot be quantized"
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,11 @@ class Recipe:
     Args:
         title: names the weights and the fit in a warning.
         key: what decides about the result; recipes with the same key are the same.
-        find: ``find(values, dtype)`` returns scale and zero (or None) in this dtype for each row of float32 values.
+        find: ``find(values)`` returns scale and zero (or None), rounded as they will be stored, for each row of float32
+            values.
         encode: ``encode(values, codes)`` writes the codes of values in units of the scale into ``codes``.
         native: the fit as kernels know it, or None.
+        store: the stored numbers of scales and zeros, where these are no floats.
     """
 
     title: str
@@ -55,6 +58,7 @@ class Recipe:
     find: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = field(compare=False)
     encode: Callable[..., Any] = field(compare=False)
     native: NativeFit | None = field(default=None, compare=False)
+    store: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda numbers: numbers, compare=False)
 
 
 def empty_weight(shape: tuple[int, int], qtype: str, group_size: int, asymmetric: bool, scale_dtype: Any) -> Any:
@@ -67,7 +71,7 @@ def empty_weight(shape: tuple[int, int], qtype: str, group_size: int, asymmetric
 
 
 def _check(rows: torch.Tensor, out: GroupedWeight, recipe: Recipe) -> None:
-    out.check()
+    # scales may have a type of their own here, which a product does not take
     if rows.device != out.device:
         raise ValueError(f"the rows are on {rows.device}, but the codes are on {out.device}; move one")
     if tuple(rows.shape) != out.shape or not rows.is_floating_point():
@@ -100,15 +104,15 @@ def _quantize_block(rows: torch.Tensor, out: GroupedWeight, recipe: Recipe) -> N
         # (rows * groups, columns of a group): what shares a scale is a row
         part = values[:, cut].unflatten(1, (which.stop - which.start, -1))
         width = part.shape[-1]
-        scale, zero = recipe.find(part.reshape(-1, width), out.scale.dtype)
+        scale, zero = recipe.find(part.reshape(-1, width))
         if not torch.isfinite(scale).all():
-            raise ValueError("the weight has NaN or infinite values, which cannot be quantized")
-        out.scale[:, which] = scale.view(n, -1)
+            raise ValueError(NOT_FINITE)
+        out.scale[:, which] = recipe.store(scale.view(n, -1))
         u = scratch("scaled", tuple(part.shape), torch.float32, rows.device)
         torch.div(part, scale.view(n, -1, 1), out=u)
         if zero is not None:
             assert out.zero is not None
-            out.zero[:, which] = zero.view(n, -1)
+            out.zero[:, which] = recipe.store(zero.view(n, -1))
             u += zero.view(n, -1, 1)
         recipe.encode(u, codes[:, cut].unflatten(1, (which.stop - which.start, -1)))
     if out.type.is_packed:
@@ -141,8 +145,8 @@ def _errors(run: Callable[..., Any], recipe: Recipe, key: Any, dtype: torch.dtyp
 def _samples(seed: int) -> list[tuple[Any, ...]]:
     """int8 with the largest magnitude as the fit."""
 
-    def find(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, None]:
-        return (values.abs().amax(1) / 127).clamp(min=1e-30).to(dtype), None
+    def find(values: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return (values.abs().amax(1) / 127).clamp(min=1e-30), None
 
     def encode(values: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         return codes.copy_(values.round_().clamp_(-127, 127))

@@ -13,16 +13,14 @@ from torch import nn
 
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.ops.grouped_weight import FLOATS
-from quanto_hf.schemes import Aqlm, TensorSpec
-
-PARTS = ("codebooks", "scales")
+from quanto_hf.schemes import TensorSpec
 
 
 def _floats(model: nn.Module) -> Iterator[tuple[QuantizedWeight, str, list[str]]]:
-    """Each AQLM layer, what stands before the names of its tensors, and the names of the float ones in the layer."""
+    """Each layer with tensors in the dtype of the model, what stands before their names, and their names in it."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedWeight) and isinstance(module.scheme, Aqlm):
-            leaves = [module.prefix + part for part in PARTS]
+        if isinstance(module, QuantizedWeight) and module.scheme.float_names:
+            leaves = [module.prefix + part for part in module.scheme.float_names]
             yield (
                 module,
                 f"{name}." if name else "",

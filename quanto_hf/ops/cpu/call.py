@@ -12,7 +12,6 @@ from quanto_hf.qtypes import QTYPES
 
 # The numbers of csrc/common.h.
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-CODES = {"int8": 0, "float8_e4m3fn": 1, "float8_e5m2": 2, "int4": 3, "nf4": 3, "fp4": 3, "int2": 4}
 
 # Values that are dequantized for each thread that is woken: about 4 us of work.
 THREAD_VALUES = 1 << 14
@@ -49,6 +48,8 @@ def arguments(weight: Weight) -> tuple[int, ...]:
             FLOAT_TYPES[scales.dtype],
         )
     packed, scale, zero, qtype, group_size, in_features = weight
+    code = weight.type.native
+    assert code is not None
     return (
         packed.data_ptr(),
         scale.data_ptr(),
@@ -57,7 +58,7 @@ def arguments(weight: Weight) -> tuple[int, ...]:
         packed.shape[-2],
         in_features,
         group_size,
-        CODES[qtype],
+        code,
         FLOAT_TYPES[scale.dtype],
     )
 

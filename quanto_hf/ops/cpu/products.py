@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from quanto_hf.ops.cpu.call import (
-    CODES,
     FLOAT_TYPES,
     arguments,
     linear_name,
@@ -38,7 +37,7 @@ def refuses_weight(weight: Weight) -> str | None:
     if isinstance(weight, AqlmWeight):
         if not NATIVE.has_kernel("aqlm_linear"):
             return f"level {NATIVE.level()} has no kernel for AQLM weights"
-    elif weight.qtype not in CODES:
+    elif weight.type.native is None:
         return f"there is no native code for {weight.qtype} weights"
     if watched():
         return "torch follows every operator here: a dispatch mode, a transform or a trace is active"

@@ -5,7 +5,7 @@ from array import array
 
 import torch
 
-from quanto_hf.ops.cpu.call import CODES, FLOAT_TYPES
+from quanto_hf.ops.cpu.call import FLOAT_TYPES
 from quanto_hf.ops.cpu.library import NATIVE, REASON, label
 from quanto_hf.ops.quantize import NativeFit, Recipe, quantize_op
 from quanto_hf.ops.scratch import scratch
@@ -28,7 +28,7 @@ def _supports(rows: torch.Tensor, out: GroupedWeight, recipe: Recipe) -> str | N
         return "it takes plain tensors only"
     if watched():
         return "torch follows every operator here: a dispatch mode, a transform or a trace is active"
-    if out.qtype not in CODES:
+    if out.type.native is None or out.scale.dtype not in FLOAT_TYPES:
         return f"there is no native code for {out.qtype} weights"
     if out.group_size > 0 and out.group_size % LANES:
         return f"the group size is no multiple of {LANES}"
@@ -71,7 +71,8 @@ def native_quantize(rows: torch.Tensor, out: GroupedWeight, fit: NativeFit) -> b
 
 def _run(rows: torch.Tensor, out: GroupedWeight, fit: NativeFit) -> bool:
     assert NATIVE is not None
-    numbers = array("d", fit.numbers)
+    numbers, code = array("d", fit.numbers), out.type.native
+    assert code is not None
     finite: bool = NATIVE.quantize(
         rows.data_ptr(),
         out.packed.data_ptr(),
@@ -85,7 +86,7 @@ def _run(rows: torch.Tensor, out: GroupedWeight, fit: NativeFit) -> bool:
         max(out.group_size, 0),
         FLOAT_TYPES[rows.dtype],
         FLOAT_TYPES[out.scale.dtype],
-        CODES[out.qtype],
+        code,
         FITS[fit.kind],
         torch.get_num_threads(),
     )

@@ -253,7 +253,7 @@ def test_a_part_of_another_method_is_refused_before_anything_is_written(tmp_path
 def test_layers_of_the_eager_mode_are_refused_before_anything_is_written(tmp_path):
     model = own()
     model.mix = eager.quantize_dynamic(nn.Sequential(nn.Linear(64, 64)))[0]
-    with pytest.raises(ValueError, match=r"mix is a quanto_hf\.nn\.static.*which from_pretrained does not make"):
+    with pytest.raises(ValueError, match=r"mix is a quanto_hf\.eager\.modules.*which from_pretrained does not make"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
