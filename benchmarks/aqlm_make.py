@@ -20,9 +20,9 @@ from gptq import TYPES, gptq, rounded
 
 import quanto_hf
 from quanto_hf import QLinear
-from quanto_hf.fit.aqlm import Layout, quantize_aqlm
+from quanto_hf.fit.aqlm import quantize_aqlm
 from quanto_hf.flow import collect_moments, evaluate, freeze, freeze_aqlm, quantize, windows
-from quanto_hf.schemes import make_scheme
+from quanto_hf.schemes import Aqlm, make_scheme
 
 # seconds for a million weights: layout, with data -> prototype on 2 cores
 PROTOTYPE = {
@@ -76,7 +76,7 @@ def errors(size: int) -> None:
                 start = time.perf_counter()
                 found = quantize_aqlm(weight, num_codebooks=books, nbits=8, hessian=hessian, dtype=torch.float16)
                 seconds, data = time.perf_counter() - start, hessian is not None
-                bits = Layout(books, 8).bits((size, size))
+                bits = Aqlm(books, 8).bits((size, size))
                 before = PROTOTYPE.get((f"{books}x8", data), "")
                 row(f"aqlm {books}x8{' data' * data}", bits, found.dequantize(), seconds, before)
 

@@ -6,19 +6,18 @@ Pre-trained Transformers", 2022.
 
 import torch
 
-from quanto_hf.fit import Grid, fit_by_name
-from quanto_hf.fit.mse import START_RATIOS
+from quanto_hf.fit import Grid, ScaleType, fit_by_name
 from quanto_hf.qtypes import QTYPES, QType
 
-TYPES = {**QTYPES, "int3": QType("int3", 3, "int", -4, 3)}
-# between those of 2 and of 4 bits; Gaussian values in groups of 64: 0.171
-START_RATIOS.setdefault(3, (0.65, 0.8, 0.9, 1.0))
+# start ratios between those of 2 and of 4 bits; Gaussian values in groups of 64: 0.171
+TYPES = {**QTYPES, "int3": QType("int3", 3, "int", -4, 3, start_ratios=(0.65, 0.8, 0.9, 1.0))}
+FLOAT16 = ScaleType("float16", torch.float16)
 
 
 def rounded(weight: torch.Tensor, qtype: str, fit: str, group_size: int = 64) -> torch.Tensor:
     """The dequantized weight, each group by itself: as :func:`gptq`, with no data."""
     grid, values = Grid(TYPES[qtype], symmetric=False), weight.reshape(-1, group_size).contiguous()
-    scale, zero = fit_by_name(fit)(values, grid, torch.float16)
+    scale, zero = fit_by_name(fit)(values, grid, FLOAT16)
     return ((grid.nearest_(values / scale + zero) - zero) * scale).view_as(weight)
 
 
@@ -51,7 +50,7 @@ def gptq(
     scale = zero = None
     for j in range(columns):
         if j % group_size == 0:
-            scale, zero = find(left[:, j : j + group_size].contiguous(), grid, torch.float16)
+            scale, zero = find(left[:, j : j + group_size].contiguous(), grid, FLOAT16)
         column = left[:, j : j + 1]
         nearest = (grid.nearest_(column / scale + zero) - zero) * scale
         made[:, j : j + 1] = nearest

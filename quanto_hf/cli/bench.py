@@ -6,12 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from quanto_hf.cli.options import (
-    TYPES,
     WrongUsage,
     activation_types,
     features,
     float_dtype,
-    schemes,
+    number_types,
     threads,
     whole_numbers,
     words,
@@ -48,7 +47,7 @@ def linear(
     """
     kind, shape, counts = float_dtype(dtype), features(size), whole_numbers("--rows", [rows])
     (repeat,) = whole_numbers("--rounds", [rounds])
-    chosen, rounded = schemes(weights or list(TYPES)), activation_types(activations)
+    chosen, rounded = number_types(weights), activation_types(activations)
     from quanto_hf.cli.bench_linear import bench_linear
 
     with threads(threads_) as used, progress() as bar:
@@ -103,8 +102,10 @@ def model(
     (repeat,), (new,) = whole_numbers("--rounds", [rounds]), whole_numbers("--tokens", [tokens])
     if new < 2:
         raise WrongUsage("--tokens 1 is too few: the first token is not timed")
-    chosen = words(weights) or list(TYPES)
-    schemes(chosen)
+    from quanto_hf.qtypes import common_names
+
+    number_types(weights)
+    chosen = words(weights) or common_names()
     folder = _folder(path)
     from quanto_hf.cli.bench_model import bench_model
 

@@ -11,7 +11,6 @@ import typer
 
 from quanto_hf.cli.show import console, progress, size, table
 
-TYPES = ("int8", "float8", "int4", "nf4", "fp4", "int2")
 # 4,080 predicted tokens: the whole demo takes well under a minute
 WINDOWS = 16
 PROMPT = "Return the"
@@ -45,7 +44,9 @@ def demo(
 
     Example: `quanto-hf demo --weights int8 --weights int4`
     """
-    chosen = tuple(weights or TYPES)
+    from quanto_hf.qtypes import common_names
+
+    chosen = tuple(weights or common_names())
     if plot is not None:
         from quanto_hf.cli.plot import check_plot
 

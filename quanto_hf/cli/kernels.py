@@ -1,20 +1,20 @@
 """``quanto-hf kernels``."""
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from quanto_hf.cli.aqlm_kernels import Asked, aqlm_ops, check_aqlm_kernels
 from quanto_hf.cli.machine import lines, machine
-from quanto_hf.cli.options import WrongUsage, aqlm_schemes, features, float_dtype, schemes, whole_numbers, words
+from quanto_hf.cli.options import WrongUsage, features, float_dtype, schemes, whole_numbers, words
 from quanto_hf.cli.show import console, table
 
 if TYPE_CHECKING:
     import torch
 
     from quanto_hf.qtypes import QType
-    from quanto_hf.schemes import Aqlm, Grouped
+    from quanto_hf.schemes import Aqlm, Grouped, Scheme
 
 # not an op: a layer asks for it with activations="int8"
 INT8_LINEAR = "linear, int8 x"
@@ -46,19 +46,16 @@ def kernels(
     Example: `quanto-hf kernels --weights int4`
     """
     kind, shape, counts = float_dtype(dtype), features(size), whole_numbers("--rows", [rows])
-    layouts, names = aqlm_schemes(weights, group_size)
-    chosen = schemes(names, group_size) if names or not words(weights) else []
+    asked = schemes(weights, group_size)
     if words(weights):
-        for reason in filter(None, (layout.refuses(shape) for layout in layouts)):
+        for reason in filter(None, (scheme.refuses(shape) for scheme in asked)):
             raise WrongUsage(f"--features {size}: {reason}")
-    layouts = [layout for layout in layouts if layout.refuses(shape) is None]
+    asked = [scheme for scheme in asked if scheme.refuses(shape) is None]
     found = machine()
-    asked: list[Grouped | Aqlm] = [*chosen, *layouts]
     choices = [row for scheme in asked for row in explain(scheme, kind, shape, counts)]
     checks: list[dict[str, Any]] = []
     if found["native"]:
-        checks += [check(scheme, kind) for scheme in chosen]
-        checks += [check_aqlm_kernels(layout, kind) for layout in layouts]
+        checks = [row for scheme in asked if (row := check(scheme, kind)) is not None]
     if as_json:
         print(json.dumps({"machine": found, "kernels": choices, "checks": checks}, indent=2))
     else:
@@ -74,25 +71,23 @@ def kernels(
         raise typer.Exit(1)
 
 
-def explain(
-    scheme: "Grouped | Aqlm", dtype: "torch.dtype", shape: tuple[int, int], counts: list[int]
-) -> list[dict[str, Any]]:
+def explain(scheme: "Scheme", dtype: "torch.dtype", shape: tuple[int, int], counts: list[int]) -> list[dict[str, Any]]:
     """A row for each op, and for linear layers with int8 activations, and for each number of rows of x if it makes a
     difference."""
     from quanto_hf.qtypes import qint8
-    from quanto_hf.schemes import Aqlm
+    from quanto_hf.schemes import Grouped
 
     found: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
     for count in counts:
         asked = (
-            aqlm_ops(scheme, dtype, shape, count)
-            if isinstance(scheme, Aqlm)
-            else grouped_ops(scheme, dtype, shape, count)
+            grouped_ops(scheme, dtype, shape, count)
+            if isinstance(scheme, Grouped)
+            else aqlm_ops(cast("Aqlm", scheme), dtype, shape, count)
         )
         for op, arguments in asked:
             op.check(*arguments)
             found.setdefault((op.name, tuple(op.explain(*arguments))), []).append(count)
-        if isinstance(scheme, Aqlm):
+        if not isinstance(scheme, Grouped):
             continue
         reason = why_not_activations(scheme, shape, dtype, count, qint8)
         said = [("native_int8", reason or "runs")]
@@ -151,18 +146,25 @@ def why_not_activations(
     from quanto_hf.ops.cpu.int8 import why_not_int8
     from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS
 
-    weight = (scheme.qtype, scheme.group_size, not scheme.symmetric, scheme.scale_dtype)
+    weight = (scheme.qtype, scheme.group_size, not scheme.symmetric, scheme.scale_type.dtype)
     return why_not_int8(*weight, shape[1], dtype, count > GEMV_ROWS, activations.name)
 
 
-def check(scheme: "Grouped", dtype: "torch.dtype") -> dict[str, Any]:
-    """The self-check of the native kernels of a scheme: few rows of x, many, and int8 activations (None: no kernel)."""
+def check(scheme: "Scheme", dtype: "torch.dtype") -> dict[str, Any] | None:
+    """The self-check of the native kernels of a scheme: few rows of x, many, and int8 activations (None: no kernel).
+    None if it has no native kernels."""
+    from quanto_hf.schemes import Grouped
+
+    if not isinstance(scheme, Grouped):
+        return check_aqlm_kernels(cast("Aqlm", scheme), dtype)
+    if not scheme.has_kernels:
+        return None
     from quanto_hf.ops.cpu.int8 import int8_error, refuses_int8, why_int8_wrong
     from quanto_hf.ops.cpu.library import NATIVE
     from quanto_hf.ops.cpu.selfcheck import TOLERANCE, errors, why_experts_wrong, why_wrong
 
     assert NATIVE is not None
-    key = (scheme.qtype, scheme.group_size, not scheme.symmetric, scheme.scale_dtype, dtype)
+    key = (scheme.qtype, scheme.group_size, not scheme.symmetric, scheme.scale_type.dtype, dtype)
     said = [sentence for many in (False, True) if (sentence := why_wrong(NATIVE.level(), *key, many))]
     said += filter(None, [why_experts_wrong(NATIVE.level())])
     int8 = None

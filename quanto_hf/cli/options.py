@@ -8,10 +8,8 @@ if TYPE_CHECKING:
     import torch
 
     from quanto_hf.qtypes import QType
-    from quanto_hf.schemes import Aqlm, Grouped
+    from quanto_hf.schemes import Grouped, Scheme
 
-TYPES = ("int8", "float8", "int4", "nf4", "fp4", "int2")
-PUBLISHED_AQLM = ("aqlm-1x8", "aqlm-2x8", "aqlm-1x16")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -61,46 +59,41 @@ def float_dtype(name: str) -> "torch.dtype":
     return found
 
 
-def schemes(weights: list[str] | None, group_size: int | None = None) -> "list[Grouped]":
-    """The schemes of number types. Without names those of all types, as far as they can have the group size."""
-    from quanto_hf.schemes import DEFAULTS, Grouped, make_scheme
+def schemes(weights: list[str] | None, group_size: int | None = None) -> "list[Scheme]":
+    """The schemes of names. Without names those of all number types, as far as they can have the group size, and,
+    where none is given, the examples of other schemes.
 
-    found = []
-    for name in words(weights) or DEFAULTS:
+    Example:
+        >>> schemes(["int8,aqlm-2x8"])
+        [Affine(qtype='int8', group_size=-1, symmetric=True),
+         Aqlm(num_codebooks=2, nbits=8, out_group=1, in_group=8)]
+    """
+    from quanto_hf.qtypes import QTYPES
+    from quanto_hf.schemes import SCHEMES, make_scheme
+
+    named, found = words(weights), []
+    others = [] if group_size is not None else [name for cls in SCHEMES.values() for name in cls.examples]
+    for name in named or [*QTYPES, *others]:
         try:
-            scheme = make_scheme(name, group_size)
-            if not isinstance(scheme, Grouped):
-                raise ValueError("an AQLM layout is no number type; benchmarks/aqlm.py times them")
-            found.append(scheme)
+            found.append(make_scheme(name, group_size))
         except ValueError as error:
-            if words(weights):
+            if named:
                 raise WrongUsage(f"--weights {name}: {error}") from None
     if not found:
         raise WrongUsage(f"--group-size {group_size}: no number type has groups of this size")
     return found
 
 
-def aqlm_schemes(weights: list[str] | None, group_size: int | None = None) -> "tuple[list[Aqlm], list[str]]":
-    """The AQLM layouts among the names, and the other names. With neither names nor a group size: what is published.
+def number_types(weights: list[str] | None) -> "list[Grouped]":
+    """The schemes of number types. Without names those of the common ones."""
+    from quanto_hf.qtypes import common_names
+    from quanto_hf.schemes import Grouped
 
-    Example:
-        >>> aqlm_schemes(["int4,aqlm-2x8"])
-        ([Aqlm(num_codebooks=2, nbits=8, out_group=1, in_group=8)], ['int4'])
-    """
-    from quanto_hf.schemes import Aqlm, is_aqlm_name, make_scheme
-
-    found, others = [], []
-    for name in words(weights) or (PUBLISHED_AQLM if group_size is None else ()):
-        if not is_aqlm_name(name):
-            others.append(name)
-            continue
-        try:
-            scheme = make_scheme(name, group_size)
-        except ValueError as error:
-            raise WrongUsage(f"--weights {name}: {error}") from None
-        assert isinstance(scheme, Aqlm)
-        found.append(scheme)
-    return found, others
+    found = schemes(words(weights) or common_names())
+    grouped = [scheme for scheme in found if isinstance(scheme, Grouped)]
+    if other := next((scheme for scheme in found if scheme not in grouped), None):
+        raise WrongUsage(f"--weights {other}: it is no number type; benchmarks/aqlm.py times AQLM layouts")
+    return grouped
 
 
 def activation_types(activations: list[str] | None) -> "list[QType]":

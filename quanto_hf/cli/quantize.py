@@ -13,7 +13,7 @@ def quantize(
     model: Annotated[str, typer.Argument(help="A float model: folder, hub id or GGUF file.")],
     out: Annotated[Path, typer.Argument(help="A new or empty folder, or the one of an interrupted same command.")],
     weights: Annotated[
-        str, typer.Option(help="Number type: int8, int4, int2, float8, float8_e5m2, nf4 or fp4.")
+        str, typer.Option(help="Number type, such as int8, int4, float8 or nf4; `quanto-hf kernels` lists all.")
     ] = "int8",
     group_size: Annotated[
         int | None, typer.Option(help="Columns that share a scale; -1 is whole rows. Default: that of the type.")
@@ -21,7 +21,9 @@ def quantize(
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with a zero point.")
     ] = None,
-    fit: Annotated[str | None, typer.Option(help="How scales are found: absmax, minmax, mse or hqq.")] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="How scales are found, such as mse. Default: the best way without data.")
+    ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Pattern of modules that stay float, besides the defaults; repeatable.")
     ] = None,

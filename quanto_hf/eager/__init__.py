@@ -9,294 +9,52 @@ The numeric suite is in ``quanto_hf.eager.numeric_suite``.
 Imports: ``nn``, ``flow`` and everything below. Never: ``torch.ao``, ``torch.ops.quantized``, a quantized dtype.
 """
 
-from quanto_hf.eager.attention import (
-    ObservedMultiheadAttention,
-    QuantizedMultiheadAttention,
-)
-from quanto_hf.eager.convert import (
-    convert,
-    swap_module,
-)
-from quanto_hf.eager.custom import (
-    get_default_custom_config_dict,
-    no_observer_set,
-)
-from quanto_hf.eager.defaults import (
-    default_activation_only_qconfig,
-    default_affine_fixed_qparams_fake_quant,
-    default_affine_fixed_qparams_observer,
-    default_debug_observer,
-    default_debug_qconfig,
-    default_dynamic_fake_quant,
-    default_dynamic_qat_qconfig,
-    default_dynamic_qconfig,
-    default_dynamic_quant_observer,
-    default_embedding_fake_quant,
-    default_embedding_fake_quant_4bit,
-    default_embedding_qat_qconfig,
-    default_embedding_qat_qconfig_4bit,
-    default_fake_quant,
-    default_fixed_qparams_range_0to1_fake_quant,
-    default_fixed_qparams_range_0to1_observer,
-    default_fixed_qparams_range_neg1to1_fake_quant,
-    default_fixed_qparams_range_neg1to1_observer,
-    default_float_qparams_observer,
-    default_float_qparams_observer_4bit,
-    default_fused_act_fake_quant,
-    default_fused_per_channel_wt_fake_quant,
-    default_fused_wt_fake_quant,
-    default_histogram_fake_quant,
-    default_histogram_observer,
-    default_observer,
-    default_per_channel_qconfig,
-    default_per_channel_symmetric_qnnpack_qat_qconfig,
-    default_per_channel_symmetric_qnnpack_qconfig,
-    default_per_channel_weight_fake_quant,
-    default_per_channel_weight_observer,
-    default_placeholder_observer,
-    default_qat_qconfig,
-    default_qat_qconfig_v2,
-    default_qconfig,
-    default_quint8_weight_qconfig,
-    default_reuse_input_observer,
-    default_reuse_input_qconfig,
-    default_symmetric_fixed_qparams_fake_quant,
-    default_symmetric_fixed_qparams_observer,
-    default_symmetric_qnnpack_qat_qconfig,
-    default_symmetric_qnnpack_qconfig,
-    default_weight_fake_quant,
-    default_weight_observer,
-    default_weight_only_qconfig,
-    float16_dynamic_qconfig,
-    float16_static_qconfig,
-    float_qparams_weight_only_qconfig,
-    float_qparams_weight_only_qconfig_4bit,
-    fused_per_channel_wt_fake_quant_range_neg_127_to_127,
-    fused_wt_fake_quant_range_neg_127_to_127,
-    get_default_qat_qconfig,
-    get_default_qconfig,
-    per_channel_dynamic_qconfig,
-    per_channel_weight_observer_range_neg_127_to_127,
-    weight_observer_range_neg_127_to_127,
-)
-from quanto_hf.eager.fake_quantize import (
-    FakeQuantize,
-    FixedQParamsFakeQuantize,
-    FusedMovingAvgObsFakeQuantize,
-    disable_fake_quant,
-    disable_observer,
-    enable_fake_quant,
-    enable_observer,
-)
-from quanto_hf.eager.fake_quantize import FakeQuantize as FakeQuantizeBase
-from quanto_hf.eager.fuse import (
-    fuse_conv_bn,
-    fuse_conv_bn_relu,
-    fuse_convtranspose_bn,
-    fuse_known_modules,
-    fuse_linear_bn,
-    fuse_modules,
-    fuse_modules_qat,
-    get_fuser_method,
-)
-from quanto_hf.eager.lstm import (
-    ObservedLSTM,
-    QuantizedLSTM,
-)
-from quanto_hf.eager.mappings import (
-    get_default_compare_output_module_list,
-    get_default_dynamic_quant_module_mappings,
-    get_default_float_to_quantized_operator_mappings,
-    get_default_qat_module_mappings,
-    get_default_qconfig_propagation_list,
-    get_default_static_quant_module_mappings,
-    get_default_static_quant_reference_module_mappings,
-    get_dynamic_quant_module_class,
-    get_embedding_qat_module_mappings,
-    get_embedding_static_quant_module_mappings,
-    get_quantized_operator,
-    get_static_quant_module_class,
-)
-from quanto_hf.eager.modules import (
-    DeQuantize,
-    FloatFunctional,
-    QConfigError,
-    QFunctional,
-    Quantize,
-)
-from quanto_hf.eager.observer_state import (
-    get_observer_state_dict,
-    load_observer_state_dict,
-)
-from quanto_hf.eager.prepare import (
-    prepare,
-)
-from quanto_hf.eager.propagate import (
-    add_quant_dequant,
-    propagate_qconfig_,
-)
-from quanto_hf.eager.qat import (
-    freeze_bn_stats,
-    update_bn_stats,
-)
-from quanto_hf.eager.qconfig import (
-    QConfig,
-    qconfig_equals,
-)
-from quanto_hf.eager.stubs import (
-    DeQuantStub,
-    QuantStub,
-    QuantWrapper,
-)
-from quanto_hf.eager.verbs import (
-    prepare_qat,
-    quantize,
-    quantize_dynamic,
-    quantize_qat,
-)
-from quanto_hf.nn.observers import (
-    FixedQParamsObserver,
-    HistogramObserver,
-    MinMaxObserver,
-    MovingAverageMinMaxObserver,
-    MovingAveragePerChannelMinMaxObserver,
-    MseObserver,
-    NoopObserver,
-    PercentileObserver,
-    PerChannelMinMaxObserver,
-    PlaceholderObserver,
-    RecordingObserver,
-    ReuseInputObserver,
-)
-from quanto_hf.nn.observers import Observer as ObserverBase
-from quanto_hf.nn.observers import RangeObserver as UniformQuantizationObserverBase
+# Each module has the list of its public names (`__all__`), and here they come together.
+# ruff: noqa: F403
 
-__all__ = [
-    "DeQuantStub",
-    "DeQuantize",
-    "FakeQuantize",
-    "FakeQuantizeBase",
-    "FixedQParamsFakeQuantize",
-    "FixedQParamsObserver",
-    "FloatFunctional",
-    "FusedMovingAvgObsFakeQuantize",
-    "HistogramObserver",
-    "MinMaxObserver",
-    "MovingAverageMinMaxObserver",
-    "MovingAveragePerChannelMinMaxObserver",
-    "MseObserver",
-    "NoopObserver",
-    "ObservedLSTM",
-    "ObservedMultiheadAttention",
-    "ObserverBase",
-    "PerChannelMinMaxObserver",
-    "PercentileObserver",
-    "PlaceholderObserver",
-    "QConfig",
-    "QConfigError",
-    "QFunctional",
-    "QuantStub",
-    "QuantWrapper",
-    "Quantize",
-    "QuantizedLSTM",
-    "QuantizedMultiheadAttention",
-    "RecordingObserver",
-    "ReuseInputObserver",
-    "UniformQuantizationObserverBase",
-    "add_quant_dequant",
-    "convert",
-    "default_activation_only_qconfig",
-    "default_affine_fixed_qparams_fake_quant",
-    "default_affine_fixed_qparams_observer",
-    "default_debug_observer",
-    "default_debug_qconfig",
-    "default_dynamic_fake_quant",
-    "default_dynamic_qat_qconfig",
-    "default_dynamic_qconfig",
-    "default_dynamic_quant_observer",
-    "default_embedding_fake_quant",
-    "default_embedding_fake_quant_4bit",
-    "default_embedding_qat_qconfig",
-    "default_embedding_qat_qconfig_4bit",
-    "default_fake_quant",
-    "default_fixed_qparams_range_0to1_fake_quant",
-    "default_fixed_qparams_range_0to1_observer",
-    "default_fixed_qparams_range_neg1to1_fake_quant",
-    "default_fixed_qparams_range_neg1to1_observer",
-    "default_float_qparams_observer",
-    "default_float_qparams_observer_4bit",
-    "default_fused_act_fake_quant",
-    "default_fused_per_channel_wt_fake_quant",
-    "default_fused_wt_fake_quant",
-    "default_histogram_fake_quant",
-    "default_histogram_observer",
-    "default_observer",
-    "default_per_channel_qconfig",
-    "default_per_channel_symmetric_qnnpack_qat_qconfig",
-    "default_per_channel_symmetric_qnnpack_qconfig",
-    "default_per_channel_weight_fake_quant",
-    "default_per_channel_weight_observer",
-    "default_placeholder_observer",
-    "default_qat_qconfig",
-    "default_qat_qconfig_v2",
-    "default_qconfig",
-    "default_quint8_weight_qconfig",
-    "default_reuse_input_observer",
-    "default_reuse_input_qconfig",
-    "default_symmetric_fixed_qparams_fake_quant",
-    "default_symmetric_fixed_qparams_observer",
-    "default_symmetric_qnnpack_qat_qconfig",
-    "default_symmetric_qnnpack_qconfig",
-    "default_weight_fake_quant",
-    "default_weight_observer",
-    "default_weight_only_qconfig",
-    "disable_fake_quant",
-    "disable_observer",
-    "enable_fake_quant",
-    "enable_observer",
-    "float16_dynamic_qconfig",
-    "float16_static_qconfig",
-    "float_qparams_weight_only_qconfig",
-    "float_qparams_weight_only_qconfig_4bit",
-    "freeze_bn_stats",
-    "fuse_conv_bn",
-    "fuse_conv_bn_relu",
-    "fuse_convtranspose_bn",
-    "fuse_known_modules",
-    "fuse_linear_bn",
-    "fuse_modules",
-    "fuse_modules_qat",
-    "fused_per_channel_wt_fake_quant_range_neg_127_to_127",
-    "fused_wt_fake_quant_range_neg_127_to_127",
-    "get_default_compare_output_module_list",
-    "get_default_custom_config_dict",
-    "get_default_dynamic_quant_module_mappings",
-    "get_default_float_to_quantized_operator_mappings",
-    "get_default_qat_module_mappings",
-    "get_default_qat_qconfig",
-    "get_default_qconfig",
-    "get_default_qconfig_propagation_list",
-    "get_default_static_quant_module_mappings",
-    "get_default_static_quant_reference_module_mappings",
-    "get_dynamic_quant_module_class",
-    "get_embedding_qat_module_mappings",
-    "get_embedding_static_quant_module_mappings",
-    "get_fuser_method",
-    "get_observer_state_dict",
-    "get_quantized_operator",
-    "get_static_quant_module_class",
-    "load_observer_state_dict",
-    "no_observer_set",
-    "per_channel_dynamic_qconfig",
-    "per_channel_weight_observer_range_neg_127_to_127",
-    "prepare",
-    "prepare_qat",
-    "propagate_qconfig_",
-    "qconfig_equals",
-    "quantize",
-    "quantize_dynamic",
-    "quantize_qat",
-    "swap_module",
-    "update_bn_stats",
-    "weight_observer_range_neg_127_to_127",
-]
+from types import ModuleType as _ModuleType
+
+from quanto_hf.eager.attention import *
+from quanto_hf.eager.convert import *
+from quanto_hf.eager.custom import *
+from quanto_hf.eager.defaults import *
+from quanto_hf.eager.fake_quantize import *
+from quanto_hf.eager.fake_quantize import FakeQuantize
+from quanto_hf.eager.fuse import *
+from quanto_hf.eager.lstm import *
+from quanto_hf.eager.mappings import *
+from quanto_hf.eager.modules import DeQuantize as DeQuantize
+from quanto_hf.eager.modules import FloatFunctional as FloatFunctional
+from quanto_hf.eager.modules import QConfigError as QConfigError
+from quanto_hf.eager.modules import QFunctional as QFunctional
+from quanto_hf.eager.modules import Quantize as Quantize
+from quanto_hf.eager.observer_state import *
+from quanto_hf.eager.prepare import *
+from quanto_hf.eager.propagate import *
+from quanto_hf.eager.qat import freeze_bn_stats as freeze_bn_stats
+from quanto_hf.eager.qat import update_bn_stats as update_bn_stats
+from quanto_hf.eager.qconfig import *
+from quanto_hf.eager.stubs import *
+from quanto_hf.eager.verbs import *
+from quanto_hf.nn import observers as _observers
+from quanto_hf.nn.observers import FixedQParamsObserver as FixedQParamsObserver
+from quanto_hf.nn.observers import HistogramObserver as HistogramObserver
+from quanto_hf.nn.observers import MinMaxObserver as MinMaxObserver
+from quanto_hf.nn.observers import MovingAverageMinMaxObserver as MovingAverageMinMaxObserver
+from quanto_hf.nn.observers import MovingAveragePerChannelMinMaxObserver as MovingAveragePerChannelMinMaxObserver
+from quanto_hf.nn.observers import MseObserver as MseObserver
+from quanto_hf.nn.observers import NoopObserver as NoopObserver
+from quanto_hf.nn.observers import PercentileObserver as PercentileObserver
+from quanto_hf.nn.observers import PerChannelMinMaxObserver as PerChannelMinMaxObserver
+from quanto_hf.nn.observers import PlaceholderObserver as PlaceholderObserver
+from quanto_hf.nn.observers import RecordingObserver as RecordingObserver
+from quanto_hf.nn.observers import ReuseInputObserver as ReuseInputObserver
+
+# names that torch has besides
+FakeQuantizeBase = FakeQuantize
+ObserverBase = _observers.Observer
+UniformQuantizationObserverBase = _observers.RangeObserver
+
+__all__ = sorted(
+    name for name, value in globals().items() if not name.startswith("_") and not isinstance(value, _ModuleType)
+)

@@ -7,8 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quanto_hf.eager.convert import convert
+from quanto_hf.eager.custom import register
 from quanto_hf.eager.modules import FloatFunctional, QConfigError
+from quanto_hf.eager.prepare import prepare
 from quanto_hf.eager.stubs import DeQuantStub, QuantStub
+from quanto_hf.eager.verbs import prepare_qat
+
+__all__ = ["ObservedMultiheadAttention", "QuantizedMultiheadAttention"]
 
 
 class ObservedMultiheadAttention(nn.Module):
@@ -43,9 +49,6 @@ class ObservedMultiheadAttention(nn.Module):
         Raises:
             QConfigError: ``mod`` has no qconfig.
         """
-        from quanto_hf.eager.prepare import prepare
-        from quanto_hf.eager.verbs import prepare_qat
-
         qconfig: Any = getattr(mod, "qconfig", None)
         if qconfig is None:
             raise QConfigError("this MultiheadAttention has no qconfig")
@@ -142,8 +145,9 @@ class QuantizedMultiheadAttention(ObservedMultiheadAttention):
     @classmethod
     def from_observed(cls, mod: ObservedMultiheadAttention) -> nn.Module:
         """What ``convert`` makes of an observed attention."""
-        from quanto_hf.eager.convert import convert
-
         new = convert(mod, inplace=False)
         new.__class__ = cls
         return new
+
+
+register(nn.MultiheadAttention, ObservedMultiheadAttention, QuantizedMultiheadAttention)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from quanto_hf.eager.custom import TO_QUANTIZED, classes
 from quanto_hf.eager.fused import FusedModule
 from quanto_hf.eager.hooks import compute_weights, detach, move_hooks, restore_hooks, saved_hooks
 from quanto_hf.eager.mappings import (
@@ -19,6 +20,8 @@ from quanto_hf.eager.qat import RoundedWeight
 from quanto_hf.eager.ties import Ties
 from quanto_hf.eager.walk import children, device_of, has_qconfig
 from quanto_hf.ops.scratch import free
+
+__all__ = ["convert", "swap_module"]
 
 Classes = Mapping[type[nn.Module], Any]
 # set on a custom module while its own class converts it, which may call convert with it
@@ -57,9 +60,6 @@ def convert(
         RuntimeError: an observer has seen nothing; the text names the module. The model is as it was then.
         QConfigError: a module cannot be quantized as its qconfig says.
     """
-    # the classes that are known by default call this function
-    from quanto_hf.eager.custom import TO_QUANTIZED, classes
-
     if mapping is None:
         get = get_default_static_quant_reference_module_mappings if is_reference else None
         mapping = (get or get_default_static_quant_module_mappings)()

@@ -15,6 +15,16 @@ from quanto_hf.nn.observers import (
     WithArgs,
 )
 
+__all__ = [
+    "FakeQuantize",
+    "FixedQParamsFakeQuantize",
+    "FusedMovingAvgObsFakeQuantize",
+    "disable_fake_quant",
+    "disable_observer",
+    "enable_fake_quant",
+    "enable_observer",
+]
+
 
 class FakeQuantize(WithArgs, KeepsDtypes):
     """Observes a tensor, and rounds it to the grid that the observer has found.

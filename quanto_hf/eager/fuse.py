@@ -12,6 +12,17 @@ from quanto_hf.eager import fused
 from quanto_hf.eager.hooks import move_hooks
 from quanto_hf.eager.modules import QConfigError
 
+__all__ = [
+    "fuse_conv_bn",
+    "fuse_conv_bn_relu",
+    "fuse_convtranspose_bn",
+    "fuse_known_modules",
+    "fuse_linear_bn",
+    "fuse_modules",
+    "fuse_modules_qat",
+    "get_fuser_method",
+]
+
 # (is_qat, *modules) -> the fused module
 Fuser = Callable[..., nn.Module]
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -5,7 +5,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from quanto_hf.eager.convert import convert
+from quanto_hf.eager.custom import register
 from quanto_hf.eager.modules import FloatFunctional, QConfigError
+from quanto_hf.eager.prepare import prepare
+from quanto_hf.eager.verbs import prepare_qat
+
+__all__ = ["ObservedLSTM", "QuantizedLSTM"]
 
 State = tuple[torch.Tensor, torch.Tensor]
 
@@ -75,9 +81,6 @@ class ObservedLSTM(nn.Module):
         Raises:
             QConfigError: ``mod`` has projections, which there is no observed module for, or no qconfig.
         """
-        from quanto_hf.eager.prepare import prepare
-        from quanto_hf.eager.verbs import prepare_qat
-
         if mod.proj_size:
             raise QConfigError(
                 "an LSTM with proj_size has no static quantization; use quantize_dynamic, or qconfig None"
@@ -137,8 +140,9 @@ class QuantizedLSTM(ObservedLSTM):
     @classmethod
     def from_observed(cls, mod: ObservedLSTM) -> nn.Module:
         """What ``convert`` makes of an observed LSTM."""
-        from quanto_hf.eager.convert import convert
-
         new = convert(mod, inplace=False)
         new.__class__ = cls
         return new
+
+
+register(nn.LSTM, ObservedLSTM, QuantizedLSTM)

@@ -15,6 +15,21 @@ from quanto_hf.eager.defaults import (
 )
 from quanto_hf.eager.stubs import DeQuantStub, QuantStub
 
+__all__ = [
+    "get_default_compare_output_module_list",
+    "get_default_dynamic_quant_module_mappings",
+    "get_default_float_to_quantized_operator_mappings",
+    "get_default_qat_module_mappings",
+    "get_default_qconfig_propagation_list",
+    "get_default_static_quant_module_mappings",
+    "get_default_static_quant_reference_module_mappings",
+    "get_dynamic_quant_module_class",
+    "get_embedding_qat_module_mappings",
+    "get_embedding_static_quant_module_mappings",
+    "get_quantized_operator",
+    "get_static_quant_module_class",
+]
+
 Mapping = dict[type[nn.Module], type[nn.Module]]
 
 _FLOAT: Mapping = {

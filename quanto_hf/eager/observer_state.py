@@ -8,6 +8,8 @@ from torch import nn
 
 from quanto_hf.eager.hooks import OBSERVER
 
+__all__ = ["get_observer_state_dict", "load_observer_state_dict"]
+
 
 def get_observer_state_dict(mod: nn.Module) -> dict[str, torch.Tensor]:
     """The part of the state dict that belongs to observers of activations."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from quanto_hf.eager.custom import TO_OBSERVED, classes, no_observer_set
 from quanto_hf.eager.fused import FusedModule
 from quanto_hf.eager.hooks import OBSERVER, attach, move_hooks
 from quanto_hf.eager.mappings import get_default_qconfig_propagation_list, special_observer
@@ -16,6 +17,8 @@ from quanto_hf.eager.modules import FloatFunctional, QConfigError, QFunctional
 from quanto_hf.eager.propagate import propagate_qconfig_
 from quanto_hf.eager.stubs import DeQuantStub
 from quanto_hf.eager.walk import children, device_of, has_qconfig, is_leaf
+
+__all__ = ["prepare"]
 
 
 def prepare(
@@ -48,9 +51,6 @@ def prepare(
     Warns:
         UserWarning: no module has a qconfig.
     """
-    # the classes that are known by default call this function
-    from quanto_hf.eager.custom import TO_OBSERVED, classes, no_observer_set
-
     custom = classes(prepare_custom_config_dict, TO_OBSERVED, "from_float")
     device = device_of(model, allow_meta)
     if not inplace:

@@ -10,6 +10,8 @@ from quanto_hf.eager.qconfig import check_qconfig
 from quanto_hf.eager.stubs import DeQuantStub, QuantStub, QuantWrapper
 from quanto_hf.eager.walk import children, has_qconfig, is_leaf
 
+__all__ = ["add_quant_dequant", "propagate_qconfig_"]
+
 _MISSING = object()
 
 

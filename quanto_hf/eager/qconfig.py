@@ -8,6 +8,8 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from quanto_hf.eager.modules import QConfigError
 from quanto_hf.nn.observers import is_memoryless
 
+__all__ = ["QConfig", "qconfig_equals"]
+
 
 class _Pair(NamedTuple):
     activation: Any

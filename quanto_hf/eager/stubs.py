@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+__all__ = ["DeQuantStub", "QuantStub", "QuantWrapper"]
+
 
 class _Stub(nn.Module):
     def __init__(self, qconfig: Any = None) -> None:

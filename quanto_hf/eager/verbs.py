@@ -20,6 +20,8 @@ from quanto_hf.eager.propagate import propagate_qconfig_
 from quanto_hf.eager.qconfig import QConfig
 from quanto_hf.nn.observers import dtype_name
 
+__all__ = ["prepare_qat", "quantize", "quantize_dynamic", "quantize_qat"]
+
 _RECURRENT = (nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.RNNCell, nn.GRUCell)
 _DYNAMIC: dict[str, tuple[QConfig, tuple[type[nn.Module], ...]]] = {
     "qint8": (default_dynamic_qconfig, _RECURRENT),

@@ -3,12 +3,13 @@
 Imports: ``qtypes`` and torch. Never: a scheme (a fit does not know how codes are stored).
 """
 
-from quanto_hf.fit.base import FITS, Fit, fit_by_name, name_of_fit
+from quanto_hf.fit.base import FITS, NO_CONTEXT, Context, Fit, Rounded, fit_by_name, name_of_fit, register
 from quanto_hf.fit.grid import Grid
 from quanto_hf.fit.hqq import Hqq
 from quanto_hf.fit.mse import Mse, MseGain
 from quanto_hf.fit.native import native_fit
 from quanto_hf.fit.ranges import Absmax, Minmax
+from quanto_hf.fit.scales import BFLOAT16, FLOAT32, ScaleType
 
 # the names that optimum-quanto's users know
 AbsmaxOptimizer = Absmax
@@ -16,9 +17,13 @@ MaxOptimizer = Minmax
 HqqOptimizer = Hqq
 
 __all__ = [
+    "BFLOAT16",
     "FITS",
+    "FLOAT32",
+    "NO_CONTEXT",
     "Absmax",
     "AbsmaxOptimizer",
+    "Context",
     "Fit",
     "Grid",
     "Hqq",
@@ -27,7 +32,10 @@ __all__ = [
     "Minmax",
     "Mse",
     "MseGain",
+    "Rounded",
+    "ScaleType",
     "fit_by_name",
     "name_of_fit",
     "native_fit",
+    "register",
 ]

@@ -2,9 +2,10 @@
 
 import torch
 
-from quanto_hf.fit.base import Fit, ScaleZero, register, stored
+from quanto_hf.fit.base import Fit, ScaleZero, register
 from quanto_hf.fit.grid import Grid
 from quanto_hf.fit.ranges import affine_scale_zero
+from quanto_hf.fit.scales import ScaleType
 
 
 @register
@@ -36,7 +37,7 @@ class Hqq(Fit):
             "or int4 or int2 with symmetric=False"
         )
 
-    def __call__(self, values: torch.Tensor, grid: Grid, dtype: torch.dtype) -> ScaleZero:
+    def __call__(self, values: torch.Tensor, grid: Grid, kind: ScaleType) -> ScaleZero:
         """See :class:`Fit`.
 
         Raises:
@@ -44,7 +45,7 @@ class Hqq(Fit):
         """
         if (reason := self.refuses(grid)) is not None:
             raise ValueError(reason)
-        scale, zero = affine_scale_zero(values, grid, dtype)
+        scale, zero = affine_scale_zero(values, grid, kind)
         best_zero, best_error = zero, torch.full_like(zero, torch.inf)
         beta, scaled = self.beta, values / scale
         for _ in range(self.iterations):
@@ -56,7 +57,7 @@ class Hqq(Fit):
                 break
             best_zero, best_error = torch.where(wins, zero, best_zero), torch.where(wins, error, best_error)
             sparse = self._shrink(residual, beta)
-            zero = stored((numbers - (values - sparse) / scale).mean(1, keepdim=True), dtype)
+            zero = kind.round((numbers - (values - sparse) / scale).mean(1, keepdim=True))
             beta *= self.kappa
         return scale, best_zero
 

@@ -2,14 +2,12 @@
 
 import torch
 
-from quanto_hf.fit.base import Fit, ScaleZero, register, stored, stored_scale
+from quanto_hf.fit.base import Fit, ScaleZero, register, stored_scale
 from quanto_hf.fit.grid import Grid
 from quanto_hf.fit.ranges import affine_scale_zero, symmetric_scale
+from quanto_hf.fit.scales import ScaleType
 from quanto_hf.ops.scratch import scratch
 
-# Where the search starts: the share of the range that is kept. The optimum for Gaussian values in groups of 64 is
-# about 0.65 for 4 levels and 0.95 for 16 levels. With 1, the full range, no group ends worse than minmax has it.
-START_RATIOS = {2: (0.5, 0.65, 0.8, 1.0), 4: (0.8, 0.9, 1.0), 8: (0.98, 1.0)}
 # Rounds of least squares after it. Gaussian int2 g64: 0.3320 with none and 25 ratios, 0.3250 with 3, 0.3233 with 8.
 ROUNDS = 5
 # Share of the lost gain that MseGain gives back. KL of int2 on the bundled model and worst cosine on MiniLM: 0.247 and
@@ -27,10 +25,11 @@ class Mse(Fit):
     """
 
     name = "mse"
+    block_bytes = 26
 
-    def __call__(self, values: torch.Tensor, grid: Grid, dtype: torch.dtype) -> ScaleZero:
+    def __call__(self, values: torch.Tensor, grid: Grid, kind: ScaleType) -> ScaleZero:
         """See :class:`Fit`."""
-        return search(values, grid, dtype)[0]
+        return search(values, grid, kind)[0]
 
 
 @register
@@ -44,33 +43,34 @@ class MseGain(Fit):
     """
 
     name = "mse_gain"
+    block_bytes = 26
 
-    def __call__(self, values: torch.Tensor, grid: Grid, dtype: torch.dtype) -> ScaleZero:
+    def __call__(self, values: torch.Tensor, grid: Grid, kind: ScaleType) -> ScaleZero:
         """See :class:`Fit`."""
-        (scale, zero), error = search(values, grid, dtype)
+        (scale, zero), error = search(values, grid, kind)
         size = torch.linalg.vector_norm(values, dim=1, keepdim=True)
         # a group of zeros has no error and no size; where the error is all there is, the gain is left alone
         share = (error / size.clamp(min=torch.finfo(size.dtype).tiny)).square().clamp_(max=0.5)
-        return stored_scale(scale * (1 + GAIN_BACK * share / (1 - share)), dtype), zero
+        return stored_scale(scale * (1 + GAIN_BACK * share / (1 - share)), kind), zero
 
 
-def search(values: torch.Tensor, grid: Grid, dtype: torch.dtype) -> tuple[ScaleZero, torch.Tensor]:
+def search(values: torch.Tensor, grid: Grid, kind: ScaleType) -> tuple[ScaleZero, torch.Tensor]:
     """The scale and zero of :class:`Mse`, and the norm of the error of each group, shape (groups, 1)."""
     best, error = None, None
-    for ratio in START_RATIOS[grid.qtype.bits]:
-        best, error = _better(values, grid, _clipped(values, grid, dtype, ratio), best, error)
+    for ratio in grid.qtype.start_ratios:
+        best, error = _better(values, grid, _clipped(values, grid, kind, ratio), best, error)
     assert best is not None
     scale, zero = best
     for _ in range(ROUNDS):
         scale, zero = _regress(values, grid, scale, zero)
-    scale = stored_scale(scale, dtype)
-    return _better(values, grid, (scale, None if zero is None else stored(zero, dtype)), best, error)
+    scale = stored_scale(scale, kind)
+    return _better(values, grid, (scale, None if zero is None else kind.round(zero)), best, error)
 
 
-def _clipped(values: torch.Tensor, grid: Grid, dtype: torch.dtype, ratio: float) -> ScaleZero:
+def _clipped(values: torch.Tensor, grid: Grid, kind: ScaleType, ratio: float) -> ScaleZero:
     if grid.has_zero:
-        return affine_scale_zero(values, grid, dtype, ratio)
-    return stored_scale(symmetric_scale(values, grid, ratio), dtype), None
+        return affine_scale_zero(values, grid, kind, ratio)
+    return stored_scale(symmetric_scale(values, grid, ratio), kind), None
 
 
 def _better(

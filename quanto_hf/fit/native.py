@@ -26,7 +26,7 @@ def native_fit(fit: Fit, grid: Grid) -> NativeFit | None:
         kind, numbers = "range", ()
     elif type(fit) in (mse.Mse, mse.MseGain):
         back = mse.GAIN_BACK if type(fit) is mse.MseGain else 0.0
-        kind, numbers = "mse", (back, mse.ROUNDS, *mse.START_RATIOS[grid.qtype.bits])
+        kind, numbers = "mse", (back, mse.ROUNDS, *grid.qtype.start_ratios)
     elif type(fit) is Hqq and grid.has_zero and 0 <= fit.p <= 1 and fit.beta > 0 and fit.kappa > 0:
         kind, numbers = "hqq", (fit.p, fit.beta, fit.kappa, fit.iterations)
     else:

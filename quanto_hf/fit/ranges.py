@@ -2,8 +2,9 @@
 
 import torch
 
-from quanto_hf.fit.base import Fit, ScaleZero, register, stored, stored_scale
+from quanto_hf.fit.base import Fit, ScaleZero, register, stored_scale
 from quanto_hf.fit.grid import Grid
+from quanto_hf.fit.scales import ScaleType
 
 
 def _range(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,17 +25,17 @@ def symmetric_scale(values: torch.Tensor, grid: Grid, ratio: float = 1.0) -> tor
 
 
 def affine_scale_zero(
-    values: torch.Tensor, grid: Grid, dtype: torch.dtype, ratio: float = 1.0
+    values: torch.Tensor, grid: Grid, kind: ScaleType, ratio: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero that put the range of each group, shrunk by ``ratio`` about its middle, on the grid."""
     low, high = _range(values)
     constant = low == high
     # divided before the difference: high - low overflows for values near the largest float
     scale = (high / grid.highest - low / grid.highest) * ratio
-    scale = stored_scale(torch.where(constant, low.abs(), scale), dtype)
+    scale = stored_scale(torch.where(constant, low.abs(), scale), kind)
     zero = grid.highest / 2 - (high / 2 + low / 2) / scale
     # a constant group is its own scale, one step above zero or one below it
-    return scale, stored(torch.where(constant, (low < 0).to(zero.dtype), zero), dtype)
+    return scale, kind.round(torch.where(constant, (low < 0).to(zero.dtype), zero))
 
 
 @register
@@ -42,6 +43,7 @@ class Absmax(Fit):
     """The largest magnitude of a group is the largest number of the grid. Symmetric grids only."""
 
     name = "absmax"
+    block_bytes = 26
 
     def refuses(self, grid: Grid) -> str | None:
         """See :class:`Fit`: asymmetric grids."""
@@ -49,7 +51,7 @@ class Absmax(Fit):
             return "fit='absmax' has no zero; choose symmetric=True, or fit='minmax', 'mse' or 'hqq'"
         return None
 
-    def __call__(self, values: torch.Tensor, grid: Grid, dtype: torch.dtype) -> ScaleZero:
+    def __call__(self, values: torch.Tensor, grid: Grid, kind: ScaleType) -> ScaleZero:
         """See :class:`Fit`.
 
         Raises:
@@ -57,7 +59,7 @@ class Absmax(Fit):
         """
         if (reason := self.refuses(grid)) is not None:
             raise ValueError(reason)
-        return stored_scale(symmetric_scale(values, grid), dtype), None
+        return stored_scale(symmetric_scale(values, grid), kind), None
 
 
 @register
@@ -65,9 +67,10 @@ class Minmax(Fit):
     """Smallest and largest value of a group are the ends of the grid; on a symmetric grid the same as absmax."""
 
     name = "minmax"
+    block_bytes = 26
 
-    def __call__(self, values: torch.Tensor, grid: Grid, dtype: torch.dtype) -> ScaleZero:
+    def __call__(self, values: torch.Tensor, grid: Grid, kind: ScaleType) -> ScaleZero:
         """See :class:`Fit`."""
         if not grid.has_zero:
-            return Absmax()(values, grid, dtype)
-        return affine_scale_zero(values, grid, dtype)
+            return Absmax()(values, grid, kind)
+        return affine_scale_zero(values, grid, kind)

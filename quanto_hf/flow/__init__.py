@@ -1,24 +1,24 @@
 """Whole models: which scheme each module gets, the verbs that change a model, and the report.
 
-Imports: everything below ``nn`` included. Never: transformers.
+Imports: ``io`` and everything below it. Never: transformers.
 """
 
 from quanto_hf.flow.applying import apply_plan, by_module, note_reasons, quantized, quantized_by, replace_modules
-from quanto_hf.flow.aqlm_making import freeze_aqlm
-from quanto_hf.flow.aqlm_tuning import tune_blocks, tune_codebooks, tune_end_to_end
+from quanto_hf.flow.aqlm import freeze_aqlm
 from quanto_hf.flow.calibration import Calibration, calibrate
-from quanto_hf.flow.codebooks import codebooks_of, warn_of_codebooks
 from quanto_hf.flow.compare import compare
 from quanto_hf.flow.comparison import Comparison, LayerRow
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
 from quanto_hf.flow.moments import collect_moments
+from quanto_hf.flow.notes import notes_of, warn_of_notes
 from quanto_hf.flow.patterns import first_match, matches
 from quanto_hf.flow.plan import OVERRIDABLE, Choice, Plan, asked_by, make_plan
 from quanto_hf.flow.refuse import refuse_other_dtypes
 from quanto_hf.flow.report import Report, Row, not_quantizable, report
 from quanto_hf.flow.smooth import Fold, Smoothing, smooth
+from quanto_hf.flow.tuning import tune_blocks, tune_codebooks, tune_end_to_end
 from quanto_hf.flow.verbs import (
-    ACTIVATIONS,
+    activation_names,
     activation_type,
     as_patterns,
     dequantize,
@@ -29,7 +29,6 @@ from quanto_hf.flow.verbs import (
 )
 
 __all__ = [
-    "ACTIVATIONS",
     "OVERRIDABLE",
     "Calibration",
     "Choice",
@@ -41,13 +40,13 @@ __all__ = [
     "Report",
     "Row",
     "Smoothing",
+    "activation_names",
     "activation_type",
     "apply_plan",
     "as_patterns",
     "asked_by",
     "by_module",
     "calibrate",
-    "codebooks_of",
     "collect_moments",
     "compare",
     "dequantize",
@@ -59,6 +58,7 @@ __all__ = [
     "matches",
     "not_quantizable",
     "note_reasons",
+    "notes_of",
     "quantization_map",
     "quantize",
     "quantized",
@@ -71,6 +71,6 @@ __all__ = [
     "tune_blocks",
     "tune_codebooks",
     "tune_end_to_end",
-    "warn_of_codebooks",
+    "warn_of_notes",
     "windows",
 ]

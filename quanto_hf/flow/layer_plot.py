@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quanto_hf.io.safe_files import replacing
+
 if TYPE_CHECKING:
     from quanto_hf.flow.comparison import Comparison
 
@@ -42,12 +44,8 @@ def draw_layers(file: Path, comparisons: "Mapping[str, Comparison]") -> None:
         axes.grid(axis="y", alpha=0.3)
         # above the plot, where it covers no bar
         axes.legend(fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
-    part = file.with_name(f".{file.name}.part")
-    try:
+    with replacing(file) as part:
         figure.savefig(part, dpi=150, format="png")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _finite(errors: object) -> float:

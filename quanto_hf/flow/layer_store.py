@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from quanto_hf.io.safe_files import replacing
+
 # Bumped when the same settings give other tensors.
 VERSION = 1
 
@@ -74,16 +76,9 @@ class LayerStore:
             OSError: the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(name)
-        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
         held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        try:
+        with replacing(self.path(name)) as temporary:
             save_file(held, temporary, {"identity": self._identity(name, identity), "digest": _digest(held)})
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @staticmethod
     def _identity(name: str, identity: str) -> str:

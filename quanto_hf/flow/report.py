@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from quanto_hf.flow.codebooks import codebooks_of
+from quanto_hf.flow.notes import notes_of
 from quanto_hf.nn import QuantizedWeight, why_no_qmodule
 from quanto_hf.nn.registry import entry_of
 from quanto_hf.nn.slots import Slot, joined, label, why_left
@@ -98,8 +98,7 @@ def report(model: nn.Module, reference: nn.Module | Mapping[str, torch.Tensor] |
             size = parameter.nbytes
             dtype = str(parameter.dtype).removeprefix("torch.")
             rows.append(Row(joined(name, leaf), dtype, tuple(parameter.shape), size, reason=_reason(module, leaf)))
-    note = codebooks_of(model)
-    return Report(rows, () if note is None else (note,))
+    return Report(rows, notes_of(model))
 
 
 def _quantized_row(name: str, module: QuantizedWeight, slot: Slot, exact: Mapping[str, torch.Tensor]) -> Row:

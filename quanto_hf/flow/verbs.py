@@ -3,6 +3,7 @@
 The names and meanings are those of optimum-quanto.
 """
 
+import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +13,8 @@ from torch import nn
 
 from quanto_hf.fit import Fit
 from quanto_hf.flow.applying import apply_plan, by_module, quantized, replace_modules
-from quanto_hf.flow.codebooks import warn_of_codebooks
+from quanto_hf.flow.making import MOMENT_BYTES, make_layers, waiting_layers, waiting_slots
+from quanto_hf.flow.notes import warn_of_notes
 from quanto_hf.flow.patterns import any_names, first_match
 from quanto_hf.flow.plan import Choice, asked_by, make_plan
 from quanto_hf.flow.refuse import refuse_other_dtypes, refuse_quantized
@@ -21,10 +23,14 @@ from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
 from quanto_hf.nn.registry import QUANTIZE
 from quanto_hf.nn.slots import label
 from quanto_hf.ops.scratch import free
-from quanto_hf.qtypes import QType, qtype
+from quanto_hf.qtypes import QTYPES, QType, qtype
 from quanto_hf.schemes import scheme_from_dict
 
-ACTIVATIONS = ("int8", "float8", "float8_e4m3fn", "float8_e5m2")
+
+def activation_names() -> list[str]:
+    """Names of the number types to which activations can be rounded: those of 8 bits."""
+    eight = [kind for kind in QTYPES.values() if kind.bits == 8 and kind.kind != "table"]
+    return [name for kind in eight for name in (*kind.aliases, kind.name)]
 
 
 def activation_type(activations: str | QType | None) -> QType | None:
@@ -40,9 +46,9 @@ def activation_type(activations: str | QType | None) -> QType | None:
     except (ValueError, TypeError):
         # TypeError: a list, say, cannot be looked up
         kind = None
-    if kind is None or kind.name not in ACTIVATIONS:
+    if kind is None or kind.name not in activation_names():
         raise ValueError(
-            f"activations={reprlib.repr(activations)} is not supported; choose None, {', '.join(ACTIVATIONS)}"
+            f"activations={reprlib.repr(activations)} is not supported; choose None, {', '.join(activation_names())}"
         )
     return kind
 
@@ -135,7 +141,7 @@ def quantize(
         static_activations,
         learn_scales,
     )
-    warn_of_codebooks(model, plan)
+    warn_of_notes(model, plan)
     apply_plan(model, plan, kind, static_activations, learn_scales)
     # the search for scales to learn has filled them
     free()
@@ -172,17 +178,55 @@ def _quantized_again(
     return found
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(
+    model: nn.Module,
+    data: Iterable[Any] | None = None,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    iterations: int | None = None,
+    moment_bytes: int = MOMENT_BYTES,
+    progress: bool = True,
+) -> nn.Module:
     """Pack the weights of all quantized layers, in place, and let go of the float ones.
+
+    With ``data``, schemes and fits that want to know what passes through the layers are told: AQLM, and fits with
+    ``wants_moments``. Layers are then made in the order of the model, and see the data as those that are finished pass
+    it on.
+
+    Args:
+        model: after :func:`quantize`.
+        data: batches that can be read several times: a list, a DataLoader without shuffling. A batch is a dict of
+            keyword arguments, a tuple of positional ones, or one argument. None: from the weights alone.
+        folder: where finished layers are kept, so that the same call goes on after an interruption.
+        seed: of what a fit draws at random.
+        iterations: rounds of a fit that improves its result step by step; None is its own number.
+        moment_bytes: memory for second moments of inputs; less of it means more runs over the data.
+        progress: with data or a folder, show an estimate, and a bar with the time left, on stderr.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: a weight has NaN or infinite values, or a dtype that cannot be quantized, such as float64; the text
-            names the layer.
+        ValueError: a weight has NaN or infinite values, or a dtype that cannot be quantized, such as float64 (the text
+            names the layer), or there is no data. Layers that are finished stay so.
+
+    Warns:
+        UserWarning: no data reached a layer that wants it; it is made from its weight alone.
+
+    Example:
+        >>> model = quantize(nn.Sequential(nn.Linear(64, 32)), "aqlm-2x4")
+        >>> freeze(model, [torch.randn(100, 64)], progress=False)[0].weight_state.value
+        'frozen'
     """
-    refuse_other_dtypes(model, _waiting(model))
+    if (data, folder, seed, iterations) != (None, None, 0, None):
+        if layers := waiting_layers(model):
+            make_layers(
+                model, layers, data,
+                folder=folder, seed=seed, iterations=iterations, moment_bytes=moment_bytes, progress=progress,
+            )  # fmt: skip
+        return model
+    refuse_other_dtypes(model, waiting_slots(model))
     try:
         for name, module in model.named_modules():
             if isinstance(module, QuantizedWeight):
@@ -193,17 +237,6 @@ def freeze(model: nn.Module) -> nn.Module:
     finally:
         free()
     return model
-
-
-def _waiting(model: nn.Module) -> list[str]:
-    """Names of the slots of quantized layers that are not packed."""
-    return [
-        slot.label(name)
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedWeight)
-        for slot in module.slots
-        if module._parameters.get(slot.name) is not None
-    ]
 
 
 def dequantize(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from quanto_hf.hf.config.aqlm import AqlmConfig
 from quanto_hf.hf.config.quanto import METHOD, QuantoConfig
 from quanto_hf.hf.load.adopt import quantize
 from quanto_hf.hf.load.load_and_quantize import load_and_quantize_model
-from quanto_hf.hf.load.register import install, register
+from quanto_hf.hf.load.register import install, register, register_format
 
 __all__ = [
     "METHOD",
@@ -25,6 +25,7 @@ __all__ = [
     "plan",
     "quantize",
     "register",
+    "register_format",
     "replace_with_aqlm_linear",
     "replace_with_quanto_layers",
 ]

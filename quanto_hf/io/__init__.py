@@ -1,10 +1,11 @@
 """What is written to config.json and to checkpoints, and the checks of what is read.
 
-Imports: ``schemes``, ``nn``, safetensors. Never: transformers. The format itself is in docs/format.md.
+Imports: ``schemes``, ``nn``, safetensors. Never: transformers. Formats of saved models are in
+:mod:`quanto_hf.io.formats`; our own is told in docs/format.md.
 """
 
 from quanto_hf.io.checkpoint import CheckpointError, check_tensors, read_headers
-from quanto_hf.io.format import (
+from quanto_hf.io.formats.quanto import (
     FORMAT_VERSION,
     VERSION_KEY,
     check_version,
@@ -15,7 +16,8 @@ from quanto_hf.io.format import (
     without_guards,
 )
 from quanto_hf.io.mapped import MappedFiles, aligned
-from quanto_hf.io.offload_folder import OffloadFolder, file_digest
+from quanto_hf.io.offload_folder import OffloadFolder
+from quanto_hf.io.safe_files import file_digest
 from quanto_hf.io.shard_writer import write_model_file
 from quanto_hf.io.whole_save import INTERRUPTED, finish_save, refuse_interrupted, save_whole
 

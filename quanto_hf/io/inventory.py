@@ -8,16 +8,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from quanto_hf.flow.codebooks import costly_codebooks
 from quanto_hf.io.checkpoint import CheckpointError, read_headers
-from quanto_hf.io.format import check_version, find_guards, read_modules, without_guards
-from quanto_hf.nn.slots import WEIGHT, Slot, joined
-from quanto_hf.schemes import Aqlm, Grouped, Scheme, TensorSpec
+from quanto_hf.io.formats import QUANTO, Format, format_of
+from quanto_hf.io.formats.quanto import find_guards, without_guards
+from quanto_hf.nn.slots import WEIGHT, joined
+from quanto_hf.schemes import Scheme, TensorSpec, notes
 
 INDEX = "model.safetensors.index.json"
-PREFIX = Slot(WEIGHT).stored("")
 
 
 @dataclass(frozen=True)
@@ -104,42 +101,41 @@ def read_inventory(folder: Path) -> Inventory:
     if not isinstance(quantization, dict):
         raise CheckpointError(f"quantization_config in {folder / 'config.json'} is an object, not {quantization!r}")
     schemes: dict[str, Scheme] = {}
-    version, prefix = None, PREFIX
-    if quantization.get("quant_method") == "quanto_hf":
-        version = quantization.get("format_version")
-        check_version(version)
-        entries = quantization.get("schemes")
-        schemes, headers = read_modules([] if entries is None else entries), without_guards(headers)
-    elif quantization.get("quant_method") == "aqlm":
-        prefix, schemes = "", _aqlm_modules(folder, quantization, headers)
+    version, saved_as = None, format_of(quantization) or QUANTO
+    if saved_as.method == quantization.get("quant_method"):
+        try:
+            version, schemes = saved_as.version(quantization), saved_as.schemes(quantization, headers)
+        except ValueError as error:
+            raise CheckpointError(f"the config of {folder} cannot be used: {error}") from None
+        headers = without_guards(headers) if saved_as.guarded else headers
+    # what 'schemes' calls a parameter -> name in the files -> stored tensor
     groups: dict[str, dict[str, TensorSpec]] = {}
     rows = []
     for name, spec in headers.items():
-        if (slot := _slot_of(name, schemes, prefix)) is not None:
+        if (slot := _slot_of(name, schemes, saved_as)) is not None:
             groups.setdefault(slot, {})[name] = spec
         else:
             rows.append(Item(name, _text(spec.dtype), prod(spec.shape), _nbytes(spec)))
     saved = _saved_names(schemes, groups)
-    costs: dict[str, tuple[Aqlm, tuple[int, int], torch.dtype]] = {}
+    layers: dict[str, tuple[Scheme, dict[str, TensorSpec]]] = {}
     problems = [f"unexpected: {tensor}" for name in {*groups} - {*saved.values()} for tensor in groups[name]]
     for module, scheme in schemes.items():
         name = saved.get(module, module)
-        found = groups.get(name, {})
+        stored = groups.get(name, {})
         # of a module's weight, or of another parameter of a module
-        weight = not found or any(tensor.startswith(f"{name}.") for tensor in found)
-        before = f"{name}.{prefix}" if weight else f"{name}_"
-        problems += _problems(scheme, found, before)
-        shape = _shape(scheme, found, before) or (0,)
-        if isinstance(scheme, Aqlm) and len(shape) == 2:
-            costs[name] = (scheme, shape, found[f"{before}codebooks"].dtype)
-        full = joined(name, WEIGHT) if weight else name
-        rows.append(Item(full, str(scheme), prod(shape), sum(map(_nbytes, found.values()))))
+        is_weight = not stored or any(tensor.startswith(f"{name}.") for tensor in stored)
+        before = f"{name}.{saved_as.prefix}" if is_weight else f"{name}_"
+        found = {tensor.removeprefix(before): spec for tensor, spec in stored.items()}
+        problems += _problems(before, scheme, found)
+        if (weight := scheme.weight_of(found)) is not None:
+            layers[name] = scheme, found
+        count, full = 0 if weight is None else prod(weight.shape), joined(name, WEIGHT) if is_weight else name
+        rows.append(Item(full, str(scheme), count, sum(map(_nbytes, found.values()))))
     if problems:
         raise CheckpointError(f"{folder} is not what its config says:\n  " + "\n  ".join(sorted(problems)))
-    note = costly_codebooks(costs)
     method = str(quantization.get("quant_method", "")) if version is None else ""
     rows.sort(key=lambda row: _natural(row.name))
-    return Inventory(rows, version, len(files), method, () if note is None else (note,))
+    return Inventory(rows, version, len(files), method, notes(layers))
 
 
 def _read_json(file: Path, absent: str) -> dict[str, Any]:
@@ -184,14 +180,14 @@ def _read_files(folder: Path) -> tuple[list[Path], dict[str, TensorSpec]]:
     return files, read_headers(files)
 
 
-def _slot_of(name: str, schemes: Mapping[str, Scheme], prefix: str) -> str | None:
+def _slot_of(name: str, schemes: Mapping[str, Scheme], saved_as: Format) -> str | None:
     """What 'schemes' calls the parameter of which a tensor of a file is a part (:func:`quanto_hf.nn.slots.label`), or
     None for a tensor that is stored as it is."""
     owner, _, leaf = name.rpartition(".")
-    parts = {part for scheme in schemes.values() for part in scheme.names}
-    if schemes and (leaf in {prefix + part for part in parts} or (prefix and leaf.startswith(prefix))):
+    if schemes and saved_as.part_of(leaf) is not None:
         return owner
     stem, _, part = leaf.rpartition("_")
+    parts = {part for scheme in schemes.values() for part in scheme.names}
     known = part in parts and stem in {label.rpartition(".")[2] for label in schemes}
     return joined(owner, stem) if known else None
 
@@ -221,71 +217,24 @@ def _common_end(one: str, other: str) -> int:
     return same
 
 
-def _aqlm_modules(folder: Path, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> dict[str, Scheme]:
-    """The modules of a checkpoint in the AQLM format, which its config does not name."""
-    keys = ("num_codebooks", "nbits_per_codebook", "out_group_size", "in_group_size")
-    try:
-        scheme = Aqlm(*(config.get(key, default) for key, default in zip(keys, (1, 16, 1, 8), strict=True)))
-    except ValueError as error:
-        values = ", ".join(f"{key}={config[key]!r}" for key in keys if key in config)
-        raise CheckpointError(f"the config of {folder} cannot be used: {error} ({values})") from None
-    leaves = tuple(f".{name}" for name in scheme.names)
-    return {name.rpartition(".")[0]: scheme for name in headers if name.endswith(leaves)}
-
-
-def _shape(scheme: Scheme, found: Mapping[str, TensorSpec], before: str) -> tuple[int, ...] | None:
-    """Shape of the float weight, or None where the stored tensors are not those of one. The last byte of a row may be
-    partly used: then the largest number of columns that fits is taken.
+def _problems(before: str, scheme: Scheme, found: Mapping[str, TensorSpec]) -> list[str]:
+    """A line for each stored tensor of a weight that is missing, unexpected or wrong.
 
     Args:
-        found: the stored tensors, by the names in the files.
-        before: what stands in front of the names of the scheme there.
+        before: what stands in front of the names of the scheme in the files.
+        found: by the names of the scheme.
     """
-    first = found.get(before + scheme.names[0])
-    if first is None:
-        return None
-    for shape in _shapes(scheme, first.shape):
-        if _wanted(scheme, shape, found, before) == found:
-            return shape
-    return None
-
-
-def _shapes(scheme: Scheme, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Shapes that the float weight may have, by that of the first stored tensor."""
-    if isinstance(scheme, Aqlm):
-        return [(shape[0] * scheme.out_group, shape[1] * scheme.in_group)] if len(shape) == 3 else []
-    assert isinstance(scheme, Grouped)
-    per_byte = 8 // scheme.type.bits
-    most = shape[-1] * per_byte if len(shape) > 1 else 0
-    return [(*shape[:-1], columns) for columns in range(most, most - per_byte, -1) if columns > 0]
-
-
-def _wanted(
-    scheme: Scheme, shape: tuple[int, ...], found: Mapping[str, TensorSpec], before: str
-) -> dict[str, TensorSpec]:
-    # floats of AQLM have the dtype of the model, of which only they tell here
-    books = found.get(f"{before}codebooks")
-    dtype = torch.bfloat16 if books is None or not getattr(books.dtype, "is_floating_point", False) else books.dtype
-    return {before + name: spec for name, spec in scheme.tensors(shape, dtype).items()}
-
-
-def _problems(scheme: Scheme, found: Mapping[str, TensorSpec], before: str) -> list[str]:
-    """A line for each stored tensor of a weight that is missing, unexpected or wrong."""
-    if _shape(scheme, found, before) is not None:
+    if scheme.weight_of(found) is not None:
         return []
-    names = {before + part for part in scheme.names}
-    lines = [f"missing: {name}" for name in names - {*found}]
-    lines += [f"unexpected: {name} of {scheme} weights" for name in {*found} - names]
-    if lines:
-        return lines
-    shapes = _shapes(scheme, found[before + scheme.names[0]].shape)
-    if not shapes:
+    lines = [f"missing: {before}{part}" for part in {*scheme.names} - {*found}]
+    lines += [f"unexpected: {before}{part} of {scheme} weights" for part in {*found} - {*scheme.names}]
+    if lines or not (candidates := scheme.candidates(found)):
         return lines
     return [
-        f"wrong: {name} is {_text(found[name].dtype)} {list(found[name].shape)}, but {scheme} weights need "
+        f"wrong: {before}{part} is {_text(found[part].dtype)} {list(found[part].shape)}, but {scheme} weights need "
         f"{_text(spec.dtype)} {list(spec.shape)}"
-        for name, spec in _wanted(scheme, shapes[0], found, before).items()
-        if found[name] != spec
+        for part, spec in scheme.tensors(candidates[0].shape, candidates[0].dtype).items()
+        if found[part] != spec
     ]
 
 

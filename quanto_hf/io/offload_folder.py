@@ -20,13 +20,13 @@ import torch
 from filelock import FileLock
 
 from quanto_hf.io.checkpoint import read_headers
-from quanto_hf.io.format import FORMAT_VERSION
+from quanto_hf.io.formats.quanto import FORMAT_VERSION
+from quanto_hf.io.safe_files import file_digest, write_text
 from quanto_hf.io.shard_writer import write_shard
 from quanto_hf.schemes import TensorSpec
 
 INDEX = "index.json"
 PREFIX = "quanto_hf-"
-TEMPORARY = ".tmp-"
 # as save_pretrained splits models nowadays
 SHARD_BYTES = 2_000_000_000
 
@@ -140,20 +140,12 @@ class OffloadFolder:
             parts = _split(self.specs)
             for i, part in enumerate(parts):
                 name = f"weights-{i + 1:05}-of-{len(parts):05}.safetensors"
-                temporary = self.path / f"{TEMPORARY}{name}"
                 metadata = {"format": "pt", "quanto_hf_format": str(FORMAT_VERSION)}
-                write_shard(temporary, part, islice(tensors, len(part)), metadata)
-                files[name] = (temporary.stat().st_size, file_digest(temporary))
-                os.replace(temporary, self.path / name)
+                write_shard(self.path / name, part, islice(tensors, len(part)), metadata)
+                files[name] = ((self.path / name).stat().st_size, file_digest(self.path / name))
             self._files = self._locations(files)
             # the index is what makes an entry: without it the rest is nothing
-            index = {"identity": self.identity, "files": files}
-            temporary = self.path / f"{TEMPORARY}{INDEX}"
-            with open(temporary, "w", encoding="utf-8") as handle:
-                json.dump(index, handle)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(temporary, self.path / INDEX)
+            write_text(self.path / INDEX, json.dumps({"identity": self.identity, "files": files}))
         except BaseException as error:
             shutil.rmtree(self.path, ignore_errors=True)
             if isinstance(error, OSError):
@@ -172,12 +164,3 @@ def _split(specs: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
         parts[-1][name] = spec
         size += spec.nbytes
     return parts
-
-
-def file_digest(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

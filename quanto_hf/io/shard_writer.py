@@ -8,15 +8,17 @@ last, in the order of their alignment: whatever their shapes, each one can be us
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from pathlib import Path
 
 import torch
 
 from quanto_hf.io.checkpoint import DTYPE_NAMES
-from quanto_hf.io.format import GUARD_SHAPE, guards_for
+from quanto_hf.io.formats.base import WRITER_KEY
+from quanto_hf.io.formats.quanto import GUARD_SHAPE, guards_for
 from quanto_hf.io.mapped import ALIGNMENT
+from quanto_hf.io.safe_files import replacing
 from quanto_hf.schemes import TensorSpec
 
 
@@ -26,22 +28,23 @@ def write_shard(
     tensors: Iterable[tuple[str, torch.Tensor]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a file and bring it to the disk.
+    """Write a file and bring it to the disk. One that is there is replaced, not written over: a model may be mapped
+    from it.
 
     Args:
-        path: of the file, which is overwritten.
+        path: of the file.
         specs: name -> shape and dtype.
         tensors: (name, tensor) in the order of ``specs``.
         metadata: strings for the header.
 
     Raises:
         ValueError: the tensors are not those of ``specs``.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written. What was there before is still there, as after the other error.
     """
     offsets = _offsets(specs)
     header = _header(specs, offsets, metadata)
     wanted = iter(specs.items())
-    with open(path, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(header)
         for name, tensor in tensors:
             expected, spec = next(wanted, ("nothing", None))
@@ -52,16 +55,13 @@ def write_shard(
                 file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         if (left := next(wanted, None)) is not None:
             raise ValueError(f"the file lacks {left[0]}")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_model_file(
-    tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]
+    tensors: Mapping[str, torch.Tensor], path: str | PathLike[str], metadata: Mapping[str, str]
 ) -> None:
-    """Write a file of a saved model in our format, with a guard for each packed weight (docs/format.md).
-
-    A file that is there is replaced, not written over: the model may be mapped from it.
+    """Write a file of a saved model as :func:`write_shard` does; with a guard for each packed weight (docs/format.md)
+    unless its metadata says that it is in another format than ours.
 
     Args:
         tensors: by the names in the file, on any device.
@@ -77,17 +77,11 @@ def write_model_file(
     for name, spec in specs.items():
         if spec.dtype not in DTYPE_NAMES:
             raise ValueError(f"{name} is {spec.dtype}, which cannot be saved; convert it, or leave it out")
-    for name, packed in guards_for(specs).items():
+    for name, packed in guards_for(specs).items() if WRITER_KEY not in metadata else ():
         # of one dtype: readers map both at the same place, and torch.save refuses two views of other types
         specs[name] = TensorSpec(GUARD_SHAPE, specs[packed].dtype)
         held[name] = torch.empty(GUARD_SHAPE, dtype=specs[packed].dtype)
-    temporary = Path(f"{os.fspath(path)}.part")
-    try:
-        write_shard(temporary, specs, held.items(), dict(sorted(metadata.items())))
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_shard(Path(path), specs, held.items(), dict(sorted(metadata.items())))
 
 
 def _offsets(specs: Mapping[str, TensorSpec]) -> dict[str, int]:

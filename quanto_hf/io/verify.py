@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from quanto_hf.io.checkpoint import CheckpointError, read_headers
-from quanto_hf.io.inventory import INDEX, PREFIX, read_inventory
+from quanto_hf.io.formats import QUANTO, Format, format_of
+from quanto_hf.io.inventory import INDEX, read_inventory
 from quanto_hf.io.mapped import MappedFiles
 from quanto_hf.io.whole_save import INTERRUPTED
 from quanto_hf.nn.slots import WEIGHT, joined
@@ -18,8 +19,6 @@ from quanto_hf.qtypes import QTYPES
 # elements that are looked at together: a mapped file is read through, and not into memory
 BLOCK = 1 << 22
 INPUT_SCALE = "input_scale"
-# by their place in the published AQLM format, and behind a prefix in ours
-AQLM_FLOATS = ("codebooks", "scales")
 # the first format in which a float weight of no elements stands beside packed ones
 SENTINELS = 2
 
@@ -55,7 +54,7 @@ def verify(folder: Path) -> Verified:
     except ValueError as error:
         head, *lines = str(error).splitlines()
         found.problems += [line.strip() for line in lines] or [head]
-    found.problems += _config_problems(folder)
+    saved_as = _format(folder, found)
     _check_index(folder, found)
     names: set[str] = set()
     packed: set[str] = set()
@@ -64,21 +63,24 @@ def verify(folder: Path) -> Verified:
         names.add(name)
         # of a quantized layer there is one row, and the name of a plain tensor is that of its own
         kind = "" if name in stored else stored.get(owner, "")
-        if leaf.startswith(PREFIX) or leaf in AQLM_FLOATS:
+        part = saved_as.part_of(leaf)
+        if part is not None:
             packed.add(owner)
-        _check(name, leaf, tensor, kind, found)
+        _check(name, part, tensor, kind, found)
         found.tensors += 1
     _check_beside(names, packed, folder, version, found)
     return found
 
 
-def _config_problems(folder: Path) -> list[str]:
+def _format(folder: Path, found: Verified) -> Format:
+    """The format that the config names, as far as there is one; else ours."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        interrupted = INTERRUPTED in config["quantization_config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return ["config.json: saving was interrupted, and the files are those of two models"] if interrupted else []
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        if INTERRUPTED in config:
+            found.problems.append("config.json: saving was interrupted, and the files are those of two models")
+        return format_of(config) or QUANTO
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return QUANTO
 
 
 def _files(folder: Path) -> list[Path]:
@@ -123,20 +125,20 @@ def _tensors(folder: Path, found: Verified) -> Iterator[tuple[str, torch.Tensor]
                 found.problems.append(str(error))
 
 
-def _check(name: str, leaf: str, tensor: torch.Tensor, kind: str, found: Verified) -> None:
-    """Look at the values of one tensor; ``kind`` is how its weight is stored, or an empty string."""
-    if leaf == INPUT_SCALE:
+def _check(name: str, part: str | None, tensor: torch.Tensor, kind: str, found: Verified) -> None:
+    """Look at the values of one tensor; ``part`` says which one of a weight it is, and ``kind`` how that is stored."""
+    if name.rpartition(".")[2] == INPUT_SCALE:
         if not bool(torch.isfinite(tensor).all()):
             found.notes.append(f"{name} is not finite: this layer is not calibrated yet")
     elif tensor.is_floating_point():
-        ours = leaf.startswith(PREFIX) or leaf in AQLM_FLOATS
-        count = _count(tensor, lambda part: ~torch.isfinite(part) if ours else part.isnan())
+        ours = part is not None
+        count = _count(tensor, lambda block: ~torch.isfinite(block) if ours else block.isnan())
         if count:
             what = "NaN or infinite" if ours else "NaN"
             found.problems.append(f"{name}: {count} of {tensor.numel()} values are {what}")
         elif not ours and (count := _count(tensor, torch.isinf)):
             found.notes.append(f"{name}: {count} of {tensor.numel()} values are infinite")
-    elif leaf == f"{PREFIX}packed":
+    elif part == "packed":
         _check_codes(name, tensor, QTYPES.get(kind.partition(" ")[0]), found)
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from quanto_hf.io.checkpoint import CheckpointError
 from quanto_hf.io.folder_lock import only_one
+from quanto_hf.io.formats import format_of
+from quanto_hf.io.safe_files import sync, write_text
 
 CONFIG = "config.json"
 WORK = ".quanto_hf_save-"
@@ -50,8 +52,8 @@ def save_whole(folder: str | os.PathLike[str], write: Callable[[Path], object]) 
             write(work / FILES)
             names = _files(work / FILES)
             for name in names:
-                _sync(work / FILES / name)
-            _write(work / NAMES, names)
+                sync(work / FILES / name)
+            write_text(work / NAMES, json.dumps(names))
             _mark(place, work)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
@@ -101,12 +103,10 @@ def _mark(place: Path, work: Path) -> None:
     config = json.loads((work / FILES / CONFIG).read_text(encoding="utf-8"))
     method = (config.get("quantization_config") or {}).get("quant_method")
     config["quantization_config"] = {"quant_method": method, INTERRUPTED: work.name}
-    if method != "quanto_hf":
-        # transformers has a quantizer of its own for it, which does not know the mark, but refuses this
-        config["quantization_config"]["num_codebooks"] = "an interrupted save"
-    _write(work / MARKED, config)
-    os.replace(work / MARKED, place / CONFIG)
-    _sync(place)
+    known = format_of({"quant_method": method})
+    config["quantization_config"].update({} if known is None else known.spoiled)
+    write_text(place / CONFIG, json.dumps(config), work / MARKED)
+    sync(place)
 
 
 def _put_in_place(place: Path, work: Path) -> None:
@@ -118,7 +118,7 @@ def _put_in_place(place: Path, work: Path) -> None:
         if (work / FILES / name).exists():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(work / FILES / name, place / name)
-    _sync(place)
+    sync(place)
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -136,19 +136,3 @@ def _superseded(place: Path, names: Iterable[str]) -> list[Path]:
     former = "|".join(map(re.escape, stems))
     pattern = re.compile(rf"({former})((-\d{{5}}-of-\d{{5}})?\.safetensors|\.safetensors\.index\.json)")
     return [file for file in place.iterdir() if file.name not in new and stems and pattern.fullmatch(file.name)]
-
-
-def _write(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

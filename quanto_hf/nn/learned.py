@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from quanto_hf.fit import NO_CONTEXT, Context
 from quanto_hf.nn.activation import INPUT_SCALE, QuantizedInput
 from quanto_hf.nn.prepared_op import weight_in_graph
 from quanto_hf.nn.qweight import QuantizedWeight
@@ -50,7 +51,7 @@ class LearnedScales(QuantizedWeight):
         found = self.scheme.quantize(self.to_matrix(self.weight.detach()), self.fit)
         for name, part in ((SCALE, "scale"), (ZERO, "zero")):
             if part in found:
-                self._parameters[name] = nn.Parameter(found[part].float())
+                self._parameters[name] = nn.Parameter(self.scheme.read_scale(found[part]))
         if isinstance(self, QuantizedInput):
             self.train_input_scale(True)
 
@@ -79,12 +80,12 @@ class LearnedScales(QuantizedWeight):
         names = (INPUT_SCALE,) if self.is_frozen else (WEIGHT, SCALE, ZERO, INPUT_SCALE)
         return {name: tensor for name in names if (tensor := self.held(name)) is not None}
 
-    def quantized(self, name: str | None = None) -> dict[str, torch.Tensor]:
+    def quantized(self, name: str | None = None, context: Context = NO_CONTEXT) -> dict[str, torch.Tensor]:
         """The stored tensors, or what :meth:`freeze` would store."""
         if self.is_frozen:
             return self.tensors()
         if (scale := self._parameters.get(SCALE)) is None:
-            return super().quantized()
+            return super().quantized(name, context)
         return self.scheme.encode(self.to_matrix(self.weight), usable(scale, self.scheme), self._parameters.get(ZERO))
 
     def set_tensors(self, tensors: dict[str, torch.Tensor], name: str | None = None) -> None:

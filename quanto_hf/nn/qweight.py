@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quanto_hf.fit import Fit
+from quanto_hf.fit import NO_CONTEXT, Context, Fit
 from quanto_hf.nn.slots import Slot
 from quanto_hf.nn.twin import FloatTwin
 from quanto_hf.nn.weight_view import WeightView
@@ -133,10 +133,11 @@ class QuantizedWeight(FloatTwin):
 
     # ------------------------------------------------------------------------------------------------ packing
 
-    def quantized(self, name: str | None = None) -> dict[str, torch.Tensor]:
+    def quantized(self, name: str | None = None, context: Context = NO_CONTEXT) -> dict[str, torch.Tensor]:
         """What :meth:`freeze` would store for the float parameter of a slot."""
         slot = self.slot(name)
-        return self.scheme_of(slot).quantize(slot.to_matrix(self.read_slot(slot.name).detach()), self.fit_of(slot))
+        matrix = slot.to_matrix(self.read_slot(slot.name).detach())
+        return self.scheme_of(slot).quantize(matrix, self.fit_of(slot), context)
 
     def freeze(self, tensors: dict[str, torch.Tensor] | None = None) -> None:
         """Quantize the float parameters of all slots and let go of them. A FROZEN module stays as it is.

@@ -33,20 +33,19 @@ def write_weight(layer: "QuantizedWeight", name: str, operation: str, value: Any
     value = value.detach().to(before.device, before.dtype)
     if torch.equal(value, before):
         return
-    factor, scale = _power_of_two(value, before), stored.get(scheme.scale_name)
-    if factor is None or scale is None:
+    factor = _power_of_two(value, before)
+    scaled = None if factor is None else scheme.scaled(stored, factor)
+    if factor is None or scaled is None:
         refuse_write(layer, operation)
-    scaled = scale * factor
-    made = slot.from_matrix(
-        scheme.dequantize({**stored, scheme.scale_name: scaled}, slot.matrix_shape[-1], before.dtype)
-    )
+    made = slot.from_matrix(scheme.dequantize({**stored, **scaled}, slot.matrix_shape[-1], before.dtype))
     # numbers below the smallest normal one are rounded to a grid of their own, scales are not
     slack = torch.finfo(before.dtype).smallest_normal * torch.finfo(before.dtype).eps * max(1.0, factor)
-    if not torch.equal(scaled / factor, scale) or not bool(((made - value).abs() <= slack).all()):
+    if not bool(((made - value).abs() <= slack).all()):
         refuse_write(layer, operation)
     # a new tensor behind the same parameter: the old one may be a page of a file, or part of a state dict
-    with torch.inference_mode(scale.is_inference()):
-        scale.data = scaled.clone()
+    for name, tensor in scaled.items():
+        with torch.inference_mode(stored[name].is_inference()):
+            stored[name].data = tensor.clone()
 
 
 def _power_of_two(value: torch.Tensor, before: torch.Tensor) -> float | None:

@@ -27,7 +27,7 @@ from quanto_hf.ops.embedding import embedding, embedding_op
 from quanto_hf.ops.expert_linear import expert_linear, expert_linear_grad_input, expert_linear_op
 from quanto_hf.ops.index import check_index
 from quanto_hf.ops.linear import linear, linear_grad_input, linear_op
-from quanto_hf.ops.packing import pack, packed_width, unpack
+from quanto_hf.ops.packing import pack, packed_width, row_lengths, unpack
 from quanto_hf.ops.registry import OPS
 from quanto_hf.ops.straight_through import scale_gradient
 
@@ -64,6 +64,7 @@ __all__ = [
     "pack",
     "packed_width",
     "round_activations",
+    "row_lengths",
     "scale_gradient",
     "unpack",
 ]

@@ -37,8 +37,10 @@ def decode(packed: torch.Tensor, qtype: QType, out: torch.Tensor) -> torch.Tenso
 
     Every number of every type but nf4, whose table is rounded, is exact in bfloat16 and in float16.
     """
-    if qtype.kind == "float":
+    if qtype.name in _BF16_TRICK and qtype.kind == "float":
         return _decode_float8(packed, qtype, out)
+    if qtype.kind == "float":
+        return out.copy_(decode_reference(packed, qtype, out.shape[-1]))
     if qtype.kind == "table":
         return _decode_table(packed, qtype, out)
     if not qtype.is_packed:
@@ -60,7 +62,7 @@ def _decode_float8(packed: torch.Tensor, qtype: QType, out: torch.Tensor) -> tor
 def _decode_table(packed: torch.Tensor, qtype: QType, out: torch.Tensor) -> torch.Tensor:
     rows, columns = out.shape
     blocks, rest = divmod(columns, 2 * BLOCK_BYTES)
-    if out.dtype is torch.bfloat16 and rows and blocks and not rest and packed.is_contiguous():
+    if qtype.bits == 4 and out.dtype is torch.bfloat16 and rows and blocks and not rest and packed.is_contiguous():
         blocked = packed.view(rows, blocks, BLOCK_BYTES)
         return _decode_fp4(blocked, out) if qtype.name == "fp4" else _decode_byte_pairs(blocked, qtype, out)
     codes = unpack(packed, qtype.bits, columns, scratch("codes", out.shape, torch.uint8, out.device))

@@ -1,8 +1,11 @@
-"""The portable packed layout (docs/format.md): two functions, and nothing else knows it.
+"""The portable packed layout (docs/format.md): these functions, and nothing else knows it.
 
 A row of codes is cut into blocks of ``BLOCK_BYTES`` packed bytes; the last block may be shorter. A block of n codes
 takes m = ceil(n * bits / 8) bytes and is *planar*: code j sits in byte j mod m, at bit (j div m) * bits. So the first
 m codes are the lowest bits of the m bytes, the next m codes the bits above them: unpacking is an AND and a shift.
+
+Codes of other widths than 1, 2, 4 and 8 bits are cut into parts of these, the widest part being the lowest bits: 3 is
+2 and 1, 7 is 4, 2 and 1. A row is then the packed row of the lowest parts, and behind it those of the other ones.
 """
 
 import torch
@@ -18,16 +21,36 @@ def packed_width(n: int, bits: int) -> int:
     """Bytes that a row of ``n`` codes takes.
 
     Example:
-        >>> packed_width(128, 4), packed_width(5, 2), packed_width(7, 8)
-        (64, 2, 7)
+        >>> packed_width(128, 4), packed_width(5, 2), packed_width(7, 8), packed_width(64, 3)
+        (64, 2, 7, 24)
     """
-    per_byte = 8 // bits
-    block = BLOCK_BYTES * per_byte
-    return n // block * BLOCK_BYTES + -(-(n % block) // per_byte)
+    return sum(-(-n * part // 8) for part, _ in _parts(bits))
+
+
+def row_lengths(width: int, bits: int) -> list[int]:
+    """The numbers of codes, above 0, whose row takes ``width`` bytes, the largest first: the inverse of
+    :func:`packed_width`.
+
+    Example:
+        >>> row_lengths(2, 4), row_lengths(4, 3)
+        ([4, 3], [])
+    """
+    most = width * 8 // bits
+    return [n for n in range(most, max(most - 16, 0), -1) if packed_width(n, bits) == width]
+
+
+def _parts(bits: int) -> list[tuple[int, int]]:
+    """Width, and lowest bit, of each part that a code is cut into."""
+    parts, low = [], 0
+    for part in (8, 4, 2, 1):
+        while bits - low >= part:
+            parts.append((part, low))
+            low += part
+    return parts
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes of 2, 4 or 8 bits.
+    """Pack codes of 1 to 8 bits.
 
     Args:
         codes: uint8, shape (..., n), each below ``2 ** bits``. 8-bit codes of any dtype are returned as they are.
@@ -42,6 +65,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """
     if bits == 8:
         return codes
+    if len(parts := _parts(bits)) > 1:
+        return torch.cat([pack((codes >> low) & ((1 << part) - 1), part) for part, low in parts], -1)
     n, per_byte = codes.shape[-1], 8 // bits
     packed = codes.new_zeros((*codes.shape[:-1], packed_width(n, bits)))
     for source, target, planes in _blocks(codes, packed, n, per_byte):
@@ -69,6 +94,16 @@ def unpack(packed: torch.Tensor, bits: int, n: int, out: torch.Tensor | None = N
         raise ValueError(f"packed rows have {width} bytes, but {n} codes of {bits} bits take {packed_width(n, bits)}")
     if bits == 8:
         return packed if out is None else out.copy_(packed)
+    if len(parts := _parts(bits)) > 1:
+        starts = [packed_width(n, low) for _, low in parts]
+        cut = [
+            unpack(packed.narrow(-1, start, packed_width(n, part)), part, n) << low
+            for start, (part, low) in zip(starts, parts, strict=True)
+        ]
+        codes = cut[0]
+        for plane in cut[1:]:
+            codes = codes | plane
+        return codes if out is None else out.copy_(codes)
     if out is None:
         return _unpack(packed, bits, n)
     codes, mask = out, (1 << bits) - 1

@@ -3,33 +3,36 @@
 Imports: ``qtypes``, ``ops``, ``fit``. Never: a module, a model, transformers. Add a scheme: docs/architecture.md.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
-from quanto_hf.qtypes import QType, qtype
-from quanto_hf.schemes.aqlm import Aqlm, aqlm_by_name, is_aqlm_name
-from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
+from quanto_hf.qtypes import QType, qtype, weight_names
+from quanto_hf.schemes.base import SCHEMES, Scheme, register_scheme
 from quanto_hf.schemes.grouped import GROUP_SIZES, PER_CHANNEL, Affine, Float8, Grouped, Lookup
 
-GROUPED: tuple[type[Grouped], ...] = (Affine, Float8, Lookup)
-_ALL: tuple[type[Scheme], ...] = (*GROUPED, Aqlm)
-SCHEMES: dict[str, type[Scheme]] = {cls.kind: cls for cls in _ALL}
+from quanto_hf.schemes.aqlm import Aqlm  # isort: skip  # names are looked up in the order of registration
+from quanto_hf.schemes.stored import Tensors, TensorSpec, Trainable
 
-# What a user gets who names only the number type: (group_size, symmetric). All types of 4 bits then store 4.5 bits per
-# weight, scales and zeros included. Why these: docs/accuracy.md.
-DEFAULTS: dict[str, tuple[int, bool]] = {
-    "int8": (PER_CHANNEL, True),
-    "float8_e4m3fn": (PER_CHANNEL, True),
-    "float8_e5m2": (PER_CHANNEL, True),
-    "int4": (64, False),
-    "nf4": (32, True),
-    "fp4": (32, True),
-    "int2": (64, False),
-}
+
+def class_of(weights: Any) -> type[Scheme] | None:
+    """The class of schemes that knows this name, or None."""
+    known = (cls for cls in SCHEMES.values() if isinstance(weights, str) and cls.knows(weights))
+    return next(known, None)
+
+
+def names_of_schemes() -> list[str]:
+    """Names that a user may give for weights: number types, and examples of what else there is.
+
+    Example:
+        >>> names_of_schemes()[-3:]
+        ['aqlm-1x8', 'aqlm-2x8', 'aqlm-1x16']
+    """
+    return [*weight_names(), *(name for cls in SCHEMES.values() for name in cls.examples)]
 
 
 def make_scheme(weights: str | QType, group_size: int | None = None, symmetric: bool | None = None) -> Scheme:
-    """The scheme of a number type, or of an AQLM layout.
+    """The scheme of a number type, or of another name that a class of schemes knows.
 
     Args:
         weights: a name such as ``"int4"``, or ``"aqlm-2x8"`` for 2 codebooks with codes of 8 bits.
@@ -44,15 +47,24 @@ def make_scheme(weights: str | QType, group_size: int | None = None, symmetric: 
         >>> str(make_scheme("int4")), str(make_scheme("int8", group_size=128)), str(make_scheme("aqlm-2x8"))
         ('int4 g64 asym', 'int8 g128', 'aqlm 2x8 g8')
     """
-    if is_aqlm_name(weights):
-        return aqlm_by_name(str(weights), group_size, symmetric)
-    name = qtype(weights).name
-    default_group, default_symmetric = DEFAULTS[name]
-    cls = next(cls for cls in GROUPED if name in cls.qtypes)
-    return cls(
-        name,
-        default_group if group_size is None else group_size,
-        default_symmetric if symmetric is None else symmetric,
+    name = weights.name if isinstance(weights, QType) else weights
+    # the error of a name that nobody knows is that of number types
+    cls = class_of(name) or class_of(qtype(name).name)
+    assert cls is not None
+    return cls.named(name, group_size, symmetric)
+
+
+def notes(layers: Mapping[str, tuple[Scheme, Mapping[str, TensorSpec]]]) -> tuple[str, ...]:
+    """What schemes say about layers that are, or are to be, stored so (:meth:`Scheme.notes`).
+
+    Args:
+        layers: name -> scheme, and the stored tensors by the names of the scheme.
+    """
+    kinds: Iterable[type[Scheme]] = dict.fromkeys(type(scheme) for scheme, _ in layers.values())
+    return tuple(
+        note
+        for cls in kinds
+        for note in cls.notes({name: layer for name, layer in layers.items() if type(layer[0]) is cls})
     )
 
 
@@ -78,8 +90,6 @@ def scheme_from_dict(data: dict[str, Any]) -> Scheme:
 
 
 __all__ = [
-    "DEFAULTS",
-    "GROUPED",
     "GROUP_SIZES",
     "PER_CHANNEL",
     "SCHEMES",
@@ -91,7 +101,11 @@ __all__ = [
     "Scheme",
     "TensorSpec",
     "Tensors",
-    "is_aqlm_name",
+    "Trainable",
+    "class_of",
     "make_scheme",
+    "names_of_schemes",
+    "notes",
+    "register_scheme",
     "scheme_from_dict",
 ]

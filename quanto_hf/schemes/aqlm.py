@@ -1,26 +1,33 @@
 """Additive quantization: each block of a weight is a sum of codebook entries, times the scale of its rows."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from quanto_hf.fit import Fit
+from quanto_hf.fit import NO_CONTEXT, Context, Fit
 from quanto_hf.fit.aqlm import Layout, quantize_aqlm
-from quanto_hf.ops import MAX_BITS, BoundLinear, aqlm_dequantize, aqlm_linear, bind_aqlm, check_index, code_dtype
+from quanto_hf.fit.aqlm.loops import runs_native
+from quanto_hf.fit.aqlm.memory import fit_bytes
+from quanto_hf.fit.aqlm.work import products, products_per_second
+from quanto_hf.ops import BoundLinear, aqlm_dequantize, aqlm_linear, bind_aqlm, check_index, code_dtype
 from quanto_hf.ops.aqlm import recorded_rows
 from quanto_hf.ops.embedding import check_row_numbers
 from quanto_hf.ops.watched import traced
-from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
+from quanto_hf.schemes.base import Scheme, register_scheme
+from quanto_hf.schemes.books import TrainableBooks
+from quanto_hf.schemes.stored import Tensors, TensorSpec, Trainable
 
 # "aqlm-2x8": 2 codebooks, codes of 8 bits.
 NAME = re.compile(r"aqlm-([1-9]\d*)x([1-9]\d*)")
 IN_GROUP = 8
-# far more than anybody has, and few enough that sizes of tensors are numbers that torch takes
-MAX_BOOKS = 1024
+# Bits per weight of codebooks that are worth a note. The published 1x16 has 0.5 at 4096 x 4096, and 8 at 1024 x 1024.
+COSTLY = 0.5
 
 
+@register_scheme
 @dataclass(frozen=True)
 class Aqlm(Scheme):
     """Codes that name one entry in each of K codebooks, for each block of out_group x in_group values.
@@ -52,18 +59,60 @@ class Aqlm(Scheme):
     kind: ClassVar[str] = "aqlm"
     by_rows: ClassVar[bool] = False
     scale_name: ClassVar[str] = "scales"
+    # the published ones
+    examples: ClassVar[tuple[str, ...]] = ("aqlm-1x8", "aqlm-2x8", "aqlm-1x16")
+    spelling: ClassVar[str] = "aqlm-KxB"
 
     def __post_init__(self) -> None:
-        for name, most in (("num_codebooks", MAX_BOOKS), ("nbits", MAX_BITS), ("out_group", None), ("in_group", None)):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1 or (most is not None and value > most):
-                there = f"from 1 to {most}" if most else "above 0"
-                raise ValueError(f"{name}={value!r} does not work for AQLM weights; choose a whole number {there}")
+        _ = self.layout
+
+    @property
+    def layout(self) -> Layout:
+        """How a weight is cut into blocks."""
+        return Layout(self.num_codebooks, self.nbits, self.out_group, self.in_group)
+
+    @classmethod
+    def knows(cls, name: str) -> bool:
+        """See :class:`Scheme`.
+
+        Example:
+            >>> Aqlm.knows("aqlm-1x16"), Aqlm.knows("int4"), Aqlm.knows("aqlm-0x8")
+            (True, False, False)
+        """
+        return NAME.fullmatch(name) is not None
+
+    @classmethod
+    def named(cls, name: str, group_size: int | None = None, symmetric: bool | None = None) -> "Aqlm":
+        """See :class:`Scheme`: blocks of one row, and of 8 columns by default."""
+        found = NAME.fullmatch(name)
+        assert found is not None
+        if symmetric is False:
+            raise ValueError(f"{name} weights have no zero: leave out symmetric=False")
+        return cls(int(found[1]), int(found[2]), 1, IN_GROUP if group_size is None else group_size)
+
+    @classmethod
+    def refuses_group_size(cls, name: str, group_size: Any) -> str | None:
+        """See :class:`Scheme`: any number of columns may share a code."""
+        if type(group_size) is int and group_size >= 1:
+            return None
+        return (
+            f"group_size={group_size!r}, which is in_group={group_size!r} of {name} weights, does not work; choose "
+            "a whole number above 0"
+        )
+
+    def asked(self) -> dict[str, Any]:
+        """See :class:`Scheme`."""
+        return {"weights": f"aqlm-{self.num_codebooks}x{self.nbits}", "group_size": self.in_group}
 
     @property
     def names(self) -> tuple[str, ...]:
         """See :class:`Scheme`."""
         return ("codes", "codebooks", "scales")
+
+    @property
+    def float_names(self) -> tuple[str, ...]:
+        """See :class:`Scheme`."""
+        return ("codebooks", "scales")
 
     def refuses_fit(self, fit: "Fit | str | None" = None) -> str | None:
         """See :class:`Scheme`: it takes no fit, and what can be read is more than what can be made.
@@ -74,15 +123,16 @@ class Aqlm(Scheme):
         """
         if fit is not None:
             return f"fit={fit!r} is not for {self} weights, which AQLM fits itself; leave it out"
-        try:
-            Layout(self.num_codebooks, self.nbits, self.out_group, self.in_group)
-        except ValueError as error:
-            return f"{self} weights can be read, but not made: {error}"
-        return None
+        reason = self.layout.refuses()
+        return None if reason is None else f"{self} weights can be read, but not made: {reason}"
 
     def refuses_training(self) -> str | None:
         """See :class:`Scheme`."""
         return "fitting takes seconds"
+
+    def wants_moments(self, fit: "Fit | str | None" = None) -> bool:
+        """See :class:`Scheme`: with them the errors of outputs are made small; for 2 bits that halves them."""
+        return True
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
         """See :class:`Scheme`."""
@@ -108,16 +158,50 @@ class Aqlm(Scheme):
             "scales": TensorSpec((lines, 1, 1, 1), dtype),
         }
 
-    def bits(self, shape: tuple[int, int], dtype: torch.dtype = torch.float16) -> float:
-        """Bits per weight, codebooks and scales included."""
-        return 8 * self.nbytes(shape, dtype) / (shape[0] * shape[1])
+    def candidates(self, stored: Mapping[str, TensorSpec]) -> list[TensorSpec]:
+        """See :class:`Scheme`: the codes tell the shape, the codebooks the dtype."""
+        codes, books = stored.get("codes"), stored.get("codebooks")
+        if codes is None or len(codes.shape) != 3:
+            return []
+        is_float = books is not None and getattr(books.dtype, "is_floating_point", False)
+        shape = codes.shape[0] * self.out_group, codes.shape[1] * self.in_group
+        return [TensorSpec(shape, books.dtype if books is not None and is_float else torch.bfloat16)]
 
-    def codebook_bits(self, shape: tuple[int, int], dtype: torch.dtype = torch.float16) -> float:
+    def codebook_bits(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> float:
         """Bits per weight of the codebooks alone, which do not get smaller with the layer."""
         return 8 * self.tensors(shape, dtype)["codebooks"].nbytes / (shape[0] * shape[1])
 
-    def quantize(self, weight: torch.Tensor, fit: "Fit | str | None" = None) -> dict[str, torch.Tensor]:
-        """See :class:`Scheme`. Codebooks and codes are fitted together, with a fixed seed; no other fit is known.
+    @classmethod
+    def notes(cls, layers: Mapping[str, tuple["Aqlm", Mapping[str, TensorSpec]]]) -> tuple[str, ...]:
+        """See :class:`Scheme`: codebooks that take more than half a bit per weight. They have the same size in a small
+        layer as in a large one.
+
+        Example:
+            >>> scheme = Aqlm(1, 16)
+            >>> print(*Aqlm.notes({"fc": (scheme, scheme.tensors((1024, 1024), torch.float16))}))
+            the codebooks of 1 AQLM layer take more than 0.5 bits per weight, at most 8.0 (fc: 10.02 bits in all); ...
+        """
+        weights = {
+            name: (scheme, found[0])
+            for name, (scheme, stored) in layers.items()
+            if (found := scheme.candidates(stored)) and 0 not in found[0].shape
+        }
+        costs = {name: scheme.codebook_bits(spec.shape, spec.dtype) for name, (scheme, spec) in weights.items()}
+        costly = [name for name, bits in costs.items() if bits > COSTLY]
+        if not costly:
+            return ()
+        worst = max(costly, key=costs.__getitem__)
+        scheme, spec = weights[worst]
+        return (
+            f"the codebooks of {len(costly)} AQLM layer{'s' * (len(costly) > 1)} take more than {COSTLY} bits per "
+            f"weight, at most {costs[worst]:.1f} ({worst}: {scheme.bits(spec.shape, spec.dtype):.2f} bits in all); "
+            f"fewer bits per code make smaller codebooks, and small layers may stay float",
+        )
+
+    def quantize(
+        self, weight: torch.Tensor, fit: "Fit | str | None" = None, context: Context = NO_CONTEXT
+    ) -> dict[str, torch.Tensor]:
+        """See :class:`Scheme`. Codebooks and codes are fitted together; no other fit is known.
 
         Raises:
             ValueError: the weight cannot be cut into blocks, has NaN or infinite values, or a fit is given.
@@ -133,8 +217,38 @@ class Aqlm(Scheme):
             nbits=self.nbits,
             out_group=self.out_group,
             in_group=self.in_group,
+            hessian=context.moment,
+            seed=context.seed,
+            iterations=context.iterations,
+            progress=context.progress,
         )
         return made._asdict()
+
+    def workspace_bytes(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        fit: "Fit | str | None" = None,
+        *,
+        device: str = "cpu",
+        calibrated: bool = False,
+    ) -> int:
+        """See :class:`Scheme`: about what is measured."""
+        if not shape[0] or not shape[1]:
+            return 0
+        return fit_bytes(shape, self.layout, dtype, calibrated=calibrated, native=runs_native(torch.device(device)))
+
+    def work(self, shape: tuple[int, int], calibrated: bool = False) -> float:
+        """See :class:`Scheme`: products of numbers."""
+        return products(shape, self.layout, calibrated)
+
+    def speed(self, calibrated: bool = False) -> float | None:
+        """See :class:`Scheme`: on a random weight, in 0.1 to 0.3 s."""
+        return products_per_second(self.layout, calibrated)
+
+    def trainable(self, tensors: Tensors) -> Trainable | None:
+        """See :class:`Scheme`: codebooks and scales."""
+        return TrainableBooks(tensors, self.layout)
 
     def dequantize(self, tensors: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`Scheme`."""
@@ -171,42 +285,6 @@ class Aqlm(Scheme):
             return None
         return bind_aqlm(tensors["codes"], tensors["codebooks"], tensors["scales"])
 
-    def to_dict(self) -> dict[str, Any]:
-        """See :class:`Scheme`."""
-        return {
-            "kind": self.kind,
-            "num_codebooks": self.num_codebooks,
-            "nbits": self.nbits,
-            "out_group": self.out_group,
-            "in_group": self.in_group,
-        }
-
     def __str__(self) -> str:
         rows = "" if self.out_group == 1 else f" x {self.out_group} rows"
         return f"aqlm {self.num_codebooks}x{self.nbits} g{self.in_group}{rows}"
-
-
-def is_aqlm_name(weights: Any) -> bool:
-    """Whether this is the name of an AQLM layout, such as ``"aqlm-2x8"``.
-
-    Example:
-        >>> is_aqlm_name("aqlm-1x16"), is_aqlm_name("int4"), is_aqlm_name("aqlm-0x8")
-        (True, False, False)
-    """
-    return isinstance(weights, str) and NAME.fullmatch(weights) is not None
-
-
-def aqlm_by_name(weights: str, group_size: int | None = None, symmetric: bool | None = None) -> Aqlm:
-    """The scheme of a name such as ``"aqlm-2x8"``, with blocks of one row.
-
-    Args:
-        group_size: columns of a block; None is 8.
-
-    Raises:
-        ValueError: a value is out of range, or the scheme is asked to be asymmetric.
-    """
-    found = NAME.fullmatch(weights)
-    assert found is not None
-    if symmetric is False:
-        raise ValueError(f"{weights} weights have no zero: leave out symmetric=False")
-    return Aqlm(int(found[1]), int(found[2]), 1, IN_GROUP if group_size is None else group_size)

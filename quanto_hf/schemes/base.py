@@ -1,44 +1,53 @@
 """What a scheme is: a frozen description of how one weight is stored and multiplied."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from quanto_hf.fit import Fit
+from quanto_hf.fit import NO_CONTEXT, Context, Fit
 from quanto_hf.ops import TOKEN
-from quanto_hf.qtypes import QType
+from quanto_hf.qtypes import QType, common_names
+from quanto_hf.schemes.stored import Tensors, TensorSpec, Trainable
 
-Tensors = Mapping[str, torch.Tensor]
+# every scheme by its kind, in the order in which names are looked up
+SCHEMES: dict[str, "type[Scheme]"] = {}
 
-# the number types of weights that have a scale for each group
-WITH_SCALES = "int8, int4, int2, float8, nf4 or fp4"
+S = TypeVar("S", bound="type[Scheme]")
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of one stored tensor."""
+def register_scheme(cls: S) -> S:
+    """Class decorator: make a scheme known by its ``kind``, and by the names that it takes."""
+    SCHEMES[cls.kind] = cls
+    return cls
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return prod(self.shape) * self.dtype.itemsize
+def with_scales() -> str:
+    """The number types of weights that have a scale for each group, for errors."""
+    return any_of(common_names())
+
+
+def any_of(values: Sequence[Any]) -> str:
+    """Values in words: "1, 2 or 3"."""
+    return ", ".join(map(str, values[:-1])) + f" or {values[-1]}" if len(values) > 1 else str(values[0])
 
 
 @dataclass(frozen=True)
 class Scheme(ABC):
     """How one weight of shape (..., out_features, in_features) is stored and multiplied.
 
-    Subclasses are frozen dataclasses, hashable, with a ``kind`` that is their name in config.json.
+    Subclasses are frozen dataclasses of JSON types, hashable, with a ``kind`` that is their name in config.json and
+    the decorator :func:`register_scheme`. ``tensors`` in the signatures below are the stored tensors: name -> tensor,
+    with the names, shapes and dtypes of :meth:`tensors`.
     """
 
     kind: ClassVar[str]
+    # names that users may give, for errors and for what shows schemes where none is named; how further ones are spelled
+    examples: ClassVar[tuple[str, ...]] = ()
+    spelling: ClassVar[str] = ""
     # whether rows are quantized each on its own, so that the stored tensors of some rows are rows of those of all
     by_rows: ClassVar[bool] = True
     # the stored tensor that every value of the weight is a multiple of
@@ -50,10 +59,47 @@ class Scheme(ABC):
         says to which side the longer one points."""
         return False
 
+    # ----------------------------------------------------------------------------------------------- names
+
+    @classmethod
+    @abstractmethod
+    def knows(cls, name: str) -> bool:
+        """Whether this is a name of such schemes, with any group size."""
+
+    @classmethod
+    @abstractmethod
+    def named(cls, name: str, group_size: int | None = None, symmetric: bool | None = None) -> "Scheme":
+        """The scheme of a name that the class :meth:`knows`.
+
+        Args:
+            group_size: columns that share a scale, or a code; None is the default of the name.
+            symmetric: whether there is no zero; None is the default of the name.
+
+        Raises:
+            ValueError: the values do not go together.
+        """
+
+    @classmethod
+    @abstractmethod
+    def refuses_group_size(cls, name: str, group_size: Any) -> str | None:
+        """Why no scheme of this name has such groups, in one sentence, or None. ``group_size`` is not None."""
+
+    @abstractmethod
+    def asked(self) -> dict[str, Any]:
+        """``weights``, ``group_size`` and, where it has a choice, ``symmetric``: the arguments of
+        :func:`quanto_hf.schemes.make_scheme` that make this scheme, also those of a QuantoConfig."""
+
     @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
         """Names of the stored tensors, as :meth:`tensors` gives them."""
+
+    @property
+    def float_names(self) -> tuple[str, ...]:
+        """Names of the stored tensors that have the float dtype of the weight."""
+        return ()
+
+    # ----------------------------------------------------------------------------------------------- what it takes
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot be stored, or None."""
@@ -73,7 +119,13 @@ class Scheme(ABC):
 
     def refuses_learning(self) -> str | None:
         """Why scales cannot be trained, in one sentence, or None."""
-        return f"{self} weights have no scales that can be learned; leave out learn_scales, or choose {WITH_SCALES}"
+        return f"{self} weights have no scales that can be learned; leave out learn_scales, or choose {with_scales()}"
+
+    def wants_moments(self, fit: "Fit | str | None" = None) -> bool:
+        """Whether :meth:`quantize` with this fit makes use of ``Context.moment``."""
+        return False
+
+    # ----------------------------------------------------------------------------------------------- stored tensors
 
     @abstractmethod
     def tensors(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorSpec]:
@@ -86,16 +138,85 @@ class Scheme(ABC):
         """
 
     @abstractmethod
-    def quantize(self, weight: torch.Tensor, fit: "Fit | str | None" = None) -> dict[str, torch.Tensor]:
+    def candidates(self, stored: Mapping[str, TensorSpec]) -> list[TensorSpec]:
+        """Shapes and float dtypes that a weight with such stored tensors may have, the most columns first: the inverse
+        of :meth:`tensors`, which the last byte of a row may leave open. Empty if there is none.
+
+        Args:
+            stored: name -> shape and dtype; names may be missing, and anything may be wrong.
+        """
+
+    def weight_of(self, stored: Mapping[str, TensorSpec]) -> TensorSpec | None:
+        """Shape and float dtype of the weight with these stored tensors, or None: they are not those of one."""
+        found = self.candidates(stored)
+        return next((spec for spec in found if self.tensors(spec.shape, spec.dtype) == dict(stored)), None)
+
+    @classmethod
+    def notes(cls, layers: "Mapping[str, tuple[Any, Mapping[str, TensorSpec]]]") -> tuple[str, ...]:
+        """Sentences that a user is told about weights that are to be stored, or are stored, so.
+
+        Args:
+            layers: name of a layer -> its scheme, which is of this class, and its stored tensors.
+        """
+        return ()
+
+    def scaled(self, tensors: Tensors, factor: float) -> dict[str, torch.Tensor] | None:
+        """The stored tensors that change where the weight is multiplied by a power of two, or None: they cannot hold
+        it without a loss."""
+        scale = tensors[self.scale_name]
+        made = scale * factor
+        return {self.scale_name: made} if torch.equal(made / factor, scale) else None
+
+    # ----------------------------------------------------------------------------------------------- making
+
+    @abstractmethod
+    def quantize(
+        self, weight: torch.Tensor, fit: "Fit | str | None" = None, context: Context = NO_CONTEXT
+    ) -> dict[str, torch.Tensor]:
         """The stored tensors of a float weight, on its device.
 
         Args:
             weight: float32, bfloat16 or float16, shape (..., out_features, in_features).
             fit: what finds scale and zero; None is the default of the scheme.
+            context: what is known besides the weight: second moments of the inputs, a seed, who is told of progress.
 
         Raises:
             ValueError: the weight has NaN or infinite values, or no columns.
         """
+
+    def workspace_bytes(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        fit: "Fit | str | None" = None,
+        *,
+        device: str = "cpu",
+        calibrated: bool = False,
+    ) -> int:
+        """Most bytes of temporaries that :meth:`quantize` takes besides the weight, its second moment and the result;
+        0 where that is a few MB.
+
+        Args:
+            shape: of the weight, (out_features, in_features).
+            dtype: of the weight.
+            fit: of :meth:`quantize`.
+            device: type of the device: "cpu", "cuda".
+            calibrated: whether a second moment is given.
+        """
+        return 0
+
+    def work(self, shape: tuple[int, int], calibrated: bool = False) -> float:
+        """How much there is to do to quantize a weight, in a unit of the scheme: for bars of progress."""
+        return float(prod(shape))
+
+    def speed(self, calibrated: bool = False) -> float | None:
+        """How much of :meth:`work` this machine does in a second, measured now; None: so much that it does not
+        count."""
+        return None
+
+    def trainable(self, tensors: Tensors) -> "Trainable | None":
+        """What of a stored weight can be trained by gradient while its codes stay, or None: nothing."""
+        return None
 
     def encode(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
@@ -111,7 +232,11 @@ class Scheme(ABC):
         Raises:
             ValueError: scales do not fit, or the scheme has none.
         """
-        raise ValueError(f"{self} weights have no scales that can be given; choose {WITH_SCALES}")
+        raise ValueError(f"{self} weights have no scales that can be given; choose {with_scales()}")
+
+    def read_scale(self, stored: torch.Tensor) -> torch.Tensor:
+        """The float32 numbers of a stored scale or zero, of schemes whose scales can be learned."""
+        return stored.float()
 
     def fake_quantize(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
@@ -127,6 +252,8 @@ class Scheme(ABC):
             ValueError: as of :meth:`encode`.
         """
         raise ValueError(self.refuses_learning())
+
+    # ----------------------------------------------------------------------------------------------- products
 
     @abstractmethod
     def dequantize(self, tensors: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
@@ -188,13 +315,15 @@ class Scheme(ABC):
         Raises:
             ValueError: the scheme has no such product.
         """
-        raise ValueError(f"{self} weights are not multiplied by expert; choose {WITH_SCALES}")
+        raise ValueError(f"{self} weights are not multiplied by expert; choose {with_scales()}")
 
     def bind_experts(
         self, tensors: Tensors, in_features: int
     ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor | None] | None:
         """``call(x, experts, bias)``, the same as :meth:`expert_linear`; see :meth:`bind`."""
         return None
+
+    # ----------------------------------------------------------------------------------------------- descriptions
 
     def at_ends(self, tensors: Tensors, in_features: int) -> torch.Tensor | None:
         """Which weights have the smallest or the largest code there is, bool of shape (..., out_features, in_features);
@@ -205,9 +334,13 @@ class Scheme(ABC):
         """Bytes of all stored tensors of a weight."""
         return sum(spec.nbytes for spec in self.tensors(shape, dtype).values())
 
-    @abstractmethod
+    def bits(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> float:
+        """Bits per weight, scales and all other stored tensors included."""
+        return 8 * self.nbytes(shape, dtype) / prod(shape)
+
     def to_dict(self) -> dict[str, Any]:
         """A description in JSON types, with ``kind``; :func:`quanto_hf.schemes.scheme_from_dict` reads it."""
+        return {"kind": self.kind, **asdict(self)}
 
     @abstractmethod
     def __str__(self) -> str:

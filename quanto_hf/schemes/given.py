@@ -29,16 +29,17 @@ def encode(scheme: "Grouped", weight: torch.Tensor, scale: torch.Tensor, zero: M
                 f"the {name} of a {scheme} weight of shape {tuple(weight.shape)} has shape {wanted}, but this is {came}"
             )
         if given is not None:
-            result[name] = given.detach().to(weight.device, specs[name].dtype)
-    used = result["scale"].abs() if scheme.signed_scales else result["scale"]
-    if not bool((used > 0).all()) or not all(bool(torch.isfinite(t).all()) for t in result.values()):
+            result[name] = scheme.scale_type.store(given.detach().to(weight.device))
+    read = {name: scheme.scale_type.read(tensor) for name, tensor in result.items()}
+    used = read["scale"].abs() if scheme.signed_scales else read["scale"]
+    if not bool((used > 0).all()) or not all(bool(torch.isfinite(t).all()) for t in read.values()):
         sign = "finite numbers other than 0" if scheme.signed_scales else "positive and finite numbers"
         raise ValueError(f"scales of a {scheme} weight are {sign}, and zeros are finite")
     if not bool(torch.isfinite(weight).all()):
         raise ValueError("the weight has NaN or infinite values, which cannot be quantized")
-    u = weight.detach().float() / _spread(scheme, result["scale"].float(), columns)
-    if "zero" in result:
-        u += _spread(scheme, result["zero"].float(), columns)
+    u = weight.detach().float() / _spread(scheme, read["scale"], columns)
+    if "zero" in read:
+        u += _spread(scheme, read["zero"], columns)
     codes = scheme.grid.encode(u.contiguous(), torch.empty(u.shape, dtype=scheme.type.storage, device=u.device))
     return {"packed": pack(codes, scheme.type.bits), **result}
 

@@ -1,11 +1,13 @@
 """Schemes in which neighbouring columns of a row share a scale: integers, 8-bit floats and tables."""
 
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from quanto_hf.fit import Fit, Grid, fit_by_name
+from quanto_hf.fit import BFLOAT16, FLOAT32, NO_CONTEXT, Context, Fit, Grid, ScaleType, fit_by_name
 from quanto_hf.ops import (
     BoundEmbedding,
     BoundExperts,
@@ -20,12 +22,14 @@ from quanto_hf.ops import (
     groups,
     linear,
     packed_width,
+    row_lengths,
 )
 from quanto_hf.ops.decode import decode_reference
-from quanto_hf.qtypes import QTYPES, QType
-from quanto_hf.schemes.base import Scheme, Tensors, TensorSpec
+from quanto_hf.qtypes import QTYPES, QType, qtype
+from quanto_hf.schemes.base import Scheme, any_of, register_scheme
 from quanto_hf.schemes.given import encode, fake_quantize
-from quanto_hf.schemes.quantizing import quantize_in_blocks, quantize_natively
+from quanto_hf.schemes.quantizing import quantize_weight, workspace_bytes
+from quanto_hf.schemes.stored import Tensors, TensorSpec
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 PER_CHANNEL = -1
@@ -46,21 +50,60 @@ class Grouped(Scheme):
     group_size: int = PER_CHANNEL
     symmetric: bool = True
 
-    qtypes: ClassVar[tuple[str, ...]]
+    # QType.kind of its number types
+    numbers: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if self.qtype not in self.qtypes:
-            raise ValueError(f"{self.qtype!r} is not a type of the {self.kind} scheme; choose {_or(self.qtypes)}")
+        # what is no text cannot even be looked up
+        if not isinstance(self.qtype, str) or self.qtype not in self.qtypes():
+            raise ValueError(
+                f"{self.qtype!r} is not a type of the {self.kind} scheme; choose {any_of(sorted(self.qtypes()))}"
+            )
         # 64.0 is equal to 64, but cuts no tensor; "false" is true
         if type(self.group_size) is not int or self.group_size not in self._group_sizes():
             raise ValueError(
                 f"group_size={self.group_size!r} does not work for {self.qtype} weights; choose "
-                f"{_or(self._group_sizes())} (-1 is one scale for the whole row)"
+                f"{any_of(self._group_sizes())} (-1 is one scale for the whole row)"
             )
         if not isinstance(self.symmetric, bool):
             raise ValueError(f"symmetric={self.symmetric!r} is not known; choose True or False")
         if not self.symmetric and not self._may_have_zero():
             raise ValueError(f"{self.qtype} weights are symmetric: leave out symmetric=False")
+
+    @classmethod
+    def qtypes(cls) -> tuple[str, ...]:
+        """Names of its number types."""
+        return tuple(name for name, kind in QTYPES.items() if kind.kind == cls.numbers)
+
+    @classmethod
+    def knows(cls, name: str) -> bool:
+        """See :class:`Scheme`."""
+        try:
+            return qtype(name).name in cls.qtypes()
+        except ValueError:
+            return False
+
+    @classmethod
+    def named(cls, name: str, group_size: int | None = None, symmetric: bool | None = None) -> "Grouped":
+        """See :class:`Scheme`."""
+        kind = qtype(name)
+        return cls(
+            kind.name,
+            kind.group_size if group_size is None else group_size,
+            kind.symmetric if symmetric is None else symmetric,
+        )
+
+    @classmethod
+    def refuses_group_size(cls, name: str, group_size: Any) -> str | None:
+        """See :class:`Scheme`: a number type of the scheme may have fewer."""
+        sizes = (PER_CHANNEL, *GROUP_SIZES)
+        if group_size in sizes:
+            return None
+        return f"group_size={reprlib.repr(group_size)}; choose one of {', '.join(map(str, sizes))}"
+
+    def asked(self) -> dict[str, Any]:
+        """See :class:`Scheme`."""
+        return {"weights": self.qtype, "group_size": self.group_size, "symmetric": self.symmetric}
 
     @property
     def type(self) -> QType:
@@ -73,9 +116,10 @@ class Grouped(Scheme):
         return Grid(self.type, self.symmetric)
 
     @property
-    def scale_dtype(self) -> torch.dtype:
-        """float32 for the few scales of whole rows; bfloat16, which has the range of float32, for groups."""
-        return torch.float32 if self.group_size == PER_CHANNEL else torch.bfloat16
+    def scale_type(self) -> ScaleType:
+        """How scales and zeros are stored: float32 for the few scales of whole rows; bfloat16, which has the range of
+        float32, for groups."""
+        return FLOAT32 if self.group_size == PER_CHANNEL else BFLOAT16
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,10 +147,20 @@ class Grouped(Scheme):
         """See :class:`Scheme`: all can."""
         return None
 
+    def wants_moments(self, fit: "Fit | str | None" = None) -> bool:
+        """See :class:`Scheme`: as the fit does."""
+        return self.fit_of(fit).wants_moments
+
     def tensors(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorSpec]:
-        """See :class:`Scheme`: ``packed``, ``scale`` and, if asymmetric, ``zero``."""
+        """See :class:`Scheme`.
+
+        Returns:
+            ``packed``: codes, ``QType.storage``, shape (..., rows, ``ops.packing.packed_width(columns, bits)``);
+            ``scale``: ``scale_type.dtype``, shape (..., rows, groups); if asymmetric ``zero``: as ``scale``, in units
+            of codes.
+        """
         *rows, columns = shape
-        scale = TensorSpec((*rows, groups(columns, self.group_size)), self.scale_dtype)
+        scale = TensorSpec((*rows, groups(columns, self.group_size)), self.scale_type.dtype)
         specs = {
             "packed": TensorSpec((*rows, packed_width(columns, self.type.bits)), self.type.storage),
             "scale": scale,
@@ -115,38 +169,59 @@ class Grouped(Scheme):
             specs["zero"] = scale
         return specs
 
+    def candidates(self, stored: Mapping[str, TensorSpec]) -> list[TensorSpec]:
+        """See :class:`Scheme`: the last byte of a row may be partly used. The dtype of the weight is not known."""
+        packed = stored.get("packed")
+        if packed is None or len(packed.shape) < 2:
+            return []
+        widths = row_lengths(packed.shape[-1], self.type.bits)
+        return [TensorSpec((*packed.shape[:-1], columns), torch.bfloat16) for columns in widths]
+
     def default_fit(self) -> Fit:
         """The best fit that needs no data, by KL on the bundled model and cosine on MiniLM; see docs/accuracy.md."""
-        return fit_by_name({8: "absmax", 4: "mse", 2: "mse_gain"}[self.type.bits])
+        return fit_by_name(self.type.fit)
 
-    def quantize(self, weight: torch.Tensor, fit: "Fit | str | None" = None) -> dict[str, torch.Tensor]:
+    def fit_of(self, fit: "Fit | str | None") -> Fit:
+        """The fit of a name; None is the default."""
+        return self.default_fit() if fit is None else fit_by_name(fit)
+
+    def quantize(
+        self, weight: torch.Tensor, fit: "Fit | str | None" = None, context: Context = NO_CONTEXT
+    ) -> dict[str, torch.Tensor]:
         """See :class:`Scheme`. One native pass over the weight, or torch on blocks of rows through reused buffers:
-        about 8 MB beyond the result.
+        about 8 MB beyond the result. A fit that wants second moments sees the whole weight in float32.
         """
-        if weight.dim() < 2 or not weight.is_floating_point():
-            raise ValueError(
-                f"a weight has a float dtype and at least 2 dimensions, "
-                f"but this one has dtype {weight.dtype} and shape {tuple(weight.shape)}"
-            )
-        if weight.shape[-1] == 0:
-            raise ValueError(f"a weight has at least 1 column, but this one has shape {tuple(weight.shape)}")
-        found = self.default_fit() if fit is None else fit_by_name(fit)
-        specs = self.tensors(tuple(weight.shape), weight.dtype)
-        result = {name: torch.empty(s.shape, dtype=s.dtype, device=weight.device) for name, s in specs.items()}
-        columns = weight.shape[-1]
-        if weight.numel() == 0 or weight.device.type == "meta":
-            return result
-        flat = weight.detach().reshape(-1, columns)
-        parts = {name: tensor.view(flat.shape[0], -1) for name, tensor in result.items()}
-        if not quantize_natively(self, flat, found, parts):
-            quantize_in_blocks(self, flat, found, parts)
-        return result
+        return quantize_weight(self, weight, self.fit_of(fit), context)
+
+    def workspace_bytes(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        fit: "Fit | str | None" = None,
+        *,
+        device: str = "cpu",
+        calibrated: bool = False,
+    ) -> int:
+        """See :class:`Scheme`: in torch, as on an accelerator, an upper bound within a few MB. With second moments
+        about what a fit takes that holds the weight, what is left of it, and three moments, in float32."""
+        return workspace_bytes(self, shape, self.fit_of(fit), device, calibrated)
+
+    def scaled(self, tensors: Tensors, factor: float) -> dict[str, torch.Tensor] | None:
+        """See :class:`Scheme`."""
+        kind, scale = self.scale_type, tensors["scale"]
+        made = kind.store(kind.read(scale) * factor)
+        exact = torch.equal(kind.read(made) / factor, kind.read(scale))
+        return {"scale": made} if exact else None
 
     def encode(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """See :class:`Scheme`."""
         return encode(self, weight, scale, zero)
+
+    def read_scale(self, stored: torch.Tensor) -> torch.Tensor:
+        """See :class:`Scheme`."""
+        return self.scale_type.read(stored)
 
     def fake_quantize(
         self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
@@ -156,21 +231,19 @@ class Grouped(Scheme):
 
     def dequantize(self, tensors: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`Scheme`."""
-        packed = tensors["packed"]
-        flat = {name: tensor.reshape(-1, tensor.shape[-1]) for name, tensor in tensors.items()}
-        args = (flat["packed"], flat["scale"], flat.get("zero"), self.qtype, self.group_size, in_features, dtype)
+        lead = tensors["packed"].shape[:-1]
+        flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in self._operands(tensors)]
         op = dequantize.torch_op if torch.compiler.is_compiling() else dequantize
-        weight: torch.Tensor = op(*args)
-        return weight.view(*packed.shape[:-1], in_features)
+        weight: torch.Tensor = op(*flat, self.qtype, self.group_size, in_features, dtype)
+        return weight.view(*lead, in_features)
 
     def linear(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
         """See :class:`Scheme`."""
-        return linear(x, tensors["packed"], tensors["scale"], tensors.get("zero"), bias, self.qtype, self.group_size)
+        return linear(x, *self._operands(tensors), bias, self.qtype, self.group_size)
 
     def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """See :class:`Scheme`."""
-        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
-        return embedding(index, packed, scale, zero, self.qtype, self.group_size, in_features, dtype)
+        return embedding(index, *self._operands(tensors), self.qtype, self.group_size, in_features, dtype)
 
     def bind(
         self,
@@ -180,25 +253,27 @@ class Grouped(Scheme):
         x_scale: torch.Tensor | None = None,
     ) -> BoundLinear | None:
         """See :class:`Scheme`."""
-        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
-        return bind_linear(packed, scale, zero, self.qtype, self.group_size, in_features, activations, x_scale)
+        if not self.has_kernels:
+            return None
+        return bind_linear(*self._operands(tensors), self.qtype, self.group_size, in_features, activations, x_scale)
 
     def bind_rows(self, tensors: Tensors, in_features: int) -> BoundEmbedding | None:
         """See :class:`Scheme`."""
-        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
-        return bind_embedding(packed, scale, zero, self.qtype, self.group_size, in_features)
+        if not self.has_kernels:
+            return None
+        return bind_embedding(*self._operands(tensors), self.qtype, self.group_size, in_features)
 
     def expert_linear(
         self, x: torch.Tensor, experts: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """See :class:`Scheme`."""
-        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
-        return expert_linear(x, experts, packed, scale, zero, bias, self.qtype, self.group_size)
+        return expert_linear(x, experts, *self._operands(tensors), bias, self.qtype, self.group_size)
 
     def bind_experts(self, tensors: Tensors, in_features: int) -> BoundExperts | None:
         """See :class:`Scheme`."""
-        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
-        return bind_experts(packed, scale, zero, self.qtype, self.group_size, in_features)
+        if not self.has_kernels:
+            return None
+        return bind_experts(*self._operands(tensors), self.qtype, self.group_size, in_features)
 
     def at_ends(self, tensors: Tensors, in_features: int) -> torch.Tensor:
         """See :class:`Scheme`."""
@@ -212,18 +287,23 @@ class Grouped(Scheme):
         """See :class:`Scheme`."""
         return activation_group(self.type, activations)
 
-    def to_dict(self) -> dict[str, Any]:
-        """See :class:`Scheme`."""
-        return {
-            "kind": self.kind,
-            "qtype": self.qtype,
-            "group_size": self.group_size,
-            "symmetric": self.symmetric,
-        }
-
     def __str__(self) -> str:
         group = "" if self.group_size == PER_CHANNEL else f" g{self.group_size}"
         return f"{self.qtype}{group}{'' if self.symmetric else ' asym'}"
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether kernels for one device may read the stored tensors where they lie: codes that they know, and scales
+        that are floats."""
+        return self.type.native is not None and self.scale_type.is_float
+
+    def _operands(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes, scales and zeros as kernels read them: scales are floats there."""
+        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
+        if self.scale_type.is_float:
+            return packed, scale, zero
+        read = self.scale_type.read
+        return packed, read(scale), None if zero is None else read(zero)
 
     def _group_sizes(self) -> tuple[int, ...]:
         return (PER_CHANNEL, *GROUP_SIZES)
@@ -232,35 +312,48 @@ class Grouped(Scheme):
         return False
 
 
+@register_scheme
 @dataclass(frozen=True)
 class Affine(Grouped):
     """Integers: w = code * scale, or (code - zero) * scale. int8 is symmetric only."""
 
     kind: ClassVar[str] = "affine"
-    qtypes: ClassVar[tuple[str, ...]] = ("int2", "int4", "int8")
+    numbers: ClassVar[str] = "int"
 
     def _may_have_zero(self) -> bool:
         return self.type.is_packed
 
 
+@register_scheme
 @dataclass(frozen=True)
 class Float8(Grouped):
     """8-bit floats times one scale per row: w = float(code) * scale."""
 
     kind: ClassVar[str] = "float8"
-    qtypes: ClassVar[tuple[str, ...]] = ("float8_e4m3fn", "float8_e5m2")
+    numbers: ClassVar[str] = "float"
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether kernels for one device may read the stored tensors where they lie: codes that they know, and scales
+        that are floats."""
+        return self.type.native is not None and self.scale_type.is_float
+
+    def _operands(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes, scales and zeros as kernels read them: scales are floats there."""
+        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
+        if self.scale_type.is_float:
+            return packed, scale, zero
+        read = self.scale_type.read
+        return packed, read(scale), None if zero is None else read(zero)
 
     def _group_sizes(self) -> tuple[int, ...]:
         return (PER_CHANNEL,)
 
 
+@register_scheme
 @dataclass(frozen=True)
 class Lookup(Grouped):
     """A table of 16 values times a scale: w = table[code] * scale, for nf4 and fp4."""
 
     kind: ClassVar[str] = "lookup"
-    qtypes: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
-
-
-def _or(values: tuple[Any, ...]) -> str:
-    return ", ".join(map(str, values[:-1])) + f" or {values[-1]}" if len(values) > 1 else str(values[0])
+    numbers: ClassVar[str] = "table"

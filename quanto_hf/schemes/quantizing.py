@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quanto_hf.fit import Fit, native_fit
+from quanto_hf.fit import Context, Fit, native_fit
 from quanto_hf.ops import dequantize, pack
 from quanto_hf.ops.cpu.library import NATIVE
 from quanto_hf.ops.cpu.quantize import native_quantize, refuses_quantize
@@ -23,6 +23,49 @@ BLOCK_VALUES = 1 << 18
 # The native way may end this much farther from the weight than torch, in all: searches break ties differently, which
 # moves the error by less than 0.1 % (tests/ops/cpu/test_quantize.py).
 MORE_ERROR = 0.02
+NOT_FINITE = "the weight has NaN or infinite values, which cannot be quantized"
+# The error of a weight is measured on 64 rows, in three float32 tensors.
+ERROR_ROWS, ERROR_BYTES = 64, 12
+# Making the lookup table of nf4 or fp4, once per device.
+TABLE_BYTES = 20 << 20
+
+
+def quantize_weight(scheme: "Grouped", weight: torch.Tensor, fit: Fit, context: Context) -> Parts:
+    """See :meth:`quanto_hf.schemes.Scheme.quantize`."""
+    if weight.dim() < 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"a weight has a float dtype and at least 2 dimensions, "
+            f"but this one has dtype {weight.dtype} and shape {tuple(weight.shape)}"
+        )
+    if weight.shape[-1] == 0:
+        raise ValueError(f"a weight has at least 1 column, but this one has shape {tuple(weight.shape)}")
+    specs = scheme.tensors(tuple(weight.shape), weight.dtype)
+    result = {name: torch.empty(s.shape, dtype=s.dtype, device=weight.device) for name, s in specs.items()}
+    columns = weight.shape[-1]
+    if weight.numel() == 0 or weight.device.type == "meta":
+        return result
+    flat = weight.detach().reshape(-1, columns)
+    parts = {name: tensor.view(flat.shape[0], -1) for name, tensor in result.items()}
+    if not (
+        (fit.wants_moments and quantize_whole(scheme, flat, fit, parts, context))
+        or quantize_natively(scheme, flat, fit, parts)
+    ):
+        quantize_in_blocks(scheme, flat, fit, parts)
+    return result
+
+
+def workspace_bytes(scheme: "Grouped", shape: tuple[int, int], fit: Fit, device: str, calibrated: bool) -> int:
+    """See :meth:`quanto_hf.schemes.Scheme.workspace_bytes`."""
+    rows, columns = shape
+    if not rows or not columns:
+        return 0
+    if calibrated and fit.wants_moments:
+        return 12 * rows * columns + 24 * columns**2
+    if device == "cpu":
+        return 0
+    block = min(rows, max(1, BLOCK_VALUES // columns)) * columns
+    table = TABLE_BYTES if scheme.type.kind == "table" else 0
+    return fit.block_bytes * block + ERROR_BYTES * min(rows, ERROR_ROWS) * columns + table
 
 
 def quantize_natively(scheme: "Grouped", rows: torch.Tensor, fit: Fit, out: Parts) -> bool:
@@ -38,6 +81,8 @@ def quantize_natively(scheme: "Grouped", rows: torch.Tensor, fit: Fit, out: Part
         False: it cannot, or it is wrong on this machine, or the weight has values that are not finite. What is in
         ``out`` then means nothing.
     """
+    if not scheme.has_kernels:
+        return False
     if refuses_quantize(rows, out, scheme.group_size) is not None:
         return False
     assert NATIVE is not None
@@ -61,6 +106,31 @@ def quantize_in_blocks(scheme: "Grouped", rows: torch.Tensor, fit: Fit, out: Par
             _quantize_rows(scheme, rows[start : start + step], fit, block)
 
 
+def quantize_whole(scheme: "Grouped", rows: torch.Tensor, fit: Fit, out: Parts, context: Context) -> bool:
+    """Quantize all rows at once with a fit that chooses codes by second moments.
+
+    Returns:
+        False: it leaves the codes to the other ways.
+
+    Raises:
+        ValueError: the weight, or a scale that the fit has found, has NaN or infinite values.
+    """
+    values = rows.float()
+    if not torch.isfinite(values).all():
+        raise ValueError(NOT_FINITE)
+    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+        found = fit.round_rows(values, scheme.grid, scheme.scale_type, scheme.group_size, context)
+    if found is None:
+        return False
+    if not torch.isfinite(found.scale).all():
+        raise ValueError(f"fit={fit!r} has found scales that are NaN or infinite")
+    out["packed"].copy_(pack(found.codes, scheme.type.bits))
+    for name, numbers in (("scale", found.scale), ("zero", found.zero)):
+        if numbers is not None:
+            out[name].copy_(scheme.scale_type.store(numbers))
+    return True
+
+
 def _quantize_rows(scheme: "Grouped", rows: torch.Tensor, fit: Fit, out: Parts) -> None:
     """Quantize a block of rows into views of the result."""
     n, columns = rows.shape
@@ -72,14 +142,14 @@ def _quantize_rows(scheme: "Grouped", rows: torch.Tensor, fit: Fit, out: Parts) 
         # (rows * groups, columns of a group): what shares a scale is a row
         part = values[:, cut].unflatten(1, (which.stop - which.start, -1))
         width = part.shape[-1]
-        scale, zero = fit(part.reshape(-1, width), scheme.grid, scheme.scale_dtype)
+        scale, zero = fit(part.reshape(-1, width), scheme.grid, scheme.scale_type)
         if not torch.isfinite(scale).all():
-            raise ValueError("the weight has NaN or infinite values, which cannot be quantized")
-        out["scale"][:, which] = scale.view(n, -1)
+            raise ValueError(NOT_FINITE)
+        out["scale"][:, which] = scheme.scale_type.store(scale.view(n, -1))
         u = scratch("scaled", tuple(part.shape), torch.float32, rows.device)
         torch.div(part, scale.view(n, -1, 1), out=u)
         if zero is not None:
-            out["zero"][:, which] = zero.view(n, -1)
+            out["zero"][:, which] = scheme.scale_type.store(zero.view(n, -1))
             u += zero.view(n, -1, 1)
         scheme.grid.encode(u, codes[:, cut].unflatten(1, (which.stop - which.start, -1)))
     if scheme.type.is_packed:

@@ -3,8 +3,6 @@
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,12 +16,6 @@ COMMANDS = ("demo", "quantize", "inspect", "plan", "eval", "kernels", "bench lin
 
 def run(*words: str):
     return CliRunner().invoke(app, list(words))
-
-
-def shell(*words: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env={**os.environ, **env}, timeout=120, check=False
-    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -57,29 +49,28 @@ def test_an_error_is_a_sentence_on_stderr_and_exits_with_1():
     assert result.stderr == "error: /nowhere is not a model: it has no config.json\n"
 
 
-def test_debug_shows_the_traceback_wherever_it_stands():
-    result = shell("-m", "quanto_hf", "inspect", "/nowhere", "--debug")
+def test_debug_shows_the_traceback_wherever_it_stands(done):
+    result = done["debug"]
     assert result.returncode == 1
     assert "Traceback" in result.stderr and "CheckpointError" in result.stderr
 
 
-def test_as_a_module_without_debug_there_is_no_traceback():
-    result = shell("-m", "quanto_hf", "inspect", "/nowhere", QUANTO_HF_DEBUG="0")
+def test_as_a_module_without_debug_there_is_no_traceback(done):
+    result = done["no debug"]
     assert (result.returncode, result.stderr) == (1, "error: /nowhere is not a model: it has no config.json\n")
 
 
-@pytest.mark.parametrize("words", [("kernels",), ("--version",)], ids=" ".join)
-def test_a_level_of_instructions_that_there_is_not_is_one_sentence(words):
-    result = shell("-m", "quanto_hf", *words, QUANTO_HF_CPU="nonsense")
+@pytest.mark.parametrize("word", ["kernels", "--version"])
+def test_a_level_of_instructions_that_there_is_not_is_one_sentence(word, done):
+    result = done[f"no such level: {word}"]
     (line,) = result.stderr.splitlines()
     assert (result.returncode, result.stdout) == (2, "")
     assert line.startswith("error: QUANTO_HF_CPU='nonsense' is not a level") and line.endswith("torch")
 
 
 @pytest.mark.parametrize("module", ["typer", "rich"])
-def test_without_typer_or_rich_one_sentence_says_what_to_install(module):
-    code = f"import sys; sys.modules[{module!r}] = None; from quanto_hf.cli import main; main()"
-    result = shell("-c", code)
+def test_without_typer_or_rich_one_sentence_says_what_to_install(module, done):
+    result = done[f"without {module}"]
     assert result.returncode == 1
     assert result.stderr == 'the command line needs typer and rich: pip install "quanto-hf[cli]"\n'
 

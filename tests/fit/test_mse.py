@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quanto_hf.fit import Minmax, Mse
+from quanto_hf.fit import BFLOAT16, FLOAT32, Minmax, Mse, ScaleType
 from quanto_hf.fit.grid import Grid
 from quanto_hf.qtypes import QTYPES
 from quanto_hf.schemes import make_scheme
@@ -13,10 +13,10 @@ from quanto_hf.schemes import make_scheme
 GRIDS = {kind.name: Grid(kind) for kind in QTYPES.values()}
 GRIDS |= {f"{name}-asym": Grid(QTYPES[name], symmetric=False) for name in ("int2", "int4")}
 every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["scale32", "scale16"])
+dtypes = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=["scale32", "scale16"])
 
 
-def error(fit, values: torch.Tensor, grid: Grid, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def error(fit, values: torch.Tensor, grid: Grid, dtype: ScaleType = BFLOAT16) -> torch.Tensor:
     """Norm of the error of each group, in float64."""
     scale, zero = fit(values, grid, dtype)
     offset = 0.0 if zero is None else zero.double()
@@ -54,7 +54,7 @@ def test_gaussian_weights_lose_less_than_with_the_full_range(name: str, gain: fl
     shift=st.sampled_from([0.0, 1.0, -3.0]),
 )
 @settings(max_examples=100, deadline=None)
-def test_no_group_is_worse_than_with_the_full_range(grid: Grid, dtype: torch.dtype, values: list[float], shift: float):
+def test_no_group_is_worse_than_with_the_full_range(grid: Grid, dtype: ScaleType, values: list[float], shift: float):
     group = torch.tensor(values)[None] + shift
     # the search compares errors in float32, relative to values of up to this size
     slack = 1e-6 * group.norm()
@@ -64,7 +64,7 @@ def test_no_group_is_worse_than_with_the_full_range(grid: Grid, dtype: torch.dty
 @every_grid
 @dtypes
 @pytest.mark.parametrize("tail", [1.0, 3.0, 8.0], ids="tail{:g}".format)
-def test_no_group_with_outliers_is_worse_than_with_the_full_range(grid: Grid, dtype: torch.dtype, tail: float):
+def test_no_group_with_outliers_is_worse_than_with_the_full_range(grid: Grid, dtype: ScaleType, tail: float):
     values = torch.randn(500, 64)
     values = values.sign() * values.abs().pow(tail)
     mse, minmax = error(Mse(), values, grid, dtype), error(Minmax(), values, grid, dtype)

@@ -55,7 +55,7 @@ def test_an_error_leaves_nothing_behind(store, monkeypatch):
     def fails(*args):
         raise OSError("full")
 
-    monkeypatch.setattr("quanto_hf.flow.layer_store.os.replace", fails)
+    monkeypatch.setattr("quanto_hf.io.safe_files.os.replace", fails)
     with pytest.raises(OSError, match="full"):
         store.write("c", "x", TENSORS)
     assert [path.name for path in store.folder.iterdir()] == [store.path("a.b").name]

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from quanto_hf.io import OffloadFolder, offload_folder, read_headers
+from quanto_hf.io.safe_files import TEMPORARY
 from quanto_hf.schemes import TensorSpec
 
 TENSORS = {
@@ -144,7 +145,7 @@ def test_other_things_in_the_folder_stay(tmp_path):
     (tmp_path / "index.json").write_text("{}")
     (tmp_path / "model.weight.dat").write_bytes(b"1234")
     (tmp_path / "quanto_hf-0123456789abcdef").mkdir()
-    (tmp_path / "quanto_hf-0123456789abcdef" / ".tmp-weights").write_bytes(b"5678")
+    (tmp_path / "quanto_hf-0123456789abcdef" / f"{TEMPORARY}weights").write_bytes(b"5678")
     before = contents(tmp_path)
     fill(tmp_path)
     assert contents(tmp_path).items() >= before.items()
@@ -231,7 +232,7 @@ def test_what_a_killed_writer_has_left_is_removed_without_a_warning(shards, tmp_
     fill(tmp_path)
     good = contents(entry(tmp_path))
     (entry(tmp_path) / "index.json").unlink()
-    (entry(tmp_path) / ".tmp-weights-00009-of-00009.safetensors").write_bytes(b"half")
+    (entry(tmp_path) / f"{TEMPORARY}weights-00009-of-00009.safetensors").write_bytes(b"half")
     (entry(tmp_path) / "weights-00008-of-00009.safetensors").write_bytes(b"half")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -290,7 +291,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_made(tmp_path, monk
 def test_what_a_killed_writer_has_left_does_not_count_as_used_space(tmp_path, monkeypatch):
     path = OffloadFolder(tmp_path, SETTINGS, SPECS).path
     path.mkdir()
-    (path / ".tmp-weights-00001-of-00001.safetensors").write_bytes(bytes(127))
+    (path / f"{TEMPORARY}weights-00001-of-00001.safetensors").write_bytes(bytes(127))
 
     def free(_):
         return usage(0 if path.exists() and list(path.iterdir()) else 127)(_)

@@ -158,7 +158,7 @@ def test_the_gradient_of_a_signed_scale_is_that_of_its_numbers(weights, group_si
     layer.learn_scales()
     with torch.no_grad():
         # some values are beyond the ends
-        layer.learned_scale.mul_(0.7).copy_(layer.learned_scale.to(scheme.scale_dtype))
+        layer.learned_scale.mul_(0.7).copy_(layer.learned_scale.to(scheme.scale_type.dtype))
     x, grad = torch.randn(9, K), torch.randn(9, N)
     layer(x).backward(grad)
     size = scheme.group_size if scheme.group_size > 0 else K

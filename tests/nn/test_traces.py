@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,9 @@ class First(nn.Module):
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 LOADED = """
 import sys, torch
-model, (args, wanted) = torch.jit.load(sys.argv[1]), torch.load(sys.argv[2])
-assert torch.equal(model(*args), wanted)
+for folder in sys.argv[1:]:
+    model, (args, wanted) = torch.jit.load(folder + "/model.pt"), torch.load(folder + "/case.pt")
+    assert torch.equal(model(*args), wanted), folder
 assert "quanto_hf" not in sys.modules
 """
 
@@ -190,29 +192,31 @@ def small_model(name: str) -> tuple[nn.Module, Any, Any]:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")  # of transformers itself
-@pytest.mark.parametrize("name", ["bert", "vit"])
-@pytest.mark.parametrize(
-    "weights, activations", [("nf4", None), ("float8", "int8"), ("int4", "float8"), ("int8", None)]
-)
-def test_a_traced_model_is_saved_and_loaded_without_this_library(
-    name: str, weights: str, activations: str | None, tmp_path: Path
-):
-    model, first, other = small_model(name)
-    quanto_hf.quantize(model.eval(), weights=weights, activations=activations)
-    quanto_hf.freeze(model)
-    whole = First(model)
-    traced: Any = torch.jit.trace(whole, first)
-    with torch.no_grad():
-        made = traced(*other)
-        torch.testing.assert_close(made, whole(*other), rtol=1e-4, atol=1e-5)
-    torch.jit.save(traced, tmp_path / "model.pt")
-    torch.save((other, made), tmp_path / "case.pt")
-    run = [sys.executable, "-c", LOADED, str(tmp_path / "model.pt"), str(tmp_path / "case.pt")]
+def test_traced_models_are_saved_and_loaded_without_this_library(tmp_path: Path):
+    folders = []
+    for name, (weights, activations) in product(
+        ("bert", "vit"), [("nf4", None), ("float8", "int8"), ("int4", "float8"), ("int8", None)]
+    ):
+        folder = tmp_path / f"{name}-{weights}-{activations}"
+        folder.mkdir()
+        model, first, other = small_model(name)
+        quanto_hf.quantize(model.eval(), weights=weights, activations=activations)
+        quanto_hf.freeze(model)
+        whole = First(model)
+        traced: Any = torch.jit.trace(whole, first)
+        with torch.no_grad():
+            made = traced(*other)
+            torch.testing.assert_close(made, whole(*other), rtol=1e-4, atol=1e-5)
+        torch.jit.save(traced, folder / "model.pt")
+        torch.save((other, made), folder / "case.pt")
+        # the codes are saved, and not float weights
+        stored = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        assert (folder / "model.pt").stat().st_size < stored + 150_000, folder.name
+        folders.append(str(folder))
+    # one process for all of them: to import torch takes longer than to run a model
+    run = [sys.executable, "-c", LOADED, *folders]
     done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    # the codes are saved, and not float weights
-    stored = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    assert (tmp_path / "model.pt").stat().st_size < stored + 150_000
 
 
 def test_a_layer_that_cannot_be_traced_says_so():

@@ -31,8 +31,10 @@ KINDS = {
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 # Out and in features: a single weight, odd numbers with short last groups, and what torch's int8 product takes.
-SHAPES = {"N1-K1": (1, 1), "N5-K77": (5, 77), "N67-K144": (67, 144)}
-every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+SHAPES = [(1, 1), (5, 77), (67, 144)]
+# Rows of x: both sides of the borders at which another kernel takes over.
+ROWS = [1, 2, 7, 8, 9, 17, 33, 128, 512]
+LEADS = [(), (0,), (5,), (2, 0), (2, 9), (2, 1, 3)]
 
 
 def make_weight(kind: tuple[str, int, bool], rows: int, columns: int, size: float = 0.02) -> tuple[Any, ...]:
@@ -77,6 +79,11 @@ def check(made: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bias: torch.Tens
     assert (error <= bound).all(), f"error {error.max():.3g}, {(error / bound).max():.3g} times the bound"
 
 
+def turn_of(kind: tuple[str, int, bool], dtype: torch.dtype) -> int:
+    """Where a combination begins in a list of cases of which it meets some: the next one begins one further."""
+    return list(KINDS.values()).index(kind) + list(FLOATS.values()).index(dtype)
+
+
 def every_way(args: tuple[Any, ...]) -> dict[str, Any]:
     """All that can run these arguments."""
     ways = {kernel.name: kernel.run for kernel in linear_op.kernels if kernel.refuses(*args) is None}
@@ -85,15 +92,15 @@ def every_way(args: tuple[Any, ...]) -> dict[str, Any]:
 
 @every_kind
 @every_float
-@every_shape
-@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 17, 33, 128, 512], ids="M{}".format)
-def test_every_kernel_multiplies_as_float64_does(m: int, shape: tuple[int, int], dtype: torch.dtype, kind):
-    n, k = shape
-    weight, x = make_weight(kind, n, k), torch.randn(m, k).to(dtype)
-    bias = torch.randn(n).to(dtype) if m % 2 else None
-    args = (x, *weight[:3], bias, *weight[3:])
-    for run in every_way(args).values():
-        check(run(*args), x, dense(weight, k).T, bias)
+def test_every_kernel_multiplies_as_float64_does(dtype: torch.dtype, kind):
+    # Three of the nine numbers of rows for each shape, so that over the dtypes each kind meets all of them.
+    for turn, (n, k) in enumerate(SHAPES, turn_of(kind, dtype)):
+        weight = make_weight(kind, n, k)
+        for m in (ROWS[(turn + step) % 9] for step in (0, 3, 6)):
+            x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype) if m % 2 else None
+            args = (x, *weight[:3], bias, *weight[3:])
+            for run in every_way(args).values():
+                check(run(*args), x, dense(weight, k).T, bias)
 
 
 @pytest.mark.parametrize("m, k", [(8, 144), (1, 16), (9, 144), (8, 140), (8, 77)], ids=str)
@@ -113,15 +120,16 @@ def test_torchs_int8_product_knows_no_zero():
 
 @every_kind
 @every_float
-@pytest.mark.parametrize("lead", [(), (0,), (2, 0), (2, 9), (2, 1, 3)], ids=str)
-def test_an_input_may_have_any_leading_shape(lead: tuple[int, ...], dtype: torch.dtype, kind):
-    weight, x = make_weight(kind, 5, 48), torch.randn(*lead, 48).to(dtype)
-    bias = torch.randn(5).to(dtype)
-    args = (x, *weight[:3], bias, *weight[3:])
-    for run in every_way(args).values():
-        made = run(*args)
-        assert made.shape == (*lead, 5) and made.dtype == dtype and made.is_contiguous()
-        check(made.view(-1, 5), x.view(-1, 48), dense(weight, 48).T, bias)
+def test_an_input_may_have_any_leading_shape(dtype: torch.dtype, kind):
+    weight, bias, turn = make_weight(kind, 5, 48), torch.randn(5).to(dtype), turn_of(kind, dtype)
+    # over the dtypes each kind meets all of them
+    for lead in (LEADS[(turn + step) % 6] for step in (0, 3)):
+        x = torch.randn(*lead, 48).to(dtype)
+        args = (x, *weight[:3], bias, *weight[3:])
+        for run in every_way(args).values():
+            made = run(*args)
+            assert made.shape == (*lead, 5) and made.dtype == dtype and made.is_contiguous()
+            check(made.view(-1, 5), x.view(-1, 48), dense(weight, 48).T, bias)
 
 
 @every_kind
@@ -171,13 +179,13 @@ def test_blocks_of_rows_join_without_a_seam(block_bytes: int, dtype: torch.dtype
 
 @every_kind
 @every_float
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_number_of_threads_gives_the_product(threads: int, dtype: torch.dtype, kind):
-    torch.set_num_threads(threads)
+def test_any_number_of_threads_gives_the_product(dtype: torch.dtype, kind):
     weight, x = make_weight(kind, 67, 144), torch.randn(5, 144).to(dtype)
     args = (x, *weight[:3], None, *weight[3:])
-    for run in every_way(args).values():
-        check(run(*args), x, dense(weight, 144).T)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for run in every_way(args).values():
+            check(run(*args), x, dense(weight, 144).T)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -200,14 +208,15 @@ def test_python_threads_do_not_write_into_each_others_buffers(dtype: torch.dtype
 
 @every_kind
 @every_float
-@pytest.mark.parametrize("lead", [(), (0,), (5,), (2, 3)], ids=str)
-def test_gradients_are_those_of_a_dense_linear(lead: tuple[int, ...], dtype: torch.dtype, kind):
-    weight = make_weight(kind, 7, 48)
-    x, bias = torch.randn(*lead, 48).to(dtype).requires_grad_(), torch.randn(7).to(dtype).requires_grad_()
-    grad = torch.randn(*lead, 7).to(dtype)
-    linear(x, *weight[:3], bias, *weight[3:]).backward(grad)
-    check(x.grad.view(-1, 48), grad.view(-1, 7), dense(weight, 48))
-    check(bias.grad, torch.ones(grad.view(-1, 7).shape[0]), grad.view(-1, 7))
+def test_gradients_are_those_of_a_dense_linear(dtype: torch.dtype, kind):
+    weight, turn = make_weight(kind, 7, 48), turn_of(kind, dtype)
+    # over the dtypes each kind meets all of them
+    for lead in (LEADS[(turn + step) % 6] for step in (0, 3)):
+        x, bias = torch.randn(*lead, 48).to(dtype).requires_grad_(), torch.randn(7).to(dtype).requires_grad_()
+        grad = torch.randn(*lead, 7).to(dtype)
+        linear(x, *weight[:3], bias, *weight[3:]).backward(grad)
+        check(x.grad.view(-1, 48), grad.view(-1, 7), dense(weight, 48))
+        check(bias.grad, torch.ones(grad.view(-1, 7).shape[0]), grad.view(-1, 7))
 
 
 @pytest.mark.parametrize("wanted", ["x", "bias"])

@@ -59,7 +59,7 @@ def test_gradients_are_those_of_learned_step_sizes(weights):
     weight = torch.randn(ROWS, COLUMNS)
     scheme, scale, zero = found(weights, weight)
     # some values are beyond the ends
-    scale = (scale * 0.7).to(scheme.scale_dtype).float()
+    scale = (scale * 0.7).to(scheme.scale_type.dtype).float()
     inputs = [t.clone().requires_grad_() for t in (weight, scale, zero) if t is not None]
     grad = torch.randn(ROWS, COLUMNS)
     made = scheme.fake_quantize(*inputs)

@@ -39,7 +39,7 @@ def test_a_wrong_quantizer_is_reported_once_and_never_used(qtype, fit, scale, mo
         finite = right(rows, packed, scales, *rest)
         n, k, group = rest[4], rest[5], rest[7]
         count = n * (-(-k // group) if group else 1)
-        tensor = torch.empty(0, dtype=scheme.scale_dtype)
+        tensor = torch.empty(0, dtype=scheme.scale_type.dtype)
         tensor.set_(_memory(scales, count * tensor.element_size()).untyped_storage(), 0, (count,))
         tensor.mul_(scale)
         return finite

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,7 @@ import torch.nn.functional as F
 
 from quanto_hf.qtypes import QTYPES
 from quanto_hf.schemes import (
-    DEFAULTS,
     GROUP_SIZES,
-    GROUPED,
     Affine,
     Float8,
     Lookup,
@@ -26,8 +25,8 @@ from quanto_hf.schemes import (
 
 EVERY = [
     cls(name, group_size, symmetric)
-    for cls in GROUPED
-    for name in cls.qtypes
+    for cls in (Affine, Float8, Lookup)
+    for name in cls.qtypes()
     for group_size in ((-1,) if cls is Float8 else (-1, *GROUP_SIZES))
     for symmetric in ((True, False) if name in ("int2", "int4") else (True,))
 ]
@@ -36,7 +35,6 @@ DEFAULT = [make_scheme(name) for name in QTYPES]
 default_scheme = pytest.mark.parametrize("scheme", DEFAULT, ids=lambda s: str(s).replace(" ", "-"))
 
 SHAPES = [(1, 1), (1, 5), (3, 200), (2, 3, 77), (0, 5), (4, 2880)]
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The largest error of a value when the full range is on the grid, in units of the largest value: half the widest gap
 # between two numbers; a whole step for int2 and int4, whose symmetric grids end a step earlier on one side.
@@ -52,8 +50,26 @@ LARGEST_ERROR = {
 every_float = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 
 
-@every_scheme
-@every_shape
+def kind(scheme: Scheme) -> tuple[str, bool]:
+    return scheme.qtype, scheme.symmetric
+
+
+def in_turn(name: str, cases: list[Any]) -> pytest.MarkDecorator:
+    """Two of the cases for each scheme, so that over its group sizes, which behave alike, each kind of number meets all
+    of them. A kind of number with a single scheme meets all of them there."""
+    pairs = []
+    for first in dict.fromkeys(map(kind, EVERY)):
+        schemes = [scheme for scheme in EVERY if kind(scheme) == first]
+        each = max(2, -(-len(cases) // len(schemes)))
+        pairs += [(s, cases[(each * i + j) % len(cases)]) for i, s in enumerate(schemes) for j in range(each)]
+    ids = [f"{scheme}-{case}".replace(" ", "") for scheme, case in pairs]
+    return pytest.mark.parametrize(f"scheme, {name}", pairs, ids=ids)
+
+
+shapes_in_turn = in_turn("shape", SHAPES)
+
+
+@shapes_in_turn
 def test_quantize_makes_exactly_the_tensors_that_the_scheme_announced(scheme: Scheme, shape: tuple[int, ...]):
     for dtype in FLOATS.values():
         made, announced = scheme.quantize(torch.randn(shape).to(dtype)), scheme.tensors(shape, dtype)
@@ -64,8 +80,7 @@ def test_quantize_makes_exactly_the_tensors_that_the_scheme_announced(scheme: Sc
         assert scheme.nbytes(shape, dtype) == sum(tensor.nbytes for tensor in made.values())
 
 
-@every_scheme
-@every_shape
+@shapes_in_turn
 def test_what_was_quantized_comes_back_in_its_shape_and_near(scheme: Scheme, shape: tuple[int, ...]):
     weight = torch.randn(shape)
     tensors = scheme.quantize(weight)
@@ -78,16 +93,14 @@ def test_what_was_quantized_comes_back_in_its_shape_and_near(scheme: Scheme, sha
     assert (made - weight).norm() <= 1.01 * LARGEST_ERROR[scheme.qtype] * largest * weight.numel() ** 0.5
 
 
-@every_scheme
-@every_shape
+@shapes_in_turn
 def test_leading_dimensions_are_quantized_like_rows(scheme: Scheme, shape: tuple[int, ...]):
     weight = torch.randn(shape)
     tensors, flat = scheme.quantize(weight), scheme.quantize(weight.view(-1, shape[-1]))
     assert all(torch.equal(tensors[name].flatten(0, -2), flat[name]) for name in flat)
 
 
-@every_scheme
-@pytest.mark.parametrize("index", [[2, 0, 2], [[1, 3], [0, 0]], [], 3], ids=["1d", "2d", "empty", "0d"])
+@in_turn("index", [[2, 0, 2], [[1, 3], [0, 0]], [], 3])
 def test_rows_are_those_of_the_whole_weight(scheme: Scheme, index):
     tensors, chosen = scheme.quantize(torch.randn(4, 77)), torch.tensor(index, dtype=torch.long)
     for dtype in FLOATS.values():
@@ -95,8 +108,7 @@ def test_rows_are_those_of_the_whole_weight(scheme: Scheme, index):
         assert torch.equal(scheme.rows(tensors, chosen, 77, dtype), whole[chosen])
 
 
-@every_scheme
-@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) == 2], ids=lambda s: "x".join(map(str, s)))
+@in_turn("shape", [shape for shape in SHAPES if len(shape) == 2])
 def test_linear_is_the_product_with_the_dequantized_weight(scheme: Scheme, shape: tuple[int, ...]):
     tensors, (rows, columns) = scheme.quantize(torch.randn(shape)), shape
     x, bias = torch.randn(2, 3, columns), torch.randn(rows)
@@ -140,12 +152,11 @@ def test_blocks_of_rows_join_without_a_seam(scheme: Scheme, dtype: torch.dtype, 
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
-@every_scheme
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
-@pytest.mark.parametrize("place", [0, 199], ids=["first", "last"])
-def test_a_weight_with_a_value_that_is_not_finite_is_refused(scheme: Scheme, bad: float, place: int):
+@in_turn("bad", [(bad, column) for bad in (torch.nan, torch.inf, -torch.inf) for column in (0, 199)])
+def test_a_weight_with_a_value_that_is_not_finite_is_refused(scheme: Scheme, bad: tuple[float, int]):
+    value, column = bad
     weight = torch.randn(3, 200)
-    weight[1, place] = bad
+    weight[1, column] = value
     with pytest.raises(ValueError, match="NaN or infinite"):
         scheme.quantize(weight)
 
@@ -185,12 +196,21 @@ def test_autocast_changes_nothing(scheme: Scheme):
     assert torch.equal(shown, scheme.dequantize(expected, 200, torch.float32))
 
 
-def test_the_defaults_are_those_of_the_table():
-    for name, (group_size, symmetric) in DEFAULTS.items():
+def test_the_defaults_are_those_of_the_number_type():
+    defaults = {
+        "int8": (-1, True, "absmax"), "float8_e4m3fn": (-1, True, "absmax"), "float8_e5m2": (-1, True, "absmax"),
+        "int4": (64, False, "mse"), "nf4": (32, True, "mse"), "fp4": (32, True, "mse"), "int2": (64, False, "mse_gain"),
+    }  # fmt: skip
+    assert list(QTYPES) == list(defaults)
+    for name, wanted in defaults.items():
         scheme = make_scheme(name)
-        assert (scheme.qtype, scheme.group_size, scheme.symmetric) == (name, group_size, symmetric)
-    assert set(DEFAULTS) == set(QTYPES)
+        assert (scheme.group_size, scheme.symmetric, scheme.default_fit().name) == wanted and scheme.qtype == name
     assert make_scheme("qfloat8") == Float8("float8_e4m3fn")
+
+
+def test_the_default_of_each_type_of_4_bits_stores_4_and_a_half_bits_per_weight():
+    for name in (scheme.qtype for scheme in DEFAULT if QTYPES[scheme.qtype].bits == 4):
+        assert make_scheme(name).nbytes((10, 4096), torch.float32) * 8 == 4.5 * 10 * 4096
 
 
 def test_half_a_byte_and_the_groups_of_a_row_are_what_int4_costs():

@@ -4,8 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-MAX_BITS = 16
-MAX_CODEBOOKS = 64
+from quanto_hf.ops.aqlm import MAX_BITS, code_dtype
+
+# What can be read: far more codebooks than anybody has, and few enough that sizes of tensors are numbers that torch
+# takes. What can be made is less.
+MAX_BOOKS = 1024
+MADE_BITS, MADE_BOOKS = 16, 64
 
 
 @dataclass(frozen=True)
@@ -19,12 +23,11 @@ class Layout:
         in_group: columns of a group.
 
     Raises:
-        TypeError: a value is not a whole number.
-        ValueError: a value is out of range.
+        ValueError: a value is not a whole number, or out of range.
 
     Example:
-        >>> Layout(2, 8).bits((4096, 4096))
-        2.0078125
+        >>> Layout(2, 8).size, Layout(2, 8).width, Layout(1, 20).refuses()
+        (256, 8, 'nbits=20 is out of range; choose 1 to 16')
     """
 
     num_codebooks: int
@@ -33,15 +36,18 @@ class Layout:
     in_group: int = 8
 
     def __post_init__(self) -> None:
-        limits = {"num_codebooks": MAX_CODEBOOKS, "nbits": MAX_BITS, "out_group": None, "in_group": None}
-        for name, limit in limits.items():
+        for name, most in (("num_codebooks", MAX_BOOKS), ("nbits", MAX_BITS), ("out_group", None), ("in_group", None)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}={value!r} is not a whole number")
-            if value < 1 or (limit is not None and value > limit):
-                raise ValueError(
-                    f"{name}={value} is out of range; choose " + (f"1 to {limit}" if limit else "1 or more")
-                )
+            if type(value) is not int or value < 1 or (most is not None and value > most):
+                there = f"from 1 to {most}" if most else "above 0"
+                raise ValueError(f"{name}={value!r} does not work for AQLM weights; choose a whole number {there}")
+
+    def refuses(self) -> str | None:
+        """Why such weights cannot be made, in one sentence, or None. More can be read."""
+        for name, most in (("num_codebooks", MADE_BOOKS), ("nbits", MADE_BITS)):
+            if getattr(self, name) > most:
+                return f"{name}={getattr(self, name)} is out of range; choose 1 to {most}"
+        return None
 
     @property
     def size(self) -> int:
@@ -56,7 +62,7 @@ class Layout:
     @property
     def code_dtype(self) -> torch.dtype:
         """The smallest signed integers that hold a code; codes above their range are stored as negative numbers."""
-        return torch.int8 if self.nbits <= 8 else torch.int16
+        return code_dtype(self.nbits)
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Groups along the rows and along the columns of a weight.
@@ -74,13 +80,6 @@ class Layout:
                     f"choose another {name}_group, or leave this layer out"
                 )
         return rows // self.out_group, columns // self.in_group
-
-    def bits(self, shape: tuple[int, ...], float_bits: int = 16) -> float:
-        """Stored bits per weight: codes, codebooks and scales."""
-        rows, columns = self.grid(shape)
-        codes = rows * columns * self.num_codebooks * 8 * self.code_dtype.itemsize
-        floats = self.num_codebooks * self.size * self.width + rows
-        return (codes + floats * float_bits) / (shape[0] * shape[1])
 
     def to_groups(self, weight: torch.Tensor) -> torch.Tensor:
         """(out_features, in_features) to (row groups, column groups, values of a group), contiguous."""

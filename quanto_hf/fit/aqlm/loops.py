@@ -28,7 +28,7 @@ TOLERANCE = 1e-4
 
 def search(targets: torch.Tensor, codebooks: torch.Tensor, codes: torch.Tensor, beam: int) -> None:
     """See :func:`quanto_hf.fit.aqlm.search.search`."""
-    if _native(targets.device):
+    if runs_native(targets.device):
         native_search(targets, codebooks, codes, beam)
     else:
         torch_search(targets, codebooks, codes, beam)
@@ -46,13 +46,13 @@ def sweep(
     beam: int,
 ) -> None:
     """See :func:`quanto_hf.fit.aqlm.sweep.sweep`."""
-    run = native_sweep if _native(state.device) else torch_sweep
+    run = native_sweep if runs_native(state.device) else torch_sweep
     run(state, weight, follow, lower, to, codebooks, codes, out_group, beam)
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b``, float32 matrices."""
-    return native_product(a, b) if _native(a.device) else a @ b
+    return native_product(a, b) if runs_native(a.device) else a @ b
 
 
 def code_sums(
@@ -69,7 +69,7 @@ def code_sums(
     Returns:
         float64, shapes (K, size, values) and (K, size).
     """
-    if _native(values.device):
+    if runs_native(values.device):
         return native_code_sums(values, weights, codes, size)
     return _torch_code_sums(values, weights, codes, size)
 
@@ -97,7 +97,8 @@ def _torch_code_sums(
     return sums, totals
 
 
-def _native(device: torch.device) -> bool:
+def runs_native(device: torch.device) -> bool:
+    """Whether the loops on this device are the native ones."""
     return refuses_aqlm_fit(device) is None and NATIVE is not None and why_wrong(NATIVE.level()) is None
 
 

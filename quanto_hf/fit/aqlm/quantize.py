@@ -76,9 +76,8 @@ def quantize_aqlm(
         progress: called with the steps that are done and all steps.
 
     Raises:
-        TypeError: a size is not a whole number.
-        ValueError: a value is out of range, the features cannot be divided into groups, the weight or ``hessian`` is
-            not finite. Before anything is computed.
+        ValueError: a size is not a whole number, a value is out of range, the features cannot be divided into groups,
+            or the weight or ``hessian`` is not finite. Before anything is computed.
 
     Example:
         >>> weight = torch.randn(64, 128)
@@ -87,6 +86,8 @@ def quantize_aqlm(
         (torch.Size([64, 16, 2]), torch.int8, torch.Size([2, 16, 1, 8]), torch.Size([64, 1, 1, 1]))
     """
     layout = Layout(num_codebooks, nbits, out_group, in_group)
+    if (reason := layout.refuses()) is not None:
+        raise ValueError(reason)
     layout.grid(tuple(weight.shape))
     dtype = weight.dtype if dtype is None else dtype
     _check(weight, hessian, iterations, beam, dtype)

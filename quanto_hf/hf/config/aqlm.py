@@ -1,16 +1,17 @@
 """The config of published AQLM checkpoints: AqlmConfig."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from torch import nn
 
-from quanto_hf.flow import Choice
+from quanto_hf.flow import Choice, first_match
+from quanto_hf.hf.config.base import FormatConfig, add_config
 from quanto_hf.io import INTERRUPTED, refuse_interrupted
+from quanto_hf.io.formats import AQLM, Format
+from quanto_hf.io.formats.aqlm import NOT_QUANTIZED, SIZES
+from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import Aqlm
-
-AQLM_METHOD = "aqlm"
-
-SIZES = ("in_group_size", "out_group_size", "num_codebooks", "nbits_per_codebook")
 
 
 class WrongType(TypeError, ValueError):
@@ -18,7 +19,7 @@ class WrongType(TypeError, ValueError):
     ValueError to who loads a config.json."""
 
 
-class AqlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class AqlmConfig(FormatConfig):
     """The ``quantization_config`` of a checkpoint in the AQLM format, with the arguments and errors of transformers'.
 
     Args:
@@ -40,16 +41,8 @@ class AqlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
         'aqlm-2x8'
     """
 
-    # what a QuantoConfig can ask for, and this format cannot say
-    activations: ClassVar[None] = None
-    modules_to_not_convert: ClassVar[None] = None
-    overrides: ClassVar[dict[str, Any]] = {}
-    default_skips: ClassVar[bool] = True
-    dequantize: ClassVar[bool] = False
-    static_activations: ClassVar[bool] = False
-    qat: ClassVar[bool] = False
-    learn_scales: ClassVar[bool] = False
-    asked: ClassVar[tuple[str, ...]] = ()
+    format: ClassVar[Format] = AQLM
+    quantizer: ClassVar[str] = "quanto_hf.hf.load.aqlm.AqlmQuantizer"
 
     def __init__(
         self,
@@ -62,7 +55,7 @@ class AqlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         if INTERRUPTED in kwargs:
             refuse_interrupted(kwargs[INTERRUPTED])
-        self.quant_method = AQLM_METHOD
+        self.quant_method = AQLM.method
         self.in_group_size = in_group_size
         self.out_group_size = out_group_size
         self.num_codebooks = num_codebooks
@@ -80,25 +73,57 @@ class AqlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError(f"linear_weights_not_to_quantize must be a list of strings, not {names!r}")
         self.linear_weights_not_to_quantize = names or []
-        try:
-            self.scheme()
-        except ValueError as reason:
-            values = ", ".join(f"{name}={getattr(self, name)}" for name in SIZES)
-            raise ValueError(f"{reason} ({values})") from None
+        self.scheme()
 
     def scheme(self) -> Aqlm:
-        """How each weight is stored."""
-        return Aqlm(self.num_codebooks, self.nbits_per_codebook, self.out_group_size, self.in_group_size)
+        """How each weight is stored.
+
+        Raises:
+            ValueError: a size is out of range.
+        """
+        return AQLM.scheme(vars(self))
 
     def choice(self) -> Choice:
         """What every module gets that is quantized."""
         return Choice(self.scheme())
 
     def conflicts(self, other: "AqlmConfig") -> list[str]:
-        """Names of the values in which another config contradicts this one; an empty list of names contradicts none."""
+        """See :class:`FormatConfig`; an empty list of names contradicts none."""
         mine, others = (set(config.linear_weights_not_to_quantize or []) for config in (self, other))
-        names = ["linear_weights_not_to_quantize"] if others and others != mine else []
+        names = [NOT_QUANTIZED] if others and others != mine else []
         return [name for name in SIZES if getattr(self, name) != getattr(other, name)] + names
+
+    @classmethod
+    def of(cls, config: Any) -> "AqlmConfig":
+        """See :class:`FormatConfig`."""
+        return cls(**{name: getattr(config, name) for name in (*SIZES, NOT_QUANTIZED)})
+
+    @classmethod
+    def of_layers(cls, layers: Mapping[str, QuantizedWeight]) -> "AqlmConfig":
+        """See :class:`FormatConfig`.
+
+        Raises:
+            ValueError: layers have several layouts.
+        """
+        scheme, *others = {layer.scheme for layer in layers.values()}
+        if others:
+            raise ValueError("others have another layout")
+        assert isinstance(scheme, Aqlm)
+        return cls(scheme.in_group, scheme.out_group, scheme.num_codebooks, scheme.nbits)
+
+    def left_in_float(self, model: nn.Module) -> list[str]:
+        """See :class:`FormatConfig`: the list names parameters or modules, with the prefix of the base model or not."""
+        names, prefix = self.linear_weights_not_to_quantize or [], getattr(model, "base_model_prefix", "")
+        return [
+            name
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and (first_match(name, names) or first_match(f"{prefix}.{name}", names))
+        ]
+
+    def hint(self) -> str:
+        """See :class:`FormatConfig`."""
+        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in SIZES)
+        return f"config.json says {sizes}, and by {NOT_QUANTIZED} which layers have no codes"
 
     @property
     def weights(self) -> str:
@@ -109,4 +134,7 @@ class AqlmConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """The config in JSON types, with the keys of published checkpoints."""
         names = list(self.linear_weights_not_to_quantize or [])
         sizes = {name: getattr(self, name) for name in SIZES}
-        return {"quant_method": self.quant_method, **sizes, "linear_weights_not_to_quantize": names}
+        return {"quant_method": self.quant_method, **sizes, NOT_QUANTIZED: names}
+
+
+add_config(AqlmConfig)

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from reprlib import Repr
 from typing import Any
 
+from quanto_hf.qtypes import weight_names
+
 # keyword of another tool -> of a QuantoConfig, for those that mean the same
 SAME = {
     "exclude": ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules", "ignore", "modules_to_skip"),
@@ -22,8 +24,6 @@ SAME = {
 }  # fmt: skip
 BITS = re.compile(r"(bits?|[wn]_?bits?|num_bits|quant_bits|weight_bits|nbits_.*)")
 TYPE = re.compile(r"(weight|weights?_dtype|.*qtype|.*quant_type|dtype_weights?|.*quant_dtype|quant_level|format)")
-# as number types of ours
-TYPES = re.compile(r"(nf4|fp4|float8(?:_e4m3fn|_e5m2)?|int8|int4|int2)")
 ELSEWHERE = {
     "bnb_4bit_compute_dtype": "the dtype of from_pretrained",
     "torch_dtype": "the dtype of from_pretrained",
@@ -53,10 +53,12 @@ def instead(keyword: str, value: Any, known: Iterable[str]) -> str | None:
     if match := re.fullmatch(r"load_in_(\d)bit", keyword):
         return f'weights="int{match[1]}"'
     if BITS.fullmatch(keyword):
-        return f'weights="int{value}"' if value in (2, 4, 8) else 'weights="int4"'
+        return f'weights="int{value}"' if f"int{value}" in weight_names() else 'weights="int4"'
     if TYPE.fullmatch(keyword):
-        named = TYPES.search(str(getattr(value, "name", value)).lower())
-        return f'weights="{named[1] if named else "int4"}"'
+        text = str(getattr(value, "name", value)).lower()
+        # the longest name that is in it: float8_e5m2, not float8
+        named = max((name for name in weight_names() if name in text), key=len, default="int4")
+        return f'weights="{named}"'
     if keyword in ELSEWHERE:
         return ELSEWHERE[keyword]
     for own, foreign in SAME.items():

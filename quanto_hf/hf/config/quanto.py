@@ -1,34 +1,29 @@
 """What a user of transformers writes: QuantoConfig."""
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from transformers.utils.quantization_config import QuantizationConfigMixin
-
 from quanto_hf.fit import FITS
-from quanto_hf.flow import ACTIVATIONS, OVERRIDABLE, Choice, activation_type
+from quanto_hf.flow import OVERRIDABLE, Choice, activation_names, activation_type
+from quanto_hf.hf.config.base import FormatConfig, add_config
 from quanto_hf.hf.config.foreign_words import SHORT, hints, unknown_keywords
 from quanto_hf.io import FORMAT_VERSION, INTERRUPTED, check_version, refuse_interrupted
-from quanto_hf.qtypes import QType, weight_names
-from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL, is_aqlm_name
+from quanto_hf.io.formats import QUANTO, Format
+from quanto_hf.nn import QuantizedInput, QuantizedWeight
+from quanto_hf.qtypes import QType
+from quanto_hf.schemes import SCHEMES, Affine, class_of, names_of_schemes
 
-METHOD = "quanto_hf"
-# of a config that asks for an empty model (hf/memory/skeleton.py): known to transformers only so that from_pretrained
-# finds the quantizer that stops it; never saved
-SKELETON_METHOD = "quanto_hf_skeleton"
-
-# Keys that a former format version had and that have no meaning any more: format version -> names. Versions 0
-# and 1 have the same keys.
-OLDER_KEYS: dict[int, frozenset[str]] = {}
+METHOD = QUANTO.method
 
 # keywords that the library writes
 WRITTEN = ("format_version", "schemes", "quant_method")
 
 
 @dataclass
-class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class QuantoConfig(FormatConfig):
     """How ``from_pretrained`` quantizes a model.
 
     Args:
@@ -91,8 +86,8 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     schemes: list[dict[str, Any]] | None = None
     # keyword only: the base class has it first, but the first argument is the weights, as in transformers' QuantoConfig
     quant_method: str = field(default=METHOD, kw_only=True)
-    # flags that a config given for a quantized checkpoint has beyond the saved one: for after loading, and not saved
-    asked: ClassVar[tuple[str, ...]] = ()
+
+    format: ClassVar[Format] = QUANTO
 
     def __post_init__(self) -> None:
         self.overrides = {} if self.overrides is None else self.overrides
@@ -121,7 +116,7 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         try:
             activation_type(self.activations)
         except ValueError:
-            problems.append(f"activations={SHORT.repr(self.activations)}; choose None, {', '.join(ACTIVATIONS)}")
+            problems.append(f"activations={SHORT.repr(self.activations)}; choose None, {', '.join(activation_names())}")
         names = self.modules_to_not_convert
         if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
             problems.append(f"modules_to_not_convert={SHORT.repr(names)}; give a list of names or patterns, or None")
@@ -179,30 +174,42 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return Choice(self.weights, self.group_size, self.symmetric, self.fit)
 
     @classmethod
+    def of(cls, config: Any) -> "QuantoConfig":
+        """See :class:`FormatConfig`: of transformers' class for optimum-quanto."""
+        return cls(config.weights, config.activations, config.modules_to_not_convert)
+
+    @classmethod
+    def of_layers(cls, layers: Mapping[str, QuantizedWeight]) -> "QuantoConfig":
+        """See :class:`FormatConfig`: the scheme of most layers; that of each is in 'schemes'."""
+        inputs = [layer for layer in layers.values() if isinstance(layer, QuantizedInput) and layer.rounds_inputs]
+        rounded = [layer.activations for layer in inputs]
+        activations = rounded[0].name if rounded and rounded[0] is not None else None
+        scheme = Counter(layer.scheme for layer in layers.values()).most_common(1)[0][0]
+        return cls(activations=activations, **scheme.asked())
+
+    @classmethod
     def from_dict(
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> "QuantoConfig | tuple[QuantoConfig, dict[str, Any]]":
         """The config of a dict, such as the ``quantization_config`` of a config.json.
 
         Raises:
-            ValueError: a key is not known (keys of older format versions are dropped), or a value is not allowed.
+            ValueError: a key is not known, or a value is not allowed.
             CheckpointError: the folder holds files of two models, because a save was interrupted.
         """
         if INTERRUPTED in config_dict:
             refuse_interrupted(config_dict[INTERRUPTED])
         known = {f.name for f in fields(cls)}
-        version = config_dict.get("format_version", FORMAT_VERSION)
-        check_version(version)
-        older = frozenset[str]().union(*(keys for v, keys in OLDER_KEYS.items() if v >= version))
-        values = {key: value for key, value in config_dict.items() if key not in older}
-        unknown = sorted(set(values) - known)
+        # of a newer version there may be keys that are not known here
+        check_version(config_dict.get("format_version", FORMAT_VERSION))
+        unknown = sorted(set(config_dict) - known)
         if unknown:
-            advice = hints({key: values[key] for key in unknown}, known)
+            advice = hints({key: config_dict[key] for key in unknown}, known)
             raise ValueError(
                 f"unknown keys in the quantization config: {', '.join(unknown)}; known are {', '.join(sorted(known))}"
                 + (f"; write {'; '.join(advice)}" if advice else "")
             )
-        config = cls(**values)
+        config = cls(**config_dict)
         unused = config.update(**kwargs)
         config.__post_init__()
         return (config, unused) if return_unused_kwargs else config
@@ -219,12 +226,12 @@ class QuantoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def _resolved(self) -> dict[str, Any]:
         """The values that decide how weights are stored, the same for two ways to write the same."""
-        scheme = self.choice().scheme().to_dict()
+        asked = self.choice().scheme().asked()
         return {
-            "weights": scheme.get("qtype", self.weights),
+            "weights": asked["weights"],
             "activations": activation_type(self.activations),
-            "group_size": scheme.get("group_size", scheme.get("in_group")),
-            "symmetric": scheme.get("symmetric", True),
+            "group_size": asked["group_size"],
+            "symmetric": asked.get("symmetric", True),
             "fit": self.fit,
             "overrides": self.overrides,
             "modules_to_not_convert": sorted(self.modules_to_not_convert or []),
@@ -252,6 +259,7 @@ def _known_keywords_only(init: Callable[..., None]) -> Callable[..., None]:
 
 
 QuantoConfig.__init__ = _known_keywords_only(QuantoConfig.__init__)  # type: ignore[method-assign]
+add_config(QuantoConfig)
 
 
 def _value_problems(values: Mapping[str, Any], weights: Any, may_be_float: bool = False) -> list[str]:
@@ -261,21 +269,14 @@ def _value_problems(values: Mapping[str, Any], weights: Any, may_be_float: bool 
         weights: what the values are for, named by them or not.
     """
     problems = []
-    if "weights" in values and values["weights"] not in weight_names() and not is_aqlm_name(values["weights"]):
-        if not (may_be_float and values["weights"] is None):
-            none = ", or None for float" if may_be_float else ""
-            names = ", ".join([*weight_names(), "aqlm-1x8", "aqlm-2x8", "aqlm-1x16"])
-            problems.append(f"weights={SHORT.repr(values['weights'])}; choose one of {names} (any aqlm-KxB){none}")
-    group_size = values.get("group_size")
-    if is_aqlm_name(weights) and group_size is not None and (type(group_size) is not int or group_size < 1):
-        problems.append(
-            f"group_size={group_size!r}, which is in_group={group_size!r} of {weights} weights, does not work; choose "
-            "a whole number above 0"
-        )
-    if group_size is not None and group_size not in (PER_CHANNEL, *GROUP_SIZES) and not is_aqlm_name(weights):
-        problems.append(
-            f"group_size={SHORT.repr(group_size)}; choose one of {', '.join(map(str, (PER_CHANNEL, *GROUP_SIZES)))}"
-        )
+    if "weights" in values and class_of(values["weights"]) is None and not (may_be_float and values["weights"] is None):
+        none = ", or None for float" if may_be_float else ""
+        spellings = " or ".join(cls.spelling for cls in SCHEMES.values() if cls.spelling)
+        names = f"{', '.join(names_of_schemes())} (any {spellings})"
+        problems.append(f"weights={SHORT.repr(values['weights'])}; choose one of {names}{none}")
+    if (group_size := values.get("group_size")) is not None:
+        reason = (class_of(weights) or Affine).refuses_group_size(weights, group_size)
+        problems += [] if reason is None else [reason]
     if values.get("symmetric") not in (None, True, False):
         problems.append(f"symmetric={SHORT.repr(values['symmetric'])}; choose None, True or False")
     # a list of the names: what is not hashable is no name either

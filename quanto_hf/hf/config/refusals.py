@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from quanto_hf.hf.config.foreign_words import SHORT
-from quanto_hf.hf.config.quanto import METHOD, as_name
-from quanto_hf.hf.config.saved_config import method_of, quantized_already
+from quanto_hf.hf.config.quanto import as_name
 from quanto_hf.io import CheckpointError
 from quanto_hf.qtypes import QType, weight_names
 
@@ -35,18 +34,6 @@ def refuse_no_config(given: Any, argument: str = "quantization_config") -> None:
             f"{argument}={given.__name__} is the class, not a config: write {given.__name__}(), such as "
             f'{argument}=quanto_hf.QuantoConfig(weights="int4")'
         )
-
-
-def refuse_other_method(saved: Any) -> None:
-    """Raise ValueError if the config of a checkpoint is of another method: before it is read, which takes the package
-    of that method.
-
-    Args:
-        saved: a dict, or a config.
-    """
-    method = method_of(saved if isinstance(saved, dict) else vars(saved))
-    if method is not None and method != METHOD:
-        raise quantized_already(method, "a QuantoConfig")
 
 
 def refuse_without_optimum_quanto() -> None:

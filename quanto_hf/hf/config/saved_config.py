@@ -6,59 +6,68 @@ transformers itself would use the saved one with no more than a warning.
 from collections.abc import Mapping
 from typing import Any
 
-from quanto_hf.hf.config.aqlm import AQLM_METHOD, AqlmConfig
+from quanto_hf.hf.config.base import SKELETON_METHOD, FormatConfig
 from quanto_hf.hf.config.foreign_words import SHORT
-from quanto_hf.hf.config.quanto import SKELETON_METHOD, QuantoConfig
+from quanto_hf.io.formats import FORMATS
 
 # what a config may ask of a checkpoint that was saved without it
 ASKED = ("learn_scales", "static_activations")
 
 
-def merge_saved(saved: Any, given: QuantoConfig) -> QuantoConfig:
-    """The saved config, with what the given one may decide.
-
-    Raises:
-        ValueError: the checkpoint has another method, or the given config contradicts the saved one.
-    """
-    if not isinstance(saved, QuantoConfig):
-        raise quantized_already(getattr(saved, "quant_method", saved), "a QuantoConfig")
-    # QuantoConfig(dequantize=True) alone asks for no scheme
-    if not (given.dequantize and not QuantoConfig(dequantize=True).conflicts(given)):
-        _refuse(saved, given, saved.conflicts(given))
-    if given.qat and not saved.qat:
-        raise ValueError(
-            "qat=True trains float weights, and the checkpoint has packed ones, which are frozen. Load the original "
-            "float checkpoint with this config; or load this one with QuantoConfig(dequantize=True), and let "
-            "quanto_hf.quantize(model, ...) round its weights anew"
-        )
-    merged: Any = saved
-    merged.dequantize = given.dequantize
-    # what the checkpoint has no tensors for, and can begin now; the class has the default, and it is not saved
-    merged.asked = tuple(flag for flag in ASKED if getattr(given, flag) and not getattr(saved, flag))
-    if given.quant_method == SKELETON_METHOD:
-        merged.quant_method = SKELETON_METHOD
-    return saved
-
-
-def merge_saved_aqlm(saved: Any, given: AqlmConfig) -> AqlmConfig:
-    """The saved config in our class, whoever serves the method "aqlm".
+def merge_saved(saved: Any, given: FormatConfig) -> FormatConfig:
+    """The saved config, in the class of the given one, with what that may decide.
 
     Args:
         saved: a dict, or a config of any class.
-        given: with the sizes of the saved one, and its list of names or none.
+        given: asks for the same, or less.
 
     Raises:
         ValueError: the checkpoint has another method, or the given config contradicts the saved one.
     """
     values = saved if isinstance(saved, dict) else saved.to_dict()
-    method = method_of(values)
-    if method != AQLM_METHOD:
-        raise quantized_already(method, "an AqlmConfig")
-    config: AqlmConfig = AqlmConfig.from_dict(values)
-    _refuse(config, given, config.conflicts(given))
+    method, cls = method_of(values), type(given)
+    if method != cls.format.method:
+        raise quantized_already(method, f"{'an' if cls.__name__[0] in 'AEIOU' else 'a'} {cls.__name__}")
+    merged: FormatConfig = cls.from_dict(values)
+    # QuantoConfig(dequantize=True) alone asks for no scheme
+    if not (given.dequantize and not cls.from_dict({"dequantize": True}).conflicts(given)):
+        _refuse(merged, given, merged.conflicts(given))
+    if given.qat and not merged.qat:
+        raise ValueError(
+            "qat=True trains float weights, and the checkpoint has packed ones, which are frozen. Load the original "
+            "float checkpoint with this config; or load this one with QuantoConfig(dequantize=True), and let "
+            "quanto_hf.quantize(model, ...) round its weights anew"
+        )
+    merged.dequantize = given.dequantize
+    # what the checkpoint has no tensors for, and can begin now
+    merged.asked = tuple(flag for flag in ASKED if getattr(given, flag) and not getattr(merged, flag))
     if given.quant_method == SKELETON_METHOD:
-        config.quant_method = SKELETON_METHOD
-    return config
+        merged.quant_method = SKELETON_METHOD
+    return merged
+
+
+def check_method(config: Any) -> None:
+    """Refuse the quantization config of a checkpoint that is in a known format by its other keys, and names another
+    method; or none: transformers ignores a method that it does not know, and loads packed weights as random floats.
+
+    Args:
+        config: as it stands in config.json.
+
+    Raises:
+        ValueError: names the key, and what it has to be.
+    """
+    if not isinstance(config, Mapping):
+        if hasattr(config, "get"):
+            return
+        raise ValueError(f"quantization_config in config.json is an object with keys, and not {config!r}")
+    method, keys = config.get("quant_method"), set(config)
+    found = next((known.method for known in FORMATS.values() if known.keys and known.keys <= keys), None)
+    allowed = () if found is None else (found, SKELETON_METHOD)
+    # the methods of transformers are an enum of strings
+    named = isinstance(method, str)
+    if (allowed and method not in allowed) or not (named or method is None):
+        text = f"; by its other keys it is {allowed[0]!r}" if allowed else ", and has to be a string"
+        raise ValueError(f"quant_method={method!r} in the quantization_config of config.json is not known{text}")
 
 
 def method_of(values: Mapping[str, Any]) -> Any:

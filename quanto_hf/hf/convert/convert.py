@@ -15,13 +15,15 @@ from transformers import GenerationConfig
 from quanto_hf.flow import Report, report
 from quanto_hf.hf.config.quanto import QuantoConfig
 from quanto_hf.hf.config.refusals import refuse_no_config
-from quanto_hf.hf.convert.outfolder import INDEX, LAST, WEIGHTS, OutFolder, fingerprint
+from quanto_hf.hf.convert.outfolder import LAST, WEIGHTS, OutFolder, fingerprint
 from quanto_hf.hf.convert.sources import side_files
 from quanto_hf.hf.convert.streaming import NotStreamable, Reader, find_sources, freeze_empty, output_tensors
 from quanto_hf.hf.load.gguf import SUFFIX, float_folder, named_gguf
 from quanto_hf.hf.memory.skeleton import Skeleton, build_skeleton
 from quanto_hf.hf.save.own_files import with_guards
 from quanto_hf.io import FORMAT_VERSION, CheckpointError, write_model_file
+from quanto_hf.io.inventory import INDEX
+from quanto_hf.io.safe_files import TEMPORARY
 from quanto_hf.ops.scratch import free
 
 PATTERN = "model{suffix}.safetensors"
@@ -160,8 +162,8 @@ def _stream(skeleton: Skeleton, target: OutFolder, size: int, progress: Callable
                 if progress is not None:
                     progress(done, len(outputs))
             if not kept:
-                write_model_file(tensors, target.temporary(file), {**metadata, "format": "pt"})
-                target.publish(file)
+                with target.writing(file) as temporary:
+                    write_model_file(tensors, temporary, {**metadata, "format": "pt"})
                 written += 1
     free()
     if not target.is_complete():
@@ -197,12 +199,12 @@ def _load_and_save(skeleton: Skeleton, target: OutFolder, config: QuantoConfig, 
         return _result(skeleton, target, 0, reason)
     cls, path = type(skeleton.model), skeleton.model.config.name_or_path
     model = cls.from_pretrained(path, quantization_config=config, dtype=skeleton.dtype)
-    folder = target.temporary("whole")
+    folder = target.path / f"{TEMPORARY}whole"
     model.save_pretrained(folder, max_shard_size=size)
     names = sorted(os.listdir(folder), key=lambda name: (*LAST, name).index(name) if name in LAST else -1)
     for name in names:
-        os.replace(folder / name, target.temporary(name))
-        target.publish(name)
+        with target.writing(name) as temporary:
+            os.replace(folder / name, temporary)
     folder.rmdir()
     written = len([name for name in names if WEIGHTS.fullmatch(name)])
     return _result(replace(skeleton, model=model), target, written, reason)

@@ -5,16 +5,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from quanto_hf.io import CheckpointError, file_digest
+from quanto_hf.io.inventory import INDEX
+from quanto_hf.io.safe_files import TEMPORARY, replacing
 
 RECORD = "quanto_hf_convert.json"
 CARD = "README.md"
-TEMPORARY = ".quanto_hf_tmp-"
-INDEX = "model.safetensors.index.json"
 # what makes a folder a loadable model: written last, in this order, and removed first
 LAST = (INDEX, "config.json")
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -23,8 +24,9 @@ WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 class OutFolder:
     """The output of a conversion.
 
-    Every file is written under a temporary name and renamed. A record of the settings and of the digest of each
-    finished weight file is written first and stays, so that a second call knows whether it may go on here.
+    Every file is written under a temporary name and renamed (:mod:`quanto_hf.io.safe_files`). A record of the settings
+    and of the digest of each finished weight file is written first and stays, so that a second call knows whether it
+    may go on here.
 
     Args:
         path: the folder; need not exist.
@@ -86,35 +88,32 @@ class OutFolder:
             self._verified.add(name)
         return name in self._verified
 
-    def temporary(self, name: str) -> Path:
-        """Where to write a file before :meth:`publish`."""
-        return self.path / f"{TEMPORARY}{name.replace('/', '-')}"
-
-    def publish(self, name: str) -> None:
-        """Give a file that was written to :meth:`temporary` its name; it is on disk, whole, before that."""
-        source, target = self.temporary(name), self.path / name
-        with open(source, "rb+") as file:
-            os.fsync(file.fileno())
-        if name != RECORD:
-            # safetensors makes files that nobody else may read
-            os.chmod(source, (self.path / RECORD).stat().st_mode)
-        if WEIGHTS.fullmatch(name):
-            # the record first: a file without its digest is written again, a digest without its file is harmless
-            self.digests[name] = file_digest(source)
-            self._write_record()
-            self._verified.add(name)
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Where to write a file, which gets its name at the end of the block; it is on disk, whole, before that."""
+        target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source, target)
+        # all of them in one folder, where the next call looks for what is left of them
+        with replacing(target, self.path / f"{TEMPORARY}{name.replace('/', '-')}.part") as source:
+            yield source
+            if name != RECORD:
+                # safetensors makes files that nobody else may read
+                os.chmod(source, (self.path / RECORD).stat().st_mode)
+            if WEIGHTS.fullmatch(name):
+                # the record first: a file without its digest is written again, a digest without its file is harmless
+                self.digests[name] = file_digest(source)
+                self._write_record()
+                self._verified.add(name)
 
     def write_text(self, name: str, text: str) -> None:
         """A small file, at once."""
-        self.temporary(name).write_text(text, encoding="utf-8")
-        self.publish(name)
+        with self.writing(name) as file:
+            file.write_text(text, encoding="utf-8")
 
     def copy(self, source: Path, name: str) -> None:
         """A copy of a file, at once."""
-        shutil.copyfile(source, self.temporary(name))
-        self.publish(name)
+        with self.writing(name) as file:
+            shutil.copyfile(source, file)
 
     def _is_ours(self, name: str) -> bool:
         known = {RECORD, CARD, "generation_config.json", *LAST, *self.extra}

@@ -5,45 +5,49 @@ from typing import Any
 
 from torch import nn
 
-from quanto_hf.flow import Plan, first_match
-from quanto_hf.flow.plan import shared_weights
-from quanto_hf.hf.config.aqlm import AQLM_METHOD, SIZES, AqlmConfig
-from quanto_hf.hf.config.quanto import METHOD
+from quanto_hf.flow import Choice, Plan, first_match, make_plan
+from quanto_hf.hf.config.aqlm import AqlmConfig
 from quanto_hf.hf.config.skips import default_skips
 from quanto_hf.hf.load.quantizer import QuantoHfQuantizer
 from quanto_hf.hf.load.replace import replace_by_plan
-from quanto_hf.hf.save.own_files import WRITER_KEY
-from quanto_hf.io import CheckpointError
-from quanto_hf.nn import QuantizedLinear, QuantizedWeight, source_of, why_no_qmodule
+from quanto_hf.nn import QuantizedLinear
 
 
-def aqlm_plan(
-    model: nn.Module, config: AqlmConfig, not_to_quantize: list[str], prefixes: tuple[str, ...] = ("",)
+def read_plan(
+    model: nn.Module, config: AqlmConfig, names: list[str], prefixes: tuple[str, ...] = ("",), skip: Any = None
 ) -> Plan:
-    """Which linear layers get codes: all but those that a list names, by parameter or by module, and those that share
-    their weight with another module.
+    """Which linear layers have codes in a model that is made in this format, or read.
 
     Args:
         model: usually on meta.
         config: the layout.
-        not_to_quantize: names of parameters, or names or patterns of modules.
+        names: what stays float: names of parameters, or names or patterns of modules.
         prefixes: what may stand before a name of ``model`` in the list.
+        skip: module name -> another reason why it stays float.
+
+    Raises:
+        ValueError: the weight of a layer cannot be cut into blocks; the text names the layer.
     """
-    shared, plan = shared_weights(model), Plan()
-    for name, module in model.named_modules():
-        if source_of(module) is not nn.Linear:
-            continue
-        found = (pattern for prefix in prefixes if (pattern := first_match(prefix + name, not_to_quantize)) is not None)
-        reason = next((f"{pattern!r} is not to be quantized" for pattern in found), None)
-        if reason is None and name in shared:
-            reason = f"its weight is tied to {shared[name]}"
-        if reason is None:
-            reason = why_no_qmodule(module)
-        if reason is None:
-            plan.chosen[name] = config.choice()
-        else:
-            plan.left[name] = reason
+    # the same layers for every layout: what can be read is more than what can be made
+    plan = make_plan(model, Choice("int8"), skip={**(skip or {}), **_named(model, names, prefixes)})
+    problems = []
+    for name in plan.chosen:
+        layer, plan.chosen[name] = model.get_submodule(name), config.choice()
+        assert isinstance(layer, nn.Linear)
+        if (reason := config.scheme().refuses((layer.out_features, layer.in_features))) is not None:
+            problems.append(f"{name}: {reason}")
+    if problems:
+        raise ValueError("the model cannot have AQLM weights of this layout:\n  " + "\n  ".join(problems))
     return plan
+
+
+def _named(model: nn.Module, names: list[str], prefixes: tuple[str, ...]) -> dict[str, str]:
+    """Name of a module -> the reason why it stays float, of those that a list names by parameter or by module."""
+    found = {
+        name: next((match for prefix in prefixes if (match := first_match(prefix + name, names)) is not None), None)
+        for name, _ in model.named_modules()
+    }
+    return {name: f"{match!r} is not to be quantized" for name, match in found.items() if match is not None}
 
 
 def replace_with_aqlm_linear(
@@ -75,10 +79,9 @@ def replace_with_aqlm_linear(
         >>> replaced, model[0].codes.device.type
         (True, 'meta')
     """
-    config = read_config(quantization_config if quantization_config is not None else AqlmConfig())
+    config = AqlmConfig.of(quantization_config if quantization_config is not None else AqlmConfig())
     names = [*(linear_weights_not_to_quantize or []), *(config.linear_weights_not_to_quantize or [])]
-    plan = aqlm_plan(model, config, names, ("".join(f"{segment}." for segment in current_key_name or []),))
-    check_sizes(model, plan)
+    plan = read_plan(model, config, names, ("".join(f"{segment}." for segment in current_key_name or []),))
     replace_by_plan(model, plan, config, True, QuantizedLinear)
     for name in plan.chosen:
         model.get_submodule(name).requires_grad_(False)
@@ -88,101 +91,25 @@ def replace_with_aqlm_linear(
     return model, True
 
 
-def read_config(config: Any) -> AqlmConfig:
-    """A config of this format, whoever's class it is."""
-    if isinstance(config, AqlmConfig):
-        return config
-    return AqlmConfig(**{name: getattr(config, name) for name in (*SIZES, "linear_weights_not_to_quantize")})
-
-
-def check_sizes(model: nn.Module, plan: Plan) -> None:
-    """Raise ValueError for layers that cannot be cut into blocks."""
-    problems = []
-    for name, choice in plan.chosen.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        if (reason := choice.scheme().refuses((layer.out_features, layer.in_features))) is not None:
-            problems.append(f"{name}: {reason}")
-    if problems:
-        raise ValueError("the model cannot have AQLM weights of this layout:\n  " + "\n  ".join(problems))
-
-
 class AqlmQuantizer(QuantoHfQuantizer):
-    """Loads a model in the AQLM format, or makes one of a float model, without data.
+    """Loads a model in the AQLM format, or makes one of a float model, without data. The config of this format names
+    the layers that are not quantized, not those that are.
 
     Args:
         quantization_config: an :class:`AqlmConfig`, or transformers' own.
         pre_quantized: whether the checkpoint is quantized.
     """
 
-    layer_class = QuantizedLinear
-    # in published files hardly anything begins at a cache line; in those that are saved here nearly everything does
-    copies_floats = False
-
-    @staticmethod
-    def read_config(config: Any) -> AqlmConfig:
-        """A config that is given, in our own class."""
-        found = read_config(config)
-        # of a config that asks for an empty model
-        found.quant_method = AQLM_METHOD
-        return found
-
-    @staticmethod
-    def check_saved(config: Any) -> None:
-        """All that loading needs has a default."""
-
     def _saved_plan(self, model: Any) -> Plan:
-        plan = self._plan(model)
-        check_sizes(model, plan)
-        return plan
+        names, skips = self.quantization_config.linear_weights_not_to_quantize, default_skips(model, self._dtype, False)
+        return read_plan(model, self.quantization_config, names, _prefixes(model), skips)
 
     def _new_plan(self, model: Any) -> Plan:
-        if (refusal := self.quantization_config.choice().refusal()) is not None:
-            raise ValueError(refusal)
-        plan = self._plan(model)
-        for name, reason in default_skips(model, self._dtype).items():
-            if plan.chosen.pop(name, None) is not None:
-                plan.left[name] = reason
-        for name, choice in list(plan.chosen.items()):
-            layer = model.get_submodule(name)
-            if (refusal := choice.scheme().refuses((layer.out_features, layer.in_features))) is not None:
-                del plan.chosen[name]
-                plan.left[name] = refusal
-        return plan
-
-    def _plan(self, model: Any) -> Plan:
         config = self.quantization_config
-        # AutoModel loads what AutoModelForCausalLM saved, whose names have a prefix
-        prefixes = ("", f"{model.base_model_prefix}.") if model.base_model_prefix else ("",)
-        plan = aqlm_plan(model, config, config.linear_weights_not_to_quantize, prefixes)
-        for name, reason in default_skips(model, self._dtype, heads=False).items():
-            if plan.chosen.pop(name, None) is not None:
-                plan.left[name] = reason
-        return plan
+        named = _named(model, config.linear_weights_not_to_quantize, _prefixes(model))
+        return make_plan(model, config.choice(), skip={**default_skips(model, self._dtype), **named})
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """See :class:`QuantoHfQuantizer`; an error also says which values of the config decide what a layer holds."""
-        try:
-            return super().update_weight_conversions(weight_conversions, model)
-        except CheckpointError as error:
-            sizes = ", ".join(f"{name}={getattr(self.quantization_config, name)}" for name in SIZES)
-            raise CheckpointError(
-                f"{error}\n(config.json says {sizes}, and by linear_weights_not_to_quantize which layers have no codes)"
-            ) from None
 
-    def describe(self, model: Any) -> None:
-        """Name what stayed float in a model that was not in this format before."""
-        if self.pre_quantized:
-            return
-        stored = {
-            f"{name}.{leaf}"
-            for name, module in model.named_modules()
-            if isinstance(module, QuantizedWeight)
-            for leaf in (*module.stored_names, "bias")
-        }
-        self.quantization_config.linear_weights_not_to_quantize = [n for n in model.state_dict() if n not in stored]
-
-    def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
-        """The plain state dict: this format has no version."""
-        state, _ = super().get_state_dict_and_metadata(model, *args)
-        return state, {WRITER_KEY: METHOD}
+def _prefixes(model: Any) -> tuple[str, ...]:
+    """AutoModel loads what AutoModelForCausalLM saved, whose names have a prefix."""
+    return ("", f"{model.base_model_prefix}.") if model.base_model_prefix else ("",)

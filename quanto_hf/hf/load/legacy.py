@@ -61,4 +61,4 @@ class LegacyHooks:
         kind = scheme.type
         if kind.bits == 8:
             return torch.int8 if kind.kind == "int" else CustomDtype.FP8
-        return CustomDtype.INT4 if kind.bits == 4 else CustomDtype.INT2
+        return CustomDtype.INT4 if kind.bits > 2 else CustomDtype.INT2

@@ -7,7 +7,9 @@ import torch
 from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
-from quanto_hf.flow import Plan, warn_of_codebooks
+from quanto_hf.flow import Plan, warn_of_notes
+from quanto_hf.flow.refuse import DTYPES
+from quanto_hf.hf.config.base import CONFIGS, FormatConfig
 from quanto_hf.hf.config.flags import flags, refuse_mixed
 from quanto_hf.hf.config.quanto import METHOD, QuantoConfig
 from quanto_hf.hf.config.refusals import refuse_optimum_quanto
@@ -39,9 +41,9 @@ from quanto_hf.hf.save.card import TAG
 from quanto_hf.hf.save.other_savers import watch_other_savers
 from quanto_hf.hf.save.own_files import write_own_files
 from quanto_hf.hf.save.saving import given_state, watch_saving
-from quanto_hf.io import FORMAT_VERSION, VERSION_KEY, describe_modules, read_headers, read_modules
+from quanto_hf.io import CheckpointError, read_headers
+from quanto_hf.io.formats import Format
 from quanto_hf.io.pickled import read_pickled_headers
-from quanto_hf.nn import QuantizedWeight
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import TensorSpec
 
@@ -49,30 +51,28 @@ from quanto_hf.schemes import TensorSpec
 # line: in memory it would. A larger one was left there for its size, and begins at one in the files that we write.
 COPIED = 1 << 20
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     """Quantizes a model while ``from_pretrained`` loads it, or loads one that was saved quantized.
 
     Args:
-        quantization_config: a :class:`QuantoConfig`, or transformers' config for optimum-quanto.
+        quantization_config: the config of a format, or transformers' own for the same method.
         pre_quantized: whether the checkpoint is quantized.
     """
 
     requires_calibration = False
-    # of the quantized layers; None is the registered one of each type
-    layer_class: type[QuantizedWeight] | None = None
-    # whether floats of a quantized checkpoint are copied where they do not begin at a cache line
-    copies_floats = True
     required_packages = ("accelerate",)
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         # a copy: what is resolved for this model is written into it
-        config = self.read_config(copy.deepcopy(quantization_config))
+        config = copy.deepcopy(quantization_config)
+        if not isinstance(config, FormatConfig):
+            config = CONFIGS.get(config.quant_method, QuantoConfig).of(config)
+        # of a config that asks for an empty model, it is another one
+        config.quant_method = config.format.method
         super().__init__(config, **kwargs)
-        if self.pre_quantized:
-            self.check_saved(config)
+        if self.pre_quantized and (problem := self.format.refuses_saved(config.to_dict())) is not None:
+            raise ValueError(problem)
         self._dtype = torch.float32
         self._headers: dict[str, TensorSpec] | None = None
         self._device_map: Any = None
@@ -89,22 +89,10 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         super().__setstate__(state)
         know_dtypes()
 
-    @staticmethod
-    def read_config(config: Any) -> Any:
-        """A config that is given, in our own class."""
-        if not isinstance(config, QuantoConfig):
-            config = QuantoConfig(config.weights, config.activations, config.modules_to_not_convert)
-        config.quant_method = METHOD
-        return config
-
-    @staticmethod
-    def check_saved(config: Any) -> None:
-        """Raise ValueError unless the config of a quantized checkpoint says all that loading needs."""
-        if config.schemes is None:
-            raise ValueError(
-                "the checkpoint says that it is quantized with quanto_hf, but its config has no 'schemes': it was not "
-                "written by save_pretrained"
-            )
+    @property
+    def format(self) -> Format:
+        """How the model is saved."""
+        return type(self.quantization_config).format  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------------------------------------- before loading
 
@@ -130,8 +118,8 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         plan = self._saved_plan(model) if self.pre_quantized else self._new_plan(model)
         if not self.pre_quantized:
             warn_of_floats(model, plan)
-            warn_of_codebooks(model, plan)
-        replace_by_plan(model, plan, self.quantization_config, self.pre_quantized, self.layer_class)
+            warn_of_notes(model, plan)
+        replace_by_plan(model, plan, self.quantization_config, self.pre_quantized, self.format.layer)
         self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
         if files:
             safe = all(file.endswith(".safetensors") for file in files)
@@ -151,7 +139,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def _saved_plan(self, model: Any) -> Plan:
         """The plan that was saved with the checkpoint, with names for this model class."""
         config = self.quantization_config
-        return saved_plan(model, read_modules(config.schemes), config, self._dtype)
+        return saved_plan(model, self.format.schemes(config.to_dict(), {}), config, self._dtype)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The conversions of the model, with pieces of quantized weights merged late. The last hook before the weights
@@ -165,7 +153,11 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if self._headers is not None:
             # a copy: conversions remember which names they have seen
             seen = copy.deepcopy(conversions)
-            check_before_loading(model, self._headers, seen, self.pre_quantized, complete=was_written_from(model))
+            try:
+                check_before_loading(model, self._headers, seen, self.pre_quantized, complete=was_written_from(model))
+            except CheckpointError as error:
+                hint = self.quantization_config.hint()
+                raise (CheckpointError(f"{error}\n({hint})") if hint else error) from None
             if self.pre_quantized:
                 expect_guards(model, self._headers, copy.deepcopy(conversions))
             self._headers = None
@@ -219,7 +211,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         building.tie_as_ever(model)
-        if not self.pre_quantized or self.copies_floats:
+        if not self.pre_quantized or self.format.copies_floats:
             own_floats(model, every=not self.pre_quantized)
         self._finish_offload(model)
         free()
@@ -239,15 +231,15 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def describe(self, model: Any) -> None:
         """Bring the config up to date with the layers of a model, which calibration and freezing change."""
         config = self.quantization_config
-        if hasattr(model, "add_model_tags"):
+        if self.format.method == METHOD and hasattr(model, "add_model_tags"):
             # for every card that transformers or its Trainer makes
             model.add_model_tags([TAG])
-        config.schemes, config.format_version = describe_modules(model), FORMAT_VERSION
-        for flag, layers in flags(model).items():
-            setattr(config, flag, any(layers.values()))
+        found = {flag: any(layers.values()) for flag, layers in flags(model).items()}
+        for name, value in {**found, **self.format.describe(model, self.pre_quantized)}.items():
+            setattr(config, name, value)
 
     def _finish_offload(self, model: Any) -> None:
-        finish_offload(model, self._deferred, COPIED if self.pre_quantized and self.copies_floats else 0)
+        finish_offload(model, self._deferred, COPIED if self.pre_quantized and self.format.copies_floats else 0)
         self._deferred, self._conversions = None, []
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -269,7 +261,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         return True
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
-        """The plain state dict, and the format version for the header of each file.
+        """The plain state dict, and what the header of each file says.
 
         Of an offloaded model transformers splits it into files in the order in which it comes, of others in its own
         order: so that both give the same files, it comes in that order.
@@ -278,11 +270,10 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         # config.json is written after this
         self.describe(model)
         write_own_files()
-        metadata = {VERSION_KEY: str(FORMAT_VERSION)}
         state = given_state()
         if state is None and hasattr(model, "hf_device_map"):
             state = dict(sorted(model.state_dict().items(), key=lambda item: dot_natural_key(item[0])))
-        return state, metadata
+        return state, self.format.metadata()
 
     @property
     def is_trainable(self) -> bool:

@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from quanto_hf.hf.config.aqlm import AQLM_METHOD, AqlmConfig
-from quanto_hf.hf.config.quanto import METHOD, QuantoConfig
-from quanto_hf.hf.config.refusals import refuse_no_config, refuse_other_method, refuse_without_optimum_quanto
-from quanto_hf.hf.config.saved_config import merge_saved, merge_saved_aqlm
-from quanto_hf.hf.config.saved_method import check_method
+import quanto_hf.hf.config.aqlm  # noqa: F401  # its config joins the table
+from quanto_hf.hf.config.base import CONFIGS, FormatConfig, add_config, quantizer_class
+from quanto_hf.hf.config.quanto import METHOD
+from quanto_hf.hf.config.refusals import refuse_no_config, refuse_without_optimum_quanto
+from quanto_hf.hf.config.saved_config import check_method, merge_saved
 from quanto_hf_autoload import autoload
 
-OVERRIDES = ("quanto", AQLM_METHOD)
+OVERRIDES = ("quanto", "aqlm")
 
 _lock = threading.RLock()
 _overrides: set[str] = set()
@@ -27,6 +27,17 @@ def register() -> None:
     notices is the one that torch puts there for programs that do not import quanto_hf.
     """
     autoload()
+
+
+def register_format(cls: type[FormatConfig]) -> type[FormatConfig]:
+    """Let models in one more format be loaded, saved, planned and inspected; a decorator of the class of its config.
+
+    Args:
+        cls: with a ``format``, whose method transformers does not serve itself.
+    """
+    add_config(cls)
+    register()
+    return cls
 
 
 def install(override: str) -> None:
@@ -56,27 +67,27 @@ def register_with(auto: Any) -> None:
         auto: the module ``transformers.quantizers.auto``, imported.
     """
     # not under the lock: these may be imported
-    quantizer = _quantizer("quanto_hf.hf.load.quantizer", "QuantoHfQuantizer")
-    aqlm = None
-    if AQLM_METHOD in _overrides or AQLM_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        # the latter in a transformers that does not have it any more; its module imports that of the quantizer
-        module, name = "quanto_hf.hf.load.aqlm", "AqlmQuantizer"
-        aqlm = _quantizer(module, name) if isinstance(quantizer, type) else _late(module, name)
+    made: dict[str, Any] = {}
+    for method, cls in CONFIGS.items():
+        # one that transformers serves is left to it, unless it is asked for
+        if method in _overrides or not _is_of_transformers(auto, method):
+            # the others import the module of the first one, which is our own
+            late = METHOD in made and not isinstance(made[METHOD], type)
+            made[method] = _late(cls.quantizer) if late else _quantizer(cls.quantizer)
     with _lock:
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QuantoConfig
-        auto.AUTO_QUANTIZER_MAPPING[METHOD] = quantizer
+        for method, quantizer in made.items():
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = CONFIGS[method]
+            auto.AUTO_QUANTIZER_MAPPING[method] = quantizer
         if "quanto" in _overrides:
-            auto.AUTO_QUANTIZER_MAPPING["quanto"] = quantizer
-        if aqlm is not None:
-            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[AQLM_METHOD] = AqlmConfig
-            auto.AUTO_QUANTIZER_MAPPING[AQLM_METHOD] = aqlm
+            auto.AUTO_QUANTIZER_MAPPING["quanto"] = made[METHOD]
         _patch(auto)
 
 
-def _quantizer(module: str, name: str) -> Any:
+def _quantizer(path: str) -> Any:
     """A quantizer class, or what makes one later: while its module is being imported, which has imported transformers'
     quantizers, and the module registers the class at its end; and where there are several threads. To import it here,
     in the middle of other imports, would then mean to wait for a thread that waits for those."""
+    module, _, name = path.rpartition(".")
     found = sys.modules.get(module)
     if found is None and threading.active_count() == 1:
         try:
@@ -84,11 +95,12 @@ def _quantizer(module: str, name: str) -> Any:
         except ImportError as error:
             # not an error: it would be one of whatever imports transformers' models
             warnings.warn(f"quanto_hf cannot quantize with this transformers: {error}", stacklevel=2)
-    return getattr(found, name, None) or _late(module, name)
+    return getattr(found, name, None) or _late(path)
 
 
-def _late(module: str, name: str) -> Callable[..., Any]:
+def _late(path: str) -> Callable[..., Any]:
     """What imports the module of a quantizer class when the first one is made."""
+    module, _, name = path.rpartition(".")
 
     def make(config: Any, **kwargs: Any) -> Any:
         return getattr(importlib.import_module(module), name)(config, **kwargs)
@@ -105,11 +117,8 @@ def _patch(auto: Any) -> None:
     def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
         given = quantization_config_from_args
         refuse_no_config(given)
-        if isinstance(given, QuantoConfig):
-            refuse_other_method(quantization_config)
-            return merge_saved(merge(quantization_config, None), given)
-        if isinstance(given, AqlmConfig):
-            return merge_saved_aqlm(quantization_config, given)
+        if isinstance(given, FormatConfig):
+            return merge_saved(quantization_config, given)
         return merge(quantization_config, given)
 
     supports = auto.AutoHfQuantizer.supports_quant_method
@@ -124,8 +133,8 @@ def _patch(auto: Any) -> None:
         if method == "quanto" and _is_of_transformers(auto, "quanto"):
             refuse_without_optimum_quanto()
         # who gives our class means us, also where transformers serves the method
-        if isinstance(quantization_config, AqlmConfig) and method == AQLM_METHOD:
-            return importlib.import_module("quanto_hf.hf.load.aqlm").AqlmQuantizer(quantization_config, **kwargs)
+        if isinstance(quantization_config, FormatConfig) and method == quantization_config.format.method:
+            return quantizer_class(quantization_config)(quantization_config, **kwargs)
         return from_config(quantization_config, **kwargs)
 
     merge_quantization_configs.checks_quanto_hf = True  # type: ignore[attr-defined]

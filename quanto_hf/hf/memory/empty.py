@@ -13,14 +13,12 @@ from torch import nn
 from transformers import AutoConfig
 
 from quanto_hf.flow import make_plan
-from quanto_hf.hf.config.aqlm import AqlmConfig
+from quanto_hf.hf.config.base import FormatConfig, quantizer_class
 from quanto_hf.hf.config.quanto import QuantoConfig
 from quanto_hf.hf.config.refusals import refuse_no_config, refuse_optimum_quanto
 from quanto_hf.hf.convert.sources import has_weights, headers_only
-from quanto_hf.hf.load.aqlm import AqlmQuantizer
 from quanto_hf.hf.load.assigning import was_written_from
 from quanto_hf.hf.load.checking import check_before_loading
-from quanto_hf.hf.load.quantizer import QuantoHfQuantizer
 from quanto_hf.hf.load.replace import replace_by_plan
 from quanto_hf.hf.memory.skeleton import Skeleton, build_skeleton, saved_config, skeleton_of_config
 from quanto_hf.io import CheckpointError
@@ -44,7 +42,7 @@ class Empty:
 
     skeleton: Skeleton
     quantized: bool
-    config: QuantoConfig
+    config: FormatConfig
     source: Any
     borrowed: bool = False
     notes: tuple[str, ...] = ()
@@ -52,7 +50,7 @@ class Empty:
 
 def empty_model(
     what: Any,
-    config: QuantoConfig | None,
+    config: FormatConfig | None,
     dtype: Any = "auto",
     auto_class: Any = None,
     hub: Mapping[str, Any] = MappingProxyType({}),
@@ -106,7 +104,7 @@ def _read_config(model: Any, name: str, hub: Mapping[str, Any]) -> Any:
 
 def _of_config(
     saved: Any,
-    config: QuantoConfig | None,
+    config: FormatConfig | None,
     dtype: Any,
     auto_class: Any,
     headers: dict[str, TensorSpec] | None,
@@ -140,22 +138,22 @@ def _made(skeleton: Skeleton, saved: Any, notes: tuple[str, ...] = ()) -> Empty:
 # ----------------------------------------------------------------------------------------------------- models in memory
 
 
-def _of_model(model: nn.Module, config: QuantoConfig | None) -> Empty:
+def _of_model(model: nn.Module, config: FormatConfig | None) -> Empty:
     layers = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
     if not all(layer.is_frozen for layer in layers):
         raise ValueError("the model has quantized layers that are not frozen: call quanto_hf.freeze(model) first")
     return _of_quantized(model, config) if layers else _of_float(model, config or QuantoConfig())
 
 
-def _of_quantized(model: nn.Module, config: QuantoConfig | None) -> Empty:
+def _of_quantized(model: nn.Module, config: FormatConfig | None) -> Empty:
     held = saved_config(getattr(model, "config", None))
     if held is not None and config is not None:
         different = held.conflicts(config) if type(held) is type(config) else ["method"]
         if different:
             said = ", ".join(different)
             raise ValueError(f"the model is quantized already, with another {said}: leave out the config")
-    cls = AqlmQuantizer if isinstance(held, AqlmConfig) else QuantoHfQuantizer
-    quantizer = cls(held or config or QuantoConfig(), pre_quantized=False)
+    used_config = held or config or QuantoConfig()
+    quantizer = quantizer_class(used_config)(used_config, pre_quantized=False)
     quantizer.pre_quantized = True
     borrowed = hasattr(model, "_get_dtype_plan")
     # a copy of a model of transformers would copy the weights that its hooks have offloaded
@@ -164,9 +162,8 @@ def _of_quantized(model: nn.Module, config: QuantoConfig | None) -> Empty:
     return Empty(skeleton, True, quantizer.quantization_config, None, borrowed)
 
 
-def _of_float(model: nn.Module, config: QuantoConfig) -> Empty:
-    cls = AqlmQuantizer if isinstance(config, AqlmConfig) else QuantoHfQuantizer
-    copied, quantizer = _on_meta(model), cls(config, pre_quantized=False)
+def _of_float(model: nn.Module, config: FormatConfig) -> Empty:
+    copied, quantizer = _on_meta(model), quantizer_class(config)(config, pre_quantized=False)
     dtype = quantizer.update_dtype(_dtype(model))
     if hasattr(model, "_get_dtype_plan"):
         quantizer.preprocess_model(copied, dtype=dtype, device_map=None, checkpoint_files=None)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.integrations import accelerate as maps
 
-from quanto_hf.flow import first_match, report
-from quanto_hf.hf.config.aqlm import AqlmConfig
+from quanto_hf.flow import report
+from quanto_hf.hf.config.base import FormatConfig
 from quanto_hf.hf.config.quanto import METHOD, QuantoConfig
 from quanto_hf.hf.memory.empty import Empty, empty_model
 from quanto_hf.hf.memory.kv_cache import kv_cache
@@ -26,14 +26,12 @@ from quanto_hf.hf.memory.places import (
     read_max_memory,
 )
 from quanto_hf.hf.memory.sizes import as_loaded, transient_on
-
-# what is tried where a model does not fit, the most exact first
-OTHERS = ("int8", "int4", "int2")
+from quanto_hf.qtypes import QTYPES
 
 
 def plan(
     model: Any,
-    config: QuantoConfig | None = None,
+    config: FormatConfig | None = None,
     max_memory: int | str | Mapping[Device, int | str] | None = None,
     *,
     device_map: Any = "auto",
@@ -92,7 +90,8 @@ def plan(
     if found.fits or empty.source is None:
         return found
     others, notes = {}, list(found.notes)
-    for weights in OTHERS:
+    # integers, which every kernel takes, the most exact first
+    for weights in (kind.name for kind in QTYPES.values() if kind.kind == "int"):
         if weights == empty.config.weights:
             continue
         try:
@@ -111,20 +110,14 @@ def with_weights(config: Any, weights: str, model: nn.Module) -> QuantoConfig:
     was for the type that it was given with, in an override that names no type too.
 
     Args:
-        config: a :class:`QuantoConfig`, or an AqlmConfig, whose list of names goes on to count.
+        config: a :class:`QuantoConfig`, or that of another format, of which the modules count that it names as float.
         weights: the other type.
         model: what was planned with ``config``.
     """
-    if isinstance(config, AqlmConfig):
-        names, prefix = config.linear_weights_not_to_quantize or [], getattr(model, "base_model_prefix", "")
-        kept = [
-            name
-            for name, module in model.named_modules()
-            if type(module) is nn.Linear and (first_match(name, names) or first_match(f"{prefix}.{name}", names))
-        ]
-        return QuantoConfig(weights, modules_to_not_convert=kept)
+    if not isinstance(config, QuantoConfig):
+        return QuantoConfig(weights, modules_to_not_convert=config.left_in_float(model))
     overrides = {pattern: dict(values) if "weights" in values else {} for pattern, values in config.overrides.items()}
-    cleared = {"group_size": None, "symmetric": None, "fit": None, "schemes": None}
+    cleared: dict[str, Any] = {"group_size": None, "symmetric": None, "fit": None, "schemes": None}
     made: QuantoConfig = replace(config, weights=weights, overrides=overrides, quant_method=METHOD, **cleared)
     return made
 

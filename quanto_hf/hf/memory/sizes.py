@@ -11,25 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from quanto_hf.fit import Fit, fit_by_name
-from quanto_hf.fit.aqlm import Layout
-from quanto_hf.fit.aqlm.memory import fit_bytes
 from quanto_hf.flow import replace_modules
 from quanto_hf.hf.load.names import split_name, waiting_slot
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.nn.slots import joined
 from quanto_hf.nn.stored import bytes_each
-from quanto_hf.ops.cpu.aqlm_fit import refuses_aqlm_fit
-from quanto_hf.schemes import Aqlm, Grouped, Scheme
-from quanto_hf.schemes.quantizing import BLOCK_VALUES
-
-# Bytes per value of a block that is quantized in torch: reused buffers (values, scaled, numbers, cells: 4 each; codes:
-# 1) and temporaries of the fit. Measured peaks: 11 (int8) to 21 (int4, odd width), 25 (nf4), 45 (hqq).
-BLOCK_BYTES, BLOCK_BYTES_HQQ = 26, 48
-# The error of a weight is measured on 64 rows, in three float32 tensors.
-ERROR_ROWS, ERROR_BYTES = 64, 12
-# Making the lookup table of nf4 or fp4, once per device.
-TABLE_BYTES = 20 << 20
 
 Kept = list[tuple[re.Pattern[str], torch.dtype]]
 
@@ -97,8 +83,8 @@ class Transient:
     Args:
         nbytes: on an accelerator: the float weight, and the temporaries.
         layer: its name; empty where nothing is quantized.
-        cpu_nbytes: on the CPU, where the float weight is a mapped page of its file: what AQLM weights are made in.
-            Others are quantized there in a few MB.
+        cpu_nbytes: on the CPU, where the float weight is a mapped page of its file: what AQLM weights, for example, are
+            made in. Most are quantized there in a few MB, which do not count.
         cpu_layer: the most demanding one there.
     """
 
@@ -119,47 +105,20 @@ def largest_transient(model: nn.Module, dtype: torch.dtype, kept: Kept) -> Trans
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedWeight))
     waiting = ((name, m, slot) for name, m in layers for slot in m.slots if slot.name in m._parameters)
     for name, module, slot in waiting:
-        scheme, arrives = module.scheme_of(slot), loaded_dtype(model, slot.full(name), dtype, kept)
+        scheme, fit, arrives = (
+            module.scheme_of(slot),
+            module.fit_of(slot),
+            loaded_dtype(model, slot.full(name), dtype, kept),
+        )
         *rows, columns = slot.matrix_shape
         shape = torch.Size(rows).numel(), columns
-        nbytes = slot.numel * arrives.itemsize + workspace_bytes(scheme, module.fit_of(slot), shape, arrives)
+        nbytes = slot.numel * arrives.itemsize + scheme.workspace_bytes(shape, arrives, fit, device="cuda")
         if nbytes > found[0]:
             found = nbytes, slot.label(name)
         # as for 16 bits, with a copy in float32: a weight that arrives in float32 is mostly a copy of one in 16 bits
-        if isinstance(scheme, Aqlm) and (most := aqlm_bytes(scheme, shape, torch.bfloat16, "cpu")) > on_cpu[0]:
+        if (most := scheme.workspace_bytes(shape, torch.bfloat16, fit, device="cpu")) > on_cpu[0]:
             on_cpu = most, slot.label(name)
     return Transient(*found, *on_cpu)
-
-
-def aqlm_bytes(scheme: Aqlm, shape: tuple[int, int], dtype: torch.dtype, device: str) -> int:
-    """Most bytes of temporaries that making one AQLM weight takes, by the loops that serve on a type of device."""
-    if not shape[0] or not shape[1]:
-        return 0
-    layout = Layout(scheme.num_codebooks, scheme.nbits, scheme.out_group, scheme.in_group)
-    return fit_bytes(shape, layout, dtype, native=refuses_aqlm_fit(torch.device(device)) is None)
-
-
-def workspace_bytes(scheme: Scheme, fit: Fit | str | None, shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """Most bytes of temporaries that quantizing one weight in torch takes, as on an accelerator; an upper bound within
-    a few MB, and for AQLM about what is measured.
-
-    Args:
-        fit: what finds scale and zero; None is the default of the scheme.
-        shape: of the weight, (out_features, in_features).
-        dtype: of the weight.
-    """
-    rows, columns = shape
-    if isinstance(scheme, Aqlm):
-        return aqlm_bytes(scheme, shape, dtype, "cuda")
-    if not rows or not columns:
-        return 0
-    known = fit if fit is not None or not isinstance(scheme, Grouped) else scheme.default_fit()
-    name = fit_by_name(known).name if known is not None else ""
-    # a fit that we do not know is taken to be as hungry as the hungriest
-    each = BLOCK_BYTES if name in ("absmax", "minmax", "mse", "mse_gain") else BLOCK_BYTES_HQQ
-    block = min(rows, max(1, BLOCK_VALUES // columns)) * columns
-    table = TABLE_BYTES if isinstance(scheme, Grouped) and scheme.type.kind == "table" else 0
-    return each * block + ERROR_BYTES * min(rows, ERROR_ROWS) * columns + table
 
 
 def lower_by_transient(max_memory: dict[Any, Any], transient: Transient) -> dict[Any, Any]:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -10,13 +11,11 @@ import torch
 from transformers import AutoConfig
 from transformers.quantizers import auto
 
-from quanto_hf.hf.config.aqlm import AQLM_METHOD, AqlmConfig
-from quanto_hf.hf.config.quanto import METHOD as SAVED_METHOD
-from quanto_hf.hf.config.quanto import SKELETON_METHOD as METHOD
+from quanto_hf.hf.config.base import CONFIGS, SKELETON_METHOD, FormatConfig, quantizer_class
 from quanto_hf.hf.config.quanto import QuantoConfig
-from quanto_hf.hf.load.aqlm import AqlmQuantizer
 from quanto_hf.hf.load.load_and_quantize import class_without_files, load_and_quantize_model
 from quanto_hf.hf.load.quantizer import QuantoHfQuantizer
+from quanto_hf.io.formats import format_of
 
 
 @dataclass(frozen=True)
@@ -46,26 +45,22 @@ class _Built(Exception):
         self.skeleton = skeleton
 
 
-class SkeletonQuantizer(QuantoHfQuantizer):
-    """Stops ``from_pretrained`` at the last hook before weights are read."""
+class _Stops:
+    """Stops ``from_pretrained`` at the last hook before weights are read; with the quantizer of a format."""
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_before_weight_loading(self: Any, model: Any, **kwargs: Any) -> Any:
         self._files = [str(file) for file in kwargs.get("checkpoint_files") or []]
-        return super()._process_model_before_weight_loading(model, **kwargs)
+        return super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[misc]
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> NoReturn:
+    def update_weight_conversions(self: Any, weight_conversions: list[Any], model: Any) -> NoReturn:
         """Raises the skeleton, after the checks of the quantizer."""
-        conversions = super().update_weight_conversions(weight_conversions, model)
+        conversions = super().update_weight_conversions(weight_conversions, model)  # type: ignore[misc]
         raise _Built(Skeleton(model, self, conversions, self._files, self._dtype))
-
-
-class AqlmSkeletonQuantizer(SkeletonQuantizer, AqlmQuantizer):
-    """The same for models in the AQLM format."""
 
 
 def build_skeleton(
     path: str,
-    config: QuantoConfig | None,
+    config: FormatConfig | None,
     dtype: Any = "auto",
     auto_class: Any = None,
     hub: Mapping[str, Any] = MappingProxyType({}),
@@ -91,7 +86,7 @@ def build_skeleton(
 
 def skeleton_of_config(
     model_config: Any,
-    config: QuantoConfig | None,
+    config: FormatConfig | None,
     dtype: Any = "auto",
     auto_class: Any = None,
     hub: Mapping[str, Any] = MappingProxyType({}),
@@ -108,24 +103,20 @@ def skeleton_of_config(
 
 
 def saved_config(model_config: Any) -> Any:
-    """The config with which a checkpoint says that it was quantized by quanto_hf, or is in the AQLM format; None if it
-    says no such thing."""
+    """The config with which a checkpoint says that it was quantized, in a format that is known here; None if it says no
+    such thing."""
     saved = getattr(model_config, "quantization_config", None)
-    if isinstance(saved, QuantoConfig | AqlmConfig):
+    if isinstance(saved, FormatConfig):
         return copy.deepcopy(saved)
-    if not isinstance(saved, dict) or saved.get("quant_method") not in (SAVED_METHOD, AQLM_METHOD):
+    if not isinstance(saved, dict) or (known := format_of(saved)) is None:
         return None
-    if saved["quant_method"] == AQLM_METHOD:
-        return AqlmConfig(**saved)
-    made = QuantoConfig.from_dict(saved)
-    assert isinstance(made, QuantoConfig)
-    return made
+    return CONFIGS[known.method].from_dict(saved)
 
 
 def _marked(config: Any) -> Any:
     """A copy of a config for which transformers makes the quantizer that stops the loader."""
     marked = QuantoConfig() if config is None else copy.deepcopy(config)
-    marked.quant_method = METHOD
+    marked.quant_method = SKELETON_METHOD
     return marked
 
 
@@ -141,10 +132,14 @@ def _catch(what: str, load: Callable[[], Any]) -> Skeleton:
     raise ValueError(f"{what} cannot be quantized: transformers loaded it without asking the quantizer")
 
 
-def _quantizer(config: Any, **kwargs: Any) -> SkeletonQuantizer:
-    cls = AqlmSkeletonQuantizer if isinstance(config, AqlmConfig) else SkeletonQuantizer
-    return cls(config, **kwargs)
+@cache
+def _stopping(cls: Any) -> Any:
+    return type(f"Skeleton{cls.__name__}", (_Stops, cls), {})
+
+
+def _quantizer(config: FormatConfig, **kwargs: Any) -> Any:
+    return _stopping(quantizer_class(config))(config, **kwargs)
 
 
 # Once and for all: what is put there and taken away again would serve the loads of other threads meanwhile.
-auto.AUTO_QUANTIZER_MAPPING[METHOD] = _quantizer
+auto.AUTO_QUANTIZER_MAPPING[SKELETON_METHOD] = _quantizer

@@ -7,7 +7,6 @@ all of its layers.
 """
 
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -15,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from quanto_hf.hf.config.aqlm import AQLM_METHOD, AqlmConfig
+from quanto_hf.hf.config.base import CONFIGS, FormatConfig, quantizer_class
 from quanto_hf.hf.config.flags import refuse_mixed
-from quanto_hf.hf.config.quanto import METHOD, QuantoConfig
+from quanto_hf.hf.config.quanto import METHOD
 from quanto_hf.hf.load.gguf import is_float_gguf
-from quanto_hf.nn import QuantizedInput, QuantizedLinear, QuantizedWeight
-from quanto_hf.schemes import Aqlm, Scheme
+from quanto_hf.io.formats import format_of_layer
+from quanto_hf.nn import QuantizedWeight
 
 # layers of the eager mode: from_pretrained makes none
 EAGER = ("quanto_hf.eager.modules.", "quanto_hf.eager.qat.")
@@ -34,7 +33,7 @@ _lock = threading.RLock()
 def is_ours(model: Any) -> bool:
     """Whether a model has a quantizer of this library."""
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    return isinstance(config, QuantoConfig | AqlmConfig)
+    return isinstance(config, FormatConfig)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedWeight]:
@@ -128,7 +127,7 @@ def _inner_configs(config: Any) -> list[Any]:
         todo += vars(inner).values()
         said = vars(inner).get("quantization_config")
         mine = isinstance(said, dict) and said.get("quant_method") == METHOD
-        if mine or isinstance(said, QuantoConfig | AqlmConfig):
+        if mine or isinstance(said, FormatConfig):
             found[id(inner)] = inner
     return list(found.values())
 
@@ -153,44 +152,24 @@ def _quantizer(model: nn.Module, layers: dict[str, QuantizedWeight]) -> Any:
     Raises:
         ValueError: there is none that would make such layers.
     """
-    from quanto_hf.hf.load.aqlm import AqlmQuantizer
-    from quanto_hf.hf.load.quantizer import QuantoHfQuantizer
-
-    published = {name for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
     for name, layer in layers.items():
         if any(base.__module__.startswith(EAGER) for base in type(layer).__mro__):
             raise ValueError(
                 f"{type(model).__name__} cannot be saved with save_pretrained: {name} is a {type(layer).__module__}."
                 f"{type(layer).__qualname__}, which from_pretrained does not make; save its state_dict()"
             )
-    schemes = Counter(layer.scheme for layer in layers.values())
-    if published and (len(published) < len(layers) or len(schemes) > 1):
-        other = next((name for name in layers if name not in published), None)
-        beside = f"{other} in that of {METHOD}" if other else "others have another layout"
+    # the first layer of each format, that of others than ours first
+    first = {format_of_layer(layer).method: name for name, layer in sorted(layers.items(), reverse=True)}
+    method, *others = sorted(first, key=lambda method: method == METHOD)
+    try:
+        if others:
+            raise ValueError(f"{first[others[0]]} in that of {others[0]}")
+        config = CONFIGS[method].of_layers(layers)
+    except ValueError as beside:
         raise ValueError(
-            f"{type(model).__name__} cannot be saved: {min(published)} is in the format of {AQLM_METHOD!r} "
-            f"checkpoints, and {beside}, but a checkpoint has one. Save the parts each in a folder of its own, or "
-            f"dequantize one of them"
-        )
-    scheme = schemes.most_common(1)[0][0]
-    if published:
-        assert isinstance(scheme, Aqlm)
-        sizes = (scheme.in_group, scheme.out_group, scheme.num_codebooks, scheme.nbits)
-        quantizer: Any = AqlmQuantizer(AqlmConfig(*sizes), pre_quantized=False)
-    else:
-        quantizer = QuantoHfQuantizer(_config(scheme, layers), pre_quantized=False)
+            f"{type(model).__name__} cannot be saved: {first[method]} is in the format of {method!r} checkpoints, and "
+            f"{beside}, but a checkpoint has one. Save the parts each in a folder of its own, or dequantize one of them"
+        ) from None
+    quantizer = quantizer_class(config)(config, pre_quantized=False)
     quantizer.describe(model)
     return quantizer
-
-
-def _config(scheme: Scheme, layers: dict[str, QuantizedWeight]) -> QuantoConfig:
-    """A config with the scheme of most layers; that of each is in 'schemes'."""
-    rounded = [
-        layer.activations for layer in layers.values() if isinstance(layer, QuantizedInput) and layer.rounds_inputs
-    ]
-    activations = rounded[0].name if rounded and rounded[0] is not None else None
-    if isinstance(scheme, Aqlm):
-        weights = f"aqlm-{scheme.num_codebooks}x{scheme.nbits}"
-        return QuantoConfig(weights, activations, group_size=scheme.in_group)
-    said = scheme.to_dict()
-    return QuantoConfig(said["qtype"], activations, group_size=said["group_size"], symmetric=said["symmetric"])

@@ -10,9 +10,7 @@ import transformers
 from safetensors import safe_open
 
 from quanto_hf.io import VERSION_KEY, find_guards, guards_for, read_headers, write_model_file
-
-# the key in the metadata of files in another format that we write
-WRITER_KEY = "written_by"
+from quanto_hf.io.formats.base import WRITER_KEY
 
 
 def write_own_files() -> None:

@@ -10,7 +10,6 @@ from quanto_hf.qtypes import QTYPES
 
 # The numbers of csrc/common.h.
 FLOAT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-CODES = {"int8": 0, "float8_e4m3fn": 1, "float8_e5m2": 2, "int4": 3, "nf4": 3, "fp4": 3, "int2": 4}
 
 # Values that are dequantized for each thread that is woken: about 4 us of work.
 THREAD_VALUES = 1 << 14
@@ -34,6 +33,8 @@ def weight_arguments(
     packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, qtype: str, group_size: int, in_features: int
 ) -> tuple[int, ...]:
     """A weight, or that of expert 0, as csrc/module.cpp reads it; the tensors are contiguous and outlive the call."""
+    code = QTYPES[qtype].native
+    assert code is not None
     return (
         packed.data_ptr(),
         scale.data_ptr(),
@@ -42,7 +43,7 @@ def weight_arguments(
         packed.shape[-2],
         in_features,
         group_size,
-        CODES[qtype],
+        code,
         FLOAT_TYPES[scale.dtype],
     )
 

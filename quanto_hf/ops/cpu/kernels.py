@@ -11,6 +11,7 @@ from quanto_hf.ops.dequantize import block_rows, dequantize
 from quanto_hf.ops.linear import linear_grad_input, linear_op
 from quanto_hf.ops.scratch import scratch
 from quanto_hf.ops.watched import watched
+from quanto_hf.qtypes import QTYPES
 
 
 def refuses_weight(
@@ -21,6 +22,8 @@ def refuses_weight(
         return REASON
     if not on_cpu(packed, scale, zero):
         return "it runs on CPU only"
+    if QTYPES[qtype].native is None:
+        return f"there is no native code for {qtype} weights"
     if watched():
         return "torch follows every operator here: a dispatch mode, a transform or a trace is active"
     return why_wrong(NATIVE.level(), qtype, group_size, zero is not None, scale.dtype, dtype, many)

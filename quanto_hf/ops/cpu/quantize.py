@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from quanto_hf.ops.cpu.call import CODES, FLOAT_TYPES
+from quanto_hf.ops.cpu.call import FLOAT_TYPES
 from quanto_hf.ops.cpu.library import NATIVE, REASON
 from quanto_hf.ops.registry import reference_only
 from quanto_hf.ops.scratch import scratch
 from quanto_hf.ops.watched import watched
+from quanto_hf.qtypes import QTYPES
 
 # The numbers of csrc/common.h.
 FITS = {"range": 0, "mse": 1, "hqq": 2}
@@ -80,7 +81,8 @@ def native_quantize(
 
 def _quantize(rows: torch.Tensor, out: dict[str, torch.Tensor], qtype: str, group_size: int, fit: NativeFit) -> bool:
     assert NATIVE is not None
-    numbers, zero = array("d", fit.numbers), out.get("zero")
+    numbers, zero, code = array("d", fit.numbers), out.get("zero"), QTYPES[qtype].native
+    assert code is not None
     finite: bool = NATIVE.quantize(
         rows.data_ptr(),
         out["packed"].data_ptr(),
@@ -94,7 +96,7 @@ def _quantize(rows: torch.Tensor, out: dict[str, torch.Tensor], qtype: str, grou
         max(group_size, 0),
         FLOAT_TYPES[rows.dtype],
         FLOAT_TYPES[out["scale"].dtype],
-        CODES[qtype],
+        code,
         FITS[fit.kind],
         torch.get_num_threads(),
     )

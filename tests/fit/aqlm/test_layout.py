@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quanto_hf.fit.aqlm import Layout, decode, read_codes, stored_codes
+from quanto_hf.fit.aqlm import Layout, decode, quantize_aqlm, read_codes, stored_codes
 
 
 @pytest.mark.parametrize("out_group, in_group", [(1, 10), (2, 4), (3, 1), (6, 20)])
@@ -32,26 +32,32 @@ def test_a_group_is_the_sum_of_its_vectors():
     assert torch.allclose(decode(codes, books)[0, 1], books[:, 3].sum(0))
 
 
-def test_bits_count_codes_codebooks_and_scales():
-    assert Layout(2, 8).bits((4096, 4096)) == pytest.approx(2.0078, abs=1e-4)
-    assert Layout(1, 16).bits((1024, 1024)) == pytest.approx(10.02, abs=1e-2)
-    # codes of 12 bits take 16
-    assert Layout(1, 12).bits((1 << 14, 1 << 14)) == pytest.approx(2.0, abs=0.01)
+@pytest.mark.parametrize(
+    "values, text",
+    [
+        ((0, 8), "num_codebooks=0 does not work for AQLM weights; choose a whole number from 1 to 1024"),
+        ((2, 25), "nbits=25 does not work for AQLM weights; choose a whole number from 1 to 24"),
+        ((2, 8, 0), "out_group=0 does not work for AQLM weights; choose a whole number above 0"),
+        ((2, 8, 1, 8.0), "in_group=8.0 does not work for AQLM weights; choose a whole number above 0"),
+        ((True, 8), "num_codebooks=True does not work for AQLM weights; choose a whole number"),
+    ],
+)
+def test_wrong_sizes_are_named(values, text):
+    with pytest.raises(ValueError, match=text):
+        Layout(*values)
 
 
 @pytest.mark.parametrize(
-    "values, error, text",
+    "values, text",
     [
-        ((0, 8), ValueError, "num_codebooks=0 is out of range; choose 1 to 64"),
-        ((2, 17), ValueError, "nbits=17 is out of range; choose 1 to 16"),
-        ((2, 8, 0), ValueError, "out_group=0 is out of range; choose 1 or more"),
-        ((2, 8, 1, 8.0), TypeError, "in_group=8.0 is not a whole number"),
-        ((True, 8), TypeError, "num_codebooks=True is not a whole number"),
+        ((65, 8), "num_codebooks=65 is out of range; choose 1 to 64"),
+        ((2, 17), "nbits=17 is out of range; choose 1 to 16"),
     ],
 )
-def test_wrong_sizes_are_named(values, error, text):
-    with pytest.raises(error, match=text):
-        Layout(*values)
+def test_what_can_be_read_but_not_made_is_refused_before_anything_is_computed(values, text):
+    assert Layout(*values).refuses() == text and Layout(2, 16).refuses() is None
+    with pytest.raises(ValueError, match=text):
+        quantize_aqlm(torch.zeros(8, 8), num_codebooks=values[0], nbits=values[1])
 
 
 @pytest.mark.parametrize(

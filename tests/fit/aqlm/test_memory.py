@@ -40,10 +40,10 @@ def measured_peak(work):
 @pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
 @pytest.mark.parametrize("shape, layout, dtype, calibrated", SMALL.values(), ids=SMALL)
 def test_the_peak_is_within_a_fifth_of_what_is_said(shape, layout, dtype, calibrated, native, monkeypatch):
-    if native and not loops._native(torch.device("cpu")):
+    if native and not loops.runs_native(torch.device("cpu")):
         pytest.skip("there is no native library")
     if not native:
-        monkeypatch.setattr(loops, "_native", lambda device: False)
+        monkeypatch.setattr(loops, "runs_native", lambda device: False)
     weight, hessian = torch.randn(shape).to(dtype), torch.eye(shape[1]) if calibrated else None
     sizes = {"num_codebooks": layout.num_codebooks, "nbits": layout.nbits}
     groups = {"out_group": layout.out_group, "in_group": layout.in_group}
@@ -80,7 +80,7 @@ LARGE = [
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
-@pytest.mark.skipif(not loops._native(torch.device("cpu")), reason="there is no native library")
+@pytest.mark.skipif(not loops.runs_native(torch.device("cpu")), reason="there is no native library")
 def test_a_process_takes_that_much_more():
     # tensors go back to the system at once; else glibc keeps up to a half more for sizes of below 32 MB
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}

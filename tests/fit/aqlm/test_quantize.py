@@ -6,6 +6,7 @@ from fit.aqlm.problems import gptq, inputs, moment, relative
 from native_weights import needs_native
 
 from quanto_hf.fit.aqlm import Layout, loops, quantize_aqlm
+from quanto_hf.schemes import Aqlm
 
 
 def outliers(size: int) -> torch.Tensor:
@@ -25,7 +26,6 @@ def test_b8_with_no_data_3_iterations_of_2x8_reach_the_error_that_is_promised(ma
 
 def test_b9_with_data_the_error_of_outputs_is_below_data_free_and_below_int2_gptq_at_more_bits():
     weight, seen, held_out = torch.randn(512, 512), inputs(1500, 512, 1), inputs(500, 512, 2)
-    layout = Layout(2, 8)
     made = {
         name: relative(weight, quantize_aqlm(weight, num_codebooks=2, nbits=8, hessian=hessian).dequantize(), held_out)
         for name, hessian in (("free", None), ("data", moment(seen)))
@@ -34,7 +34,7 @@ def test_b9_with_data_the_error_of_outputs_is_below_data_free_and_below_int2_gpt
         relative(weight, gptq(weight, moment(seen), "int2", act_order=order), held_out) for order in (False, True)
     ]
     # 2 bits, a scale and a zero of 16 bits for 64 columns
-    assert layout.bits((512, 512)) <= 2.5
+    assert Aqlm(2, 8).bits((512, 512)) <= 2.5
     assert made["data"] < 0.75 * made["free"]
     assert made["data"] < 0.9 * min(others)
 
@@ -140,7 +140,7 @@ def test_in_torch_alone_the_error_is_the_same(calibrated, monkeypatch):
     weight, hessian = torch.randn(96, 128), moment(inputs(300, 128, 0)) if calibrated else None
     x = inputs(300, 128, 0) if calibrated else None
     error = relative(weight, quantize_aqlm(weight, num_codebooks=2, nbits=5, hessian=hessian).dequantize(), x)
-    monkeypatch.setattr(loops, "_native", lambda device: False)
+    monkeypatch.setattr(loops, "runs_native", lambda device: False)
     alone = relative(weight, quantize_aqlm(weight, num_codebooks=2, nbits=5, hessian=hessian).dequantize(), x)
     assert alone == pytest.approx(error, rel=0.01)
 

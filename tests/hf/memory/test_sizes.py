@@ -22,7 +22,7 @@ from quanto_hf.hf.load.loading import quantize_into
 from quanto_hf.hf.memory.sizes import largest_transient
 from quanto_hf.hf.memory.skeleton import build_skeleton
 from quanto_hf.ops.scratch import free
-from quanto_hf.schemes import grouped, make_scheme
+from quanto_hf.schemes import make_scheme, quantizing
 
 SCHEMES = {
     "int8": {"weights": "int8"},
@@ -300,7 +300,7 @@ def measured_peak(work):
 @pytest.mark.parametrize("shape", [(512, 1024), (2048, 2048), (640, 4096), (1024, 777), (8, 40000)], ids=str)
 @pytest.mark.parametrize("weights", ["int8", "float8", "int4", "nf4", "int2", "int4-hqq", "int8-mse", "int4-minmax"])
 def test_quantizing_a_layer_in_torch_takes_no_more_than_the_transient(weights, shape, monkeypatch):
-    monkeypatch.setattr(grouped, "quantize_natively", lambda *arguments: False)
+    monkeypatch.setattr(quantizing, "quantize_natively", lambda *arguments: False)
     kind, _, fit = weights.partition("-")
     scheme = make_scheme(kind)
     skeleton = nn.Sequential(QLinear(shape[1], shape[0], False, scheme=scheme, device="meta", dtype=torch.bfloat16))
@@ -316,7 +316,7 @@ def test_quantizing_a_layer_in_torch_takes_no_more_than_the_transient(weights, s
 @pytest.mark.parametrize("shape", [(512, 512), (64, 1024)], ids=str)
 @pytest.mark.parametrize("weights", ["aqlm-2x3", "aqlm-1x8"])
 def test_making_an_aqlm_layer_takes_about_the_transient(weights, shape, monkeypatch):
-    monkeypatch.setattr(loops, "_native", lambda device: False)
+    monkeypatch.setattr(loops, "runs_native", lambda device: False)
     scheme = make_scheme(weights)
     skeleton = nn.Sequential(QLinear(shape[1], shape[0], False, scheme=scheme, device="meta", dtype=torch.bfloat16))
     layer, weight = skeleton[0], torch.randn(shape, dtype=torch.bfloat16)

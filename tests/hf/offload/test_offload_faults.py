@@ -29,6 +29,7 @@ from tiny_models import lively, qlinears, save
 from quanto_hf import CheckpointError
 from quanto_hf.hf.offload.hooks import MappedWeights
 from quanto_hf.io import offload_folder
+from quanto_hf.io.safe_files import TEMPORARY
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 PROCESSES = context()
@@ -116,7 +117,7 @@ def test_a_load_that_is_killed_at_any_point_leaves_a_folder_that_the_next_one_ma
                 warnings.filterwarnings("error", message=".*written again")
                 assert torch.equal(logits(load(place / "float", off, device_map=DISK)), wanted)
             (whole,) = entries(off)
-            assert not list(whole.glob(".tmp-*"))
+            assert not list(whole.glob(f"{TEMPORARY}*"))
             assert_used_again(place, off, wanted)
             shutil.rmtree(whole)
     assert interrupted >= 4
@@ -213,7 +214,7 @@ def test_a_damaged_entry_on_a_full_disk_makes_room_for_the_right_one(place, want
     load(place / "float", disk, device_map=DISK)
     (whole,) = entries(disk)
     os.truncate(next(whole.glob("*.safetensors")), 100)
-    with open(whole / ".tmp-left", "wb") as file, pytest.raises(OSError):
+    with open(whole / f"{TEMPORARY}left", "wb") as file, pytest.raises(OSError):
         while True:
             os.write(file.fileno(), bytes(4096))
     assert shutil.disk_usage(disk).free == 0

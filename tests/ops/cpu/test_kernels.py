@@ -60,36 +60,38 @@ def random_x(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 @any_kind
 @every_float
 def test_the_product_is_that_of_float64(level: str, kind: Kind, dtype: torch.dtype):
-    # Two of the eight shapes for each combination, so that each shape meets every dtype and level with many kinds.
+    # Two of the eight shapes for each combination, and a third of the numbers of rows for each, so that each shape
+    # and each number of rows meets every dtype and level with many kinds.
     turn = ALL_KINDS.index(kind) + list(FLOATS.values()).index(dtype) + 3 * LEVELS.index(level)
-    for shape in (SHAPES[turn % 8], SHAPES[(5 * turn + 3) % 8]):
-        n, k = shape
-        weight = make_weight(kind, n, k, seed=turn)
-        x, bias = random_x(ROWS[-1], k, dtype), torch.randn(n).to(dtype) if turn % 2 else None
+    for i, (n, k) in enumerate((SHAPES[turn % 8], SHAPES[(5 * turn + 3) % 8])):
+        weight, rows = make_weight(kind, n, k, seed=turn), ROWS[(turn + i) % 3 :: 3]
+        x, bias = random_x(rows[-1], k, dtype), torch.randn(n).to(dtype) if turn % 2 else None
         exact = Exact.of(x, weight, bias)
-        for m in ROWS:
+        for m in rows:
             exact.check(native()(*weight.linear(x[:m], bias)), m)
 
 
 @every_kind
 @every_float
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_kernel_meets_every_shape(level: str, kind: Kind, dtype: torch.dtype, shape: tuple[int, int]):
-    weight, x, bias = make_weight(kind, *shape), random_x(17, shape[1], dtype), torch.randn(shape[0]).to(dtype)
-    with_bias, without = Exact.of(x, weight, bias), Exact.of(x, weight)
-    for m in (1, 2, 8, 17):
-        with_bias.check(native()(*weight.linear(x[:m], bias)), m)
-        without.check(native()(*weight.linear(x[:m])), m)
+def test_every_kernel_meets_every_shape(level: str, kind: Kind, dtype: torch.dtype):
+    # Three of the eight shapes for each combination, so that over the dtypes a kind meets all of them at each level.
+    first = KINDS.index(kind) + LEVELS.index(level) + 3 * list(FLOATS.values()).index(dtype)
+    for shape in (SHAPES[(first + step) % 8] for step in range(3)):
+        weight, x, bias = make_weight(kind, *shape), random_x(17, shape[1], dtype), torch.randn(shape[0]).to(dtype)
+        with_bias, without = Exact.of(x, weight, bias), Exact.of(x, weight)
+        for m in (1, 2, 8, 17):
+            with_bias.check(native()(*weight.linear(x[:m], bias)), m)
+            without.check(native()(*weight.linear(x[:m])), m)
 
 
 @every_kind
 @every_float
-@pytest.mark.parametrize("scale_dtype", FLOATS.values(), ids=FLOATS)
-def test_scales_may_have_any_float_dtype(level: str, kind: Kind, dtype: torch.dtype, scale_dtype: torch.dtype):
-    weight, x = make_weight(kind, 17, 200, scale_dtype=scale_dtype), random_x(17, 200, dtype)
-    exact = Exact.of(x, weight)
-    for m in (1, 5, 17):
-        exact.check(native()(*weight.linear(x[:m])), m)
+def test_scales_may_have_any_float_dtype(level: str, kind: Kind, dtype: torch.dtype):
+    for scale_dtype in FLOATS.values():
+        weight, x = make_weight(kind, 17, 200, scale_dtype=scale_dtype), random_x(17, 200, dtype)
+        exact = Exact.of(x, weight)
+        for m in (1, 5, 17):
+            exact.check(native()(*weight.linear(x[:m])), m)
 
 
 @every_float
@@ -187,20 +189,18 @@ def test_an_input_of_zeros_gives_the_bias_to_the_bit(level: str, kind: Kind, dty
 
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])  # float16 ends before
-@pytest.mark.parametrize("power", [-140, -100, 100], ids="2^{}".format)
-def test_a_scale_of_any_size_brings_an_input_of_the_inverse_size_back(
-    level: str, kind: Kind, dtype: torch.dtype, power: int
-):
+def test_a_scale_of_any_size_brings_an_input_of_the_inverse_size_back(level: str, kind: Kind, dtype: torch.dtype):
     # Products are about 1; sums of numbers and inputs alone would overflow, or vanish. The bfloat16 product of the
     # processor, which torch's own uses too, takes a number below the smallest normal one, 2^-126, for zero.
-    size = 2.0**power / (57344 if kind.qtype == "float8_e5m2" else 1)
-    weight = make_weight(kind, 17, 200, size=max(size, 2.0**-149 * 64), scale_dtype=torch.float32)
-    x = (random_x(17, 200, torch.float32) * 2.0 ** min(-power, 120)).to(dtype)
-    exact = Exact.of(x, weight, tiny=2.0**-126)
-    for m in (1, 2, 5, 17):
-        made = native()(*weight.linear(x[:m]))
-        assert torch.isfinite(made).all()
-        exact.check(made, m)
+    for power in (-140, -100, 100):
+        size = 2.0**power / (57344 if kind.qtype == "float8_e5m2" else 1)
+        weight = make_weight(kind, 17, 200, size=max(size, 2.0**-149 * 64), scale_dtype=torch.float32)
+        x = (random_x(17, 200, torch.float32) * 2.0 ** min(-power, 120)).to(dtype)
+        exact = Exact.of(x, weight, tiny=2.0**-126)
+        for m in (1, 2, 5, 17):
+            made = native()(*weight.linear(x[:m]))
+            assert torch.isfinite(made).all()
+            exact.check(made, m)
 
 
 @every_kind
@@ -276,9 +276,10 @@ SPECIALS = (float("inf"), float("-inf"), float("nan"))
 
 @every_kind
 @every_float
-@pytest.mark.parametrize("shape", [(17, 200), (33, 513)], ids=str)
-def test_nan_and_infinity_in_the_input(level: str, kind: Kind, dtype: torch.dtype, shape: tuple[int, int]):
-    n, k = shape
+def test_nan_and_infinity_in_the_input(level: str, kind: Kind, dtype: torch.dtype):
+    # one of two shapes, so that over the dtypes every kind meets both at each level
+    turn = KINDS.index(kind) + list(FLOATS.values()).index(dtype) + LEVELS.index(level)
+    n, k = ((17, 200), (33, 513))[turn % 2]
     weight, x = make_weight(kind, n, k), random_x(20, k, dtype)
     for row, column in enumerate((0, 1, 31, 32, 63, 64, 127, 128, k - 73, k - 2, k - 1)):
         x[row, column] = SPECIALS[row % 3]
@@ -392,9 +393,10 @@ def shifted(tensor: torch.Tensor, offset: int) -> torch.Tensor:
 
 @every_kind
 @every_float
-@pytest.mark.parametrize("offset", [1, 3])
-def test_tensors_may_start_anywhere(level: str, kind: Kind, dtype: torch.dtype, offset: int):
+def test_tensors_may_start_anywhere(level: str, kind: Kind, dtype: torch.dtype):
     weight, x, bias = make_weight(kind, 33, 513), random_x(17, 513, dtype), torch.randn(33).to(dtype)
+    # one of two odd addresses, so that over the dtypes every kind meets both at each level
+    offset = 1 + 2 * ((KINDS.index(kind) + list(FLOATS.values()).index(dtype)) % 2)
     moved = Weight(
         shifted(weight.packed, offset),
         shifted(weight.scale, offset),
@@ -500,9 +502,11 @@ def test_a_tensor_on_another_device_is_never_read_as_memory(which: int):
 @any_kind
 @every_float
 def test_a_weight_is_dequantized_to_the_bit(level: str, kind: Kind, dtype: torch.dtype):
-    for i, shape in enumerate(SHAPES):
-        scale_dtype = list(FLOATS.values())[(i + ALL_KINDS.index(kind)) % 3]
-        weight = make_weight(kind, *shape, scale_dtype=scale_dtype)
+    # Three of the eight shapes for each combination, so that over the dtypes a kind meets all of them at each level.
+    number, order = ALL_KINDS.index(kind), list(FLOATS.values()).index(dtype)
+    for i in range(3 * order, 3 * order + 3):
+        scale_dtype = list(FLOATS.values())[(i + number) % 3]
+        weight = make_weight(kind, *SHAPES[(i + number) % 8], scale_dtype=scale_dtype)
         assert torch.equal(native(dequantize)(*weight.rest(), dtype), dequantize.reference(*weight.rest(), dtype))
 
 
@@ -529,13 +533,10 @@ def check_gradient(made: torch.Tensor, grad: torch.Tensor, weight: Weight) -> No
 
 @every_kind
 @every_float
-@pytest.mark.parametrize("shape", [(1, 1), (17, 200), (200, 70), (33, 513)], ids=str)
-def test_the_gradient_to_the_input_is_that_of_float64(
-    level: str, kind: Kind, dtype: torch.dtype, shape: tuple[int, int]
-):
-    n, k = shape
-    weight, grad = make_weight(kind, n, k), random_x(9, n, dtype)
-    check_gradient(native(linear_grad_input)(grad, *weight.rest()), grad, weight)
+def test_the_gradient_to_the_input_is_that_of_float64(level: str, kind: Kind, dtype: torch.dtype):
+    for n, k in ((1, 1), (17, 200), (200, 70), (33, 513)):
+        weight, grad = make_weight(kind, n, k), random_x(9, n, dtype)
+        check_gradient(native(linear_grad_input)(grad, *weight.rest()), grad, weight)
 
 
 @every_float

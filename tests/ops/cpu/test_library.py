@@ -2,9 +2,9 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
+from forked import Program, run_all
 from native_weights import LEVELS, needs_native
 
 from quanto_hf.ops.cpu import library
@@ -46,21 +46,52 @@ importlib.machinery.PathFinder.find_spec = find_spec
 """
 
 
-def run(program: str, level: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("QUANTO_HF")}
-    if level is not None:
-        environment["QUANTO_HF_CPU"] = level
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    return subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", "-c", program],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
+QUANTIZING = """
+from quanto_hf.fit.aqlm import quantize_aqlm
+from quanto_hf.schemes import make_scheme
+import torch
+said = []
+for make in (make_scheme("int4").quantize, lambda w: quantize_aqlm(w, num_codebooks=1, nbits=2)):
+    try:
+        make(torch.randn(4, 64))
+    except ValueError as error:
+        said.append(str(error))
+assert len(said) == 2 and all("'sse2'" in text for text in said), said
+"""
+BROKEN = """
+import importlib.machinery
+def exec_module(self, module, known=importlib.machinery.ExtensionFileLoader.create_module):
+    if "_native" in self.name and "quanto_hf" in self.name:
+        raise ImportError("libgomp.so.1: cannot open shared object file")
+    return known(self, module)
+importlib.machinery.ExtensionFileLoader.create_module = exec_module
+"""
+# (program, QUANTO_HF_CPU) of each process
+PROGRAMS = {
+    **{name: (LOGGED + PROGRAM, f" {name.upper()} ") for name in LEVELS},
+    "torch": (LOGGED + PROGRAM, "torch"),
+    "no such level": (PROGRAM, "sse2"),
+    "quantizing, no such level": (QUANTIZING, "sse2"),
+    "missing": (MISSING + LOGGED + PROGRAM, None),
+    "missing, nobody asked": (MISSING + "import quanto_hf.ops", None),
+    "broken": (BROKEN + LOGGED + PROGRAM, None),
+    "maps": ("import torch, quanto_hf.ops; torch.ones(1); print(open('/proc/self/maps').read())", None),
+}
+Done = subprocess.CompletedProcess[str]
 
 
-def said(result: subprocess.CompletedProcess[str]) -> tuple[list[str], list[str]]:
+@pytest.fixture(scope="module")
+def done() -> dict[str, Done]:
+    """What became of each program."""
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("QUANTO_HF")}
+    environments = [{**bare, "QUANTO_HF_CPU": level} if level is not None else bare for _, level in PROGRAMS.values()]
+    programs = [Program(code, env) for (code, _), env in zip(PROGRAMS.values(), environments, strict=True)]
+    # torch.distributed.tensor: torch.testing imports it at its first comparison
+    shared = ("torch", "torch.distributed.tensor", "transformers")
+    return dict(zip(PROGRAMS, run_all(programs, shared, ["-W", "error::RuntimeWarning"]), strict=True))
+
+
+def said(result: Done) -> tuple[list[str], list[str]]:
     """The three answers of the program, and the lines that quanto_hf logged."""
     assert result.returncode == 0, result.stderr[-2000:]
     logged = [line for line in result.stderr.splitlines() if " quanto_hf " in line]
@@ -77,22 +108,22 @@ def test_the_best_level_of_the_processor_is_used():
 
 @needs_native
 @pytest.mark.parametrize("name", LEVELS)
-def test_the_environment_chooses_a_level(name: str):
-    answers, logged = said(run(LOGGED + PROGRAM, f" {name.upper()} "))
+def test_the_environment_chooses_a_level(name: str, done: dict[str, Done]):
+    answers, logged = said(done[name])
     assert answers == [name, f"level {name}", "runs"]
     assert not logged
 
 
-def test_the_environment_switches_the_native_kernels_off():
-    answers, logged = said(run(LOGGED + PROGRAM, "torch"))
+def test_the_environment_switches_the_native_kernels_off(done: dict[str, Done]):
+    answers, logged = said(done["torch"])
     sentence = "QUANTO_HF_CPU=torch switches the native kernels off"
     assert answers == ["None", sentence, sentence]
     assert logged == [f"INFO quanto_hf quanto_hf runs without native CPU kernels: {sentence}"]
 
 
 @needs_native
-def test_a_level_that_there_is_not_is_an_error_with_the_choices(monkeypatch):
-    result = run(PROGRAM, "sse2")
+def test_a_level_that_there_is_not_is_an_error_with_the_choices(done: dict[str, Done], monkeypatch):
+    result = done["no such level"]
     assert result.returncode != 0
     last = result.stderr.splitlines()[-1]
     assert last.startswith("ValueError") and "'sse2'" in last
@@ -102,22 +133,8 @@ def test_a_level_that_there_is_not_is_an_error_with_the_choices(monkeypatch):
         library._load()
 
 
-QUANTIZING = """
-from quanto_hf.fit.aqlm import quantize_aqlm
-from quanto_hf.schemes import make_scheme
-import torch
-said = []
-for make in (make_scheme("int4").quantize, lambda w: quantize_aqlm(w, num_codebooks=1, nbits=2)):
-    try:
-        make(torch.randn(4, 64))
-    except ValueError as error:
-        said.append(str(error))
-assert len(said) == 2 and all("'sse2'" in text for text in said), said
-"""
-
-
-def test_quantizing_does_not_go_on_without_a_level_that_there_is_not():
-    result = run(QUANTIZING, "sse2")
+def test_quantizing_does_not_go_on_without_a_level_that_there_is_not(done: dict[str, Done]):
+    result = done["quantizing, no such level"]
     assert result.returncode == 0, result.stderr
 
 
@@ -128,29 +145,21 @@ def test_an_empty_choice_is_none(monkeypatch):
     assert library._load() == without and without[1]
 
 
-def test_without_the_compiled_module_one_line_says_so_and_everything_works():
-    answers, logged = said(run(MISSING + LOGGED + PROGRAM))
+def test_without_the_compiled_module_one_line_says_so_and_everything_works(done: dict[str, Done]):
+    answers, logged = said(done["missing"])
     assert answers[0] == "None" and answers[1] == answers[2]
     assert "install a C++17 compiler and reinstall quanto-hf" in answers[1]
     assert logged == [f"INFO quanto_hf quanto_hf runs without native CPU kernels: {answers[1]}"]
 
 
-def test_nobody_hears_of_it_who_did_not_ask():
-    result = run(MISSING + "import quanto_hf.ops")
+def test_nobody_hears_of_it_who_did_not_ask(done: dict[str, Done]):
+    result = done["missing, nobody asked"]
     assert result.returncode == 0 and not result.stderr
 
 
 @needs_native
-def test_a_module_that_cannot_be_loaded_says_why():
-    broken = """
-import importlib.machinery
-def exec_module(self, module, known=importlib.machinery.ExtensionFileLoader.create_module):
-    if "_native" in self.name and "quanto_hf" in self.name:
-        raise ImportError("libgomp.so.1: cannot open shared object file")
-    return known(self, module)
-importlib.machinery.ExtensionFileLoader.create_module = exec_module
-"""
-    answers, logged = said(run(broken + LOGGED + PROGRAM))
+def test_a_module_that_cannot_be_loaded_says_why(done: dict[str, Done]):
+    answers, logged = said(done["broken"])
     sentence = "the compiled module cannot be loaded: libgomp.so.1: cannot open shared object file"
     assert answers == ["None", sentence, sentence]
     assert len(logged) == 1
@@ -167,12 +176,11 @@ def test_the_module_refuses_a_level_or_a_call_that_it_does_not_know():
 
 
 @needs_native
-def test_the_module_follows_the_threads_of_torch():
+def test_the_module_follows_the_threads_of_torch(done: dict[str, Done]):
     # two OpenMP libraries in one process would each have threads of their own
     maps = "/proc/self/maps"
     if not os.path.exists(maps):
         pytest.skip("no list of loaded libraries on this system")
     # a new process: scikit-learn, which other tests import, brings a copy of its own
-    result = run("import torch, quanto_hf.ops; torch.ones(1); print(open('/proc/self/maps').read())")
-    loaded = {line.split("/", 1)[1].strip() for line in result.stdout.splitlines() if "/" in line}
+    loaded = {line.split("/", 1)[1].strip() for line in done["maps"].stdout.splitlines() if "/" in line}
     assert len({path for path in loaded if "gomp" in path or "iomp" in path or "/libomp" in path}) == 1

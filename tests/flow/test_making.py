@@ -1,6 +1,7 @@
 """Whole models to AQLM: with data and without, resumed after a kill, with a warning for layers that no data reached."""
 
 import copy
+import importlib
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from quanto_hf.flow import aqlm_making, freeze, freeze_aqlm, quantize
+from quanto_hf.flow import freeze, freeze_aqlm, quantize
+from quanto_hf.io.safe_files import TEMPORARY
 
 
 class Net(nn.Module):
@@ -77,7 +79,8 @@ def test_a_layer_that_no_data_reached_is_made_from_its_weight(data):
 @pytest.mark.parametrize("moment_bytes", [1, 10**9])
 def test_what_is_interrupted_goes_on_to_the_same_bits(net, data, tmp_path, monkeypatch, moment_bytes):
     whole = tensors(freeze_aqlm(copy.deepcopy(net), data, progress=False, moment_bytes=moment_bytes))
-    right, made = aqlm_making.quantize_aqlm, []
+    fits = importlib.import_module("quanto_hf.schemes.aqlm")
+    right, made = fits.quantize_aqlm, []
 
     def dies(*args, **kwargs):
         if len(made) == 2:
@@ -86,7 +89,7 @@ def test_what_is_interrupted_goes_on_to_the_same_bits(net, data, tmp_path, monke
         return right(*args, **kwargs)
 
     first = copy.deepcopy(net)
-    monkeypatch.setattr(aqlm_making, "quantize_aqlm", dies)
+    monkeypatch.setattr(fits, "quantize_aqlm", dies)
     with pytest.raises(KeyboardInterrupt):
         freeze_aqlm(first, data, folder=tmp_path, progress=False, moment_bytes=moment_bytes)
     assert len(list(tmp_path.iterdir())) == 2
@@ -94,7 +97,7 @@ def test_what_is_interrupted_goes_on_to_the_same_bits(net, data, tmp_path, monke
     assert not first.c.is_frozen and first.c.rounding
 
     made.clear()
-    monkeypatch.setattr(aqlm_making, "quantize_aqlm", lambda *a, **k: (made.append(a), right(*a, **k))[1])
+    monkeypatch.setattr(fits, "quantize_aqlm", lambda *a, **k: (made.append(a), right(*a, **k))[1])
     again = freeze_aqlm(copy.deepcopy(net), data, folder=tmp_path, progress=False, moment_bytes=moment_bytes)
     assert len(made) == 1 and same(tensors(again), whole)
 
@@ -102,7 +105,8 @@ def test_what_is_interrupted_goes_on_to_the_same_bits(net, data, tmp_path, monke
 KILLED = """
 import os, signal, sys, torch
 from torch import nn
-from quanto_hf.flow import freeze_aqlm, layer_store, quantize
+from quanto_hf.flow import freeze_aqlm, quantize
+from quanto_hf.io import safe_files
 
 torch.manual_seed(0)
 torch.set_num_threads(2)
@@ -114,7 +118,7 @@ def kills(a, b):
         os.kill(os.getpid(), signal.SIGKILL)
     count.append(replace(a, b))
 
-layer_store.os.replace = kills
+safe_files.os.replace = kills
 freeze_aqlm(model, [torch.ones(4, 16)], folder=sys.argv[1], progress=False)
 """
 
@@ -124,11 +128,11 @@ def test_a_killed_process_leaves_whole_files_and_the_next_one_goes_on(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     files = [path.name for path in tmp_path.iterdir()]
-    assert sum(name.startswith(".tmp-") for name in files) == 1 and len(files) == 2
+    assert sum(name.startswith(TEMPORARY) for name in files) == 1 and len(files) == 2
     torch.manual_seed(0)
     model = quantize(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16), nn.Linear(16, 8)), "aqlm-1x3")
     whole = freeze_aqlm(copy.deepcopy(model), [torch.ones(4, 16)], progress=False)
-    before = next(path for path in tmp_path.iterdir() if not path.name.startswith(".tmp-")).stat().st_mtime_ns
+    before = next(path for path in tmp_path.iterdir() if not path.name.startswith(TEMPORARY)).stat().st_mtime_ns
     with warnings.catch_warnings():
         # what was left half made has another name
         warnings.simplefilter("error")
@@ -148,7 +152,7 @@ def test_finished_layers_of_other_data_are_made_again(net, data, tmp_path):
 def test_the_estimate_comes_first_and_the_bar_tells_the_time_left(net, data, capsys):
     freeze_aqlm(net, data)
     err = capsys.readouterr().err
-    assert err.startswith("3 layers with 0.0 M weights to aqlm 2x4: about ")
+    assert err.startswith("3 layers with 0.0 M weights to aqlm 2x4 g8: about ")
     assert "threads, and 1 MB of memory besides the model" in err
     assert "left" in err and "100%" in err
 

@@ -1,11 +1,12 @@
-"""The part of config.json that says how each module of a saved model is stored."""
+"""Our own format (docs/format.md): config.json says how each module is stored, and files have guards."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from quanto_hf.io.formats.base import Format
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import Scheme, TensorSpec, scheme_from_dict
 
@@ -100,3 +101,40 @@ def _is_entry(entry: Any) -> bool:
         and isinstance(entry["modules"], list)
         and all(isinstance(name, str) for name in entry["modules"])
     )
+
+
+class QuantoFormat(Format):
+    """The format of ``quanto_hf`` checkpoints."""
+
+    method: ClassVar[str] = "quanto_hf"
+    keys: ClassVar[frozenset[str]] = frozenset({"schemes", "format_version"})
+    guarded: ClassVar[bool] = True
+
+    def version(self, config: Mapping[str, Any]) -> int:
+        """See :class:`Format`."""
+        version = config.get("format_version")
+        check_version(version)
+        assert isinstance(version, int)
+        return version
+
+    def refuses_saved(self, config: Mapping[str, Any]) -> str | None:
+        """See :class:`Format`."""
+        if config.get("schemes") is not None:
+            return None
+        return (
+            "the checkpoint says that it is quantized with quanto_hf, but its config has no 'schemes': it was not "
+            "written by save_pretrained"
+        )
+
+    def schemes(self, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> dict[str, Scheme]:
+        """See :class:`Format`."""
+        entries = config.get("schemes")
+        return read_modules([] if entries is None else entries)
+
+    def describe(self, model: nn.Module, loaded: bool) -> dict[str, Any]:
+        """See :class:`Format`."""
+        return {"schemes": describe_modules(model), "format_version": FORMAT_VERSION}
+
+    def metadata(self) -> dict[str, str]:
+        """See :class:`Format`."""
+        return {VERSION_KEY: str(FORMAT_VERSION)}

@@ -10,7 +10,7 @@ from torch import nn
 
 from quanto_hf.flow.batches import batches, call
 from quanto_hf.nn import QLinear
-from quanto_hf.schemes import Aqlm
+from quanto_hf.schemes import Trainable
 
 # The learning rate of Adam: a share of the size of codebook entries and scales, which are all about 1 times the scale.
 RATE = 3e-3
@@ -20,58 +20,25 @@ WITHOUT_CACHE = {"past_key_values": None, "past_key_value": None, "use_cache": F
 
 
 class _Trained:
-    """A frozen layer that computes with codebooks and scales that have gradients.
+    """A frozen layer that computes with values that have gradients."""
 
-    Both are float32, and the scales are trained as their logarithm relative to where they were: a step then moves a
-    small scale as much, in proportion, as a large one.
-    """
-
-    def __init__(self, layer: QLinear) -> None:
-        self.layer = layer
-        tensors = layer.tensors()
-        assert isinstance(layer.scheme, Aqlm)
-        self.codes = tensors["codes"].long() & ((1 << layer.scheme.nbits) - 1)
-        self.size = tensors["codebooks"].float().square().mean().sqrt().clamp(min=1e-30)
-        # the entries in units of their size, so that one learning rate serves all layers
-        self.codebooks = (tensors["codebooks"].float() / self.size).requires_grad_()
-        self.start = tensors["scales"].float()
-        self.gain = torch.zeros_like(self.start).requires_grad_()
-
-    def weight(self) -> torch.Tensor:
-        """Shape (out_features, in_features), float32."""
-        books = self.codebooks.flatten(2)
-        groups = F.embedding(self.codes[..., 0], books[0])
-        for k in range(1, books.shape[0]):
-            groups = groups + F.embedding(self.codes[..., k], books[k])
-        rows, columns = groups.shape[:2]
-        cut = groups.view(rows, columns, *self.codebooks.shape[2:]) * (self.start * self.gain.exp() * self.size)
-        return cut.transpose(1, 2).reshape(self.layer.out_features, self.layer.in_features)
+    def __init__(self, layer: QLinear, part: Trainable) -> None:
+        self.layer, self.part = layer, part
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         bias: torch.Tensor | None = self.layer._parameters["bias"]
-        weight = self.weight().to(input.dtype)
+        weight = self.part.weight().to(input.dtype)
         return F.linear(input, weight, None if bias is None else bias.to(input.dtype))
-
-    def values(self) -> list[torch.Tensor]:
-        """What is trained."""
-        return [self.codebooks, self.gain]
-
-    def store(self) -> None:
-        """Write what was trained into the layer, rounded to its dtypes."""
-        tensors = self.layer.tensors()
-        tensors["codebooks"].copy_(self.codebooks * self.size)
-        tensors["scales"].copy_(self.start * self.gain.exp())
 
 
 @contextmanager
-def _training(layers: Sequence[QLinear]) -> Iterator[list[_Trained]]:
-    trained = [_Trained(layer) for layer in layers]
+def _training(trained: Sequence[_Trained]) -> Iterator[None]:
     # accelerate's hooks stand there
-    before = [layer.__dict__.get("forward") for layer in layers]
+    before = [part.layer.__dict__.get("forward") for part in trained]
     try:
         for part in trained:
             part.layer.forward = part.forward  # type: ignore[method-assign]
-        yield trained
+        yield
     finally:
         for part, forward in zip(trained, before, strict=True):
             if forward is None:
@@ -108,19 +75,20 @@ def tune_codebooks(
     Raises:
         ValueError: there is no AQLM layer, or no batch.
     """
-    layers = [m for m in module.modules() if isinstance(m, QLinear) and isinstance(m.scheme, Aqlm) and m.is_frozen]
-    if not layers:
+    layers = [m for m in module.modules() if isinstance(m, QLinear) and m.is_frozen]
+    trained = [_Trained(m, part) for m in layers if (part := m.scheme.trainable(m.tensors())) is not None]
+    if not trained:
         raise ValueError("there is no frozen AQLM layer to tune; freeze(quantize(model, 'aqlm-2x8')) makes them")
     if not batches:
         raise ValueError("there is no batch to tune with")
     before = _mean_loss(module, batches, loss)
-    kept = [{name: tensor.clone() for name, tensor in layer.tensors().items()} for layer in layers]
+    kept = [{name: tensor.clone() for name, tensor in part.layer.tensors().items()} for part in trained]
     frozen = [p for p in module.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        with torch.enable_grad(), _training(layers) as trained:
-            values = [value for part in trained for value in part.values()]
+        with torch.enable_grad(), _training(trained):
+            values = [value for each in trained for value in each.part.values]
             optimizer = torch.optim.Adam(values, lr=rate, betas=(0.9, 0.95))
             steps = epochs * len(batches)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -135,12 +103,12 @@ def tune_codebooks(
         for parameter in frozen:
             parameter.requires_grad_(True)
     with torch.no_grad():
-        for part in trained:
-            part.store()
+        for each in trained:
+            each.part.store()
         after = _mean_loss(module, batches, loss)
         if not after < before:
-            for layer, tensors in zip(layers, kept, strict=True):
-                for name, tensor in layer.tensors().items():
+            for each, tensors in zip(trained, kept, strict=True):
+                for name, tensor in each.layer.tensors().items():
                     tensor.copy_(tensors[name])
             after = before
     return before, after
