@@ -85,6 +85,59 @@ def test_nothing_is_imported_that_is_about_to_go_away():
     assert [found for file in FILES for found in foreign(file)] == []
 
 
+def typed_lines(file):
+    """Lines of a file that only type checkers read."""
+    blocks = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.If)]
+    blocks = [node for node in blocks if "TYPE_CHECKING" in ast.unparse(node.test)]
+    return {line for node in blocks for line in range(node.lineno, node.end_lineno + 1)}
+
+
+def reachable(start, edges):
+    """What imports lead to, from one module."""
+    found, ahead = set(), [start]
+    while ahead:
+        new = edges[ahead.pop()] - found
+        found |= new
+        ahead += new
+    return found
+
+
+def test_no_modules_import_each_other():
+    known = {name_of(file): file for file in FILES}
+    edges = {}
+    for name, file in known.items():
+        typed = typed_lines(file)
+        read = [found for line, found in imports(file) if line not in typed]
+        edges[name] = {found if found in known else found.rpartition(".")[0] for found in read} & known.keys() - {name}
+    assert {name for name in known if name in reachable(name, edges)} == set()
+
+
+# The folders of `ops` that belong to a device. Nobody above `ops` names one: what is offered is in `quanto_hf.ops`.
+DEVICES = ("quanto_hf.ops.cpu", "quanto_hf.ops.torch", "quanto_hf.ops.triton")
+
+
+def test_nobody_above_the_ops_imports_a_device():
+    found = [
+        f"{name_of(file)}:{line} imports {name}"
+        for file in FILES
+        for line, name in imports(file)
+        if room(name_of(file)) != "ops" and f"{name}.".startswith(tuple(f"{device}." for device in DEVICES))
+    ]
+    assert found == []
+
+
+def test_the_registry_of_kernels_stands_below_the_devices():
+    ops = PACKAGE / "ops"
+    found = [
+        f"{name_of(file)}:{line} imports {name}"
+        for file in sorted(ops.glob("*.py"))
+        if file.name != "__init__.py"
+        for line, name in imports(file)
+        if f"{name}.".startswith(tuple(f"{device}." for device in DEVICES))
+    ]
+    assert found == []
+
+
 def test_the_reader_of_imports_sees_all_forms(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     file = tmp_path / "quanto_hf" / "nn" / "example.py"

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from foreign import ABSENT, check_installed, environment, run
+from forked import Program, run_all
 from tiny_models import save
 
 CHECK = (
@@ -14,8 +15,6 @@ CHECK = (
     "\nassert type(made) is AUTO_QUANTIZER_MAPPING['quanto_hf']"
     "\nprint(type(made).__name__, type(made.quantization_config).__name__)"
 )
-# a package that is installed, but broken
-BROKEN = "raise RuntimeError('half of it is gone')\n"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,9 +68,48 @@ ORDERS = {
 }
 
 
+# in these torch is not the first, or not imported by the program
+FRESH = ("quantizers-import-torch", "ours-first")
+LOAD = """
+import torch
+from transformers import AutoModelForCausalLM as M
+print(type(M.from_pretrained(sys.argv[1] + '/float')).__name__)
+try: M.from_pretrained(sys.argv[1] + '/int4')
+except ImportError as error: print(error)
+"""
+# a package that is installed, but broken: what the program begins with
+BEGIN = {
+    "raises": "import sys\nsys.path.insert(0, sys.argv[2])\n",
+    "empty": "import sys\nsys.path.insert(0, sys.argv[2])\n",
+    "absent": "import sys\nsys.modules['quanto_hf'] = None\n",
+}
+
+
+@pytest.fixture(scope="module")
+def done(saved, tmp_path_factory):
+    """Standard output of a program that must end well. Each has a process of its own, in which torch is imported."""
+    programs = {order: Program(ORDERS[order] + CHECK) for order in ORDERS if order not in FRESH}
+    for broken, begin in BEGIN.items():
+        place = tmp_path_factory.mktemp(broken)
+        package = place / "quanto_hf"
+        package.mkdir()
+        (package / "__init__.py").write_text("raise RuntimeError('half of it is gone')\n" if broken == "raises" else "")
+        (package / "hf").mkdir()
+        (package / "hf" / "__init__.py").write_text("")
+        programs[broken] = Program(begin + LOAD, arguments=[str(saved), str(place)])
+    results = dict(zip(programs, run_all(list(programs.values()), environment=environment()), strict=True))
+
+    def of(name):
+        assert results[name].returncode == 0, results[name].stderr[-3000:]
+        return results[name].stdout.strip()
+
+    return of
+
+
 @pytest.mark.parametrize("order", ORDERS)
-def test_whatever_is_imported_first_the_method_is_registered(order):
-    assert run(ORDERS[order] + CHECK).strip() == "QuantoHfQuantizer QuantoConfig"
+def test_whatever_is_imported_first_the_method_is_registered(order, done):
+    said = run(ORDERS[order] + CHECK).strip() if order in FRESH else done(order)
+    assert said == "QuantoHfQuantizer QuantoConfig"
 
 
 def test_a_spawned_worker_loads_a_saved_folder(saved, tmp_path):
@@ -91,24 +129,9 @@ def test_a_spawned_worker_loads_a_saved_folder(saved, tmp_path):
     assert done.stdout.strip() == "['QLinear']", done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("broken", ["raises", "empty", "absent"])
-def test_a_broken_package_stops_neither_torch_nor_transformers_but_the_models_that_need_it(broken, saved, tmp_path):
-    package = tmp_path / "quanto_hf"
-    package.mkdir()
-    (package / "__init__.py").write_text(BROKEN if broken == "raises" else "")
-    (package / "hf").mkdir()
-    (package / "hf" / "__init__.py").write_text("")
-    begin = "import sys\nsys.path.insert(0, sys.argv[2])\n"
-    if broken == "absent":
-        begin = "import sys\nsys.modules['quanto_hf'] = None\n"
-    out = run(
-        f"{begin}import torch\nfrom transformers import AutoModelForCausalLM as M\n"
-        "print(type(M.from_pretrained(sys.argv[1] + '/float')).__name__)\n"
-        "try: M.from_pretrained(sys.argv[1] + '/int4')\n"
-        "except ImportError as error: print(error)\n",
-        *(saved, tmp_path),
-    )
-    first, second = out.strip().splitlines()
+@pytest.mark.parametrize("broken", BEGIN)
+def test_a_broken_package_stops_neither_torch_nor_transformers_but_the_models_that_need_it(broken, done):
+    first, second = done(broken).splitlines()
     assert first == "LlamaForCausalLM"
     assert second.startswith("the model is quantized with quanto_hf, which cannot be imported: ")
     assert broken != "raises" or "half of it is gone" in second

@@ -6,13 +6,12 @@ a process, by the first call.
 
 import json
 import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from forked import MODELS, Program, run_all
 
 from quanto_hf.nn import QLinear
 from quanto_hf.schemes import make_scheme
@@ -20,13 +19,23 @@ from quanto_hf.schemes import make_scheme
 PROGRAM = Path(__file__).with_name("default_dtype_program.py")
 
 
+DTYPES = ("bfloat16", "float16", "float64")
+AROUND = ("autocast", "device", "inference")
+SETTINGS = [("float32", ""), *((dtype, "") for dtype in DTYPES), *(("float32", around) for around in AROUND)]
+
+
 @cache
+def results():
+    """What became of the program in each setting."""
+    code = PROGRAM.read_text()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = run_all([Program(code, arguments=setting) for setting in SETTINGS], MODELS, environment=environment)
+    return dict(zip(SETTINGS, done, strict=True))
+
+
 def found(dtype, around=""):
     """Name of each case -> the digest of what it gives."""
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), dtype, around],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    done = results()[dtype, around]
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -36,13 +45,13 @@ def test_every_case_runs_with_float32():
     assert len(cases) > 90 and [f"{name}: {text}" for name, text in cases.items() if len(text) != 64] == []
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_no_default_dtype_changes_a_bit(dtype):
     cases, wanted = found(dtype), found("float32")
     assert {name: text for name, text in cases.items() if text != wanted.get(name)} == {}
 
 
-@pytest.mark.parametrize("around", ["autocast", "device", "inference"])
+@pytest.mark.parametrize("around", AROUND)
 def test_it_does_not_matter_where_the_first_calls_are_made(around):
     cases, wanted = found("float32", around), found("float32")
     assert {name: text for name, text in cases.items() if text != wanted.get(name)} == {}

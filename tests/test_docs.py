@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import MODELS, Program, run_all
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -29,13 +30,23 @@ PAGES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
+    """What became of the Python blocks of each page, in a process and a folder of their own."""
+    programs = [
+        Program(f"import os; os.chdir({str(tmp_path_factory.mktemp('page'))!r})\n" + python_blocks(ROOT / page))
+        for page in PAGES
+    ]
+    return dict(zip(PAGES, run_all(programs, MODELS, environment=ENVIRONMENT), strict=True))
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_the_python_blocks_of_a_page_run_in_order(page: str, tmp_path: Path) -> None:
+def test_the_python_blocks_of_a_page_run_in_order(page: str, done: dict[str, subprocess.CompletedProcess[str]]) -> None:
     code = python_blocks(ROOT / page)
     assert "quanto_hf" in code
     if "import peft" in code:
         pytest.importorskip("peft")
-    run("-c", code, cwd=tmp_path)
+    assert done[page].returncode == 0, done[page].stderr[-3000:]
 
 
 def test_the_example_that_quantizes_and_saves_writes_a_line(tmp_path: Path) -> None:

@@ -69,7 +69,25 @@ class ObservedMultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See ``nn.MultiheadAttention``."""
+        """The attention of ``query`` over ``key`` and ``value``, with the arguments of ``nn.MultiheadAttention``.
+
+        Args:
+            query: shape (length, batch, embed_dim), with the batch first if ``batch_first`` is set, or without a batch.
+            key: the same with a length of its own, and ``kdim`` columns.
+            value: of the length of ``key``, with ``vdim`` columns.
+            key_padding_mask: shape (batch, key length): True, or what is added to scores, at keys to leave out.
+            need_weights: return the weights too.
+            attn_mask: shape (length, key length), or (batch * heads, length, key length).
+            average_attn_weights: the mean of the heads, and not the weights of each.
+            is_causal: a hint that ``attn_mask`` is the causal mask.
+
+        Returns:
+            The output, of the shape of ``query``; and weights of shape (batch, length, key length), with the heads in
+            the second place unless they are averaged, or None.
+
+        Raises:
+            ValueError: ``is_causal`` without ``attn_mask``.
+        """
         single = query.dim() == 2
         if single:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))

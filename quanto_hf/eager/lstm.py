@@ -98,11 +98,15 @@ class ObservedLSTM(nn.Module):
         """Nothing to do: weights are not in one piece of memory."""
 
     def forward(self, input: torch.Tensor, hx: State | None = None) -> tuple[torch.Tensor, State]:
-        """See ``nn.LSTM``.
+        """The output of every step, and the last state, as ``nn.LSTM`` gives them.
 
         Args:
             input: shape (length, batch, input_size), or with the batch first.
             hx: hidden and cell state, shape (layers * directions, batch, hidden_size); None is zeros.
+
+        Returns:
+            Outputs, shape (length, batch, directions * hidden_size), or with the batch first; and the state, of the
+            shape of ``hx``.
         """
         x = input.transpose(0, 1) if self.batch_first else input
         directions = 2 if self.bidirectional else 1

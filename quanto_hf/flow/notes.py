@@ -13,20 +13,22 @@ from quanto_hf.schemes import TensorSpec, notes
 
 def notes_of(model: nn.Module) -> tuple[str, ...]:
     """Sentences about the layers of a quantized model whose weights are stored."""
-    found = {}
-    for name, module in model.named_modules():
-        for slot in module.slots if isinstance(module, QuantizedWeight) else ():
-            if held := module.tensors(slot.name):
-                specs = {part: TensorSpec(tuple(tensor.shape), tensor.dtype) for part, tensor in held.items()}
-                found[slot.label(name)] = module.scheme_of(slot), specs
-    return notes(found)
+    return notes(
+        {
+            slot.label(name): (module.scheme_of(slot), {part: TensorSpec(tuple(t.shape), t.dtype) for part, t in made})
+            for name, module in model.named_modules()
+            if isinstance(module, QuantizedWeight)
+            for slot in module.slots
+            if (made := module.tensors(slot.name).items())
+        }
+    )
 
 
 def warn_of_notes(model: nn.Module, plan: Plan) -> None:
     """Warn of what schemes have to say about the layers of a plan."""
     layers = {}
     for name, choice in plan.chosen.items():
-        scheme, (owner, leaf) = choice.scheme(), find(model, name)
+        (owner, leaf), scheme = find(model, name), choice.scheme()
         module = model.get_submodule(owner)
         layers[name] = scheme, scheme.tensors(slots_of(module)[leaf].matrix_shape, getattr(module, leaf).dtype)
     for note in notes(layers):

@@ -13,7 +13,7 @@ from torch import nn
 
 from quanto_hf.fit import Fit
 from quanto_hf.flow.applying import apply_plan, by_module, quantized, replace_modules
-from quanto_hf.flow.making import MOMENT_BYTES, make_layers, waiting_layers, waiting_slots
+from quanto_hf.flow.making import MOMENT_BYTES, make_layers, waiting_layers
 from quanto_hf.flow.notes import warn_of_notes
 from quanto_hf.flow.patterns import any_names, first_match
 from quanto_hf.flow.plan import Choice, asked_by, make_plan
@@ -212,7 +212,7 @@ def freeze(
             names the layer), or there is no data. Layers that are finished stay so.
 
     Warns:
-        UserWarning: no data reached a layer that wants it; it is made from its weight alone.
+        UserWarning: no data reached a layer that wants it, which is made from its weight alone; or no layer wants data.
 
     Example:
         >>> model = quantize(nn.Sequential(nn.Linear(64, 32)), "aqlm-2x4")
@@ -226,7 +226,7 @@ def freeze(
                 folder=folder, seed=seed, iterations=iterations, moment_bytes=moment_bytes, progress=progress,
             )  # fmt: skip
         return model
-    refuse_other_dtypes(model, waiting_slots(model))
+    refuse_other_dtypes(model, waiting_layers(model))
     try:
         for name, module in model.named_modules():
             if isinstance(module, QuantizedWeight):

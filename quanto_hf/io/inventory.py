@@ -108,7 +108,6 @@ def read_inventory(folder: Path) -> Inventory:
         except ValueError as error:
             raise CheckpointError(f"the config of {folder} cannot be used: {error}") from None
         headers = without_guards(headers) if saved_as.guarded else headers
-    # what 'schemes' calls a parameter -> name in the files -> stored tensor
     groups: dict[str, dict[str, TensorSpec]] = {}
     rows = []
     for name, spec in headers.items():
@@ -121,16 +120,17 @@ def read_inventory(folder: Path) -> Inventory:
     problems = [f"unexpected: {tensor}" for name in {*groups} - {*saved.values()} for tensor in groups[name]]
     for module, scheme in schemes.items():
         name = saved.get(module, module)
-        stored = groups.get(name, {})
+        tensors = groups.get(name, {})
         # of a module's weight, or of another parameter of a module
-        is_weight = not stored or any(tensor.startswith(f"{name}.") for tensor in stored)
-        before = f"{name}.{saved_as.prefix}" if is_weight else f"{name}_"
-        found = {tensor.removeprefix(before): spec for tensor, spec in stored.items()}
-        problems += _problems(before, scheme, found)
+        of_weight = not tensors or any(tensor.startswith(f"{name}.") for tensor in tensors)
+        before = f"{name}.{saved_as.prefix}" if of_weight else f"{name}_"
+        found = {tensor.removeprefix(before): spec for tensor, spec in tensors.items()}
+        problems += _problems(scheme, found, before)
         if (weight := scheme.weight_of(found)) is not None:
             layers[name] = scheme, found
-        count, full = 0 if weight is None else prod(weight.shape), joined(name, WEIGHT) if is_weight else name
-        rows.append(Item(full, str(scheme), count, sum(map(_nbytes, found.values()))))
+        count = 0 if weight is None else prod(weight.shape)
+        full = joined(name, WEIGHT) if of_weight else name
+        rows.append(Item(full, str(scheme), count, sum(map(_nbytes, tensors.values()))))
     if problems:
         raise CheckpointError(f"{folder} is not what its config says:\n  " + "\n  ".join(sorted(problems)))
     method = str(quantization.get("quant_method", "")) if version is None else ""
@@ -217,12 +217,12 @@ def _common_end(one: str, other: str) -> int:
     return same
 
 
-def _problems(before: str, scheme: Scheme, found: Mapping[str, TensorSpec]) -> list[str]:
+def _problems(scheme: Scheme, found: Mapping[str, TensorSpec], before: str) -> list[str]:
     """A line for each stored tensor of a weight that is missing, unexpected or wrong.
 
     Args:
-        before: what stands in front of the names of the scheme in the files.
-        found: by the names of the scheme.
+        found: the stored tensors, by the names of the scheme.
+        before: what stands in front of these names in the files.
     """
     if scheme.weight_of(found) is not None:
         return []
@@ -231,8 +231,8 @@ def _problems(before: str, scheme: Scheme, found: Mapping[str, TensorSpec]) -> l
     if lines or not (candidates := scheme.candidates(found)):
         return lines
     return [
-        f"wrong: {before}{part} is {_text(found[part].dtype)} {list(found[part].shape)}, but {scheme} weights need "
-        f"{_text(spec.dtype)} {list(spec.shape)}"
+        f"wrong: {before}{part} is {_text(found[part].dtype)} {list(found[part].shape)}, but {scheme} weights "
+        f"need {_text(spec.dtype)} {list(spec.shape)}"
         for part, spec in scheme.tensors(candidates[0].shape, candidates[0].dtype).items()
         if found[part] != spec
     ]

@@ -134,10 +134,15 @@ class QuantizedWeight(FloatTwin):
     # ------------------------------------------------------------------------------------------------ packing
 
     def quantized(self, name: str | None = None, context: Context = NO_CONTEXT) -> dict[str, torch.Tensor]:
-        """What :meth:`freeze` would store for the float parameter of a slot."""
+        """What :meth:`freeze` would store for the float parameter of a slot.
+
+        Args:
+            name: of the parameter; None is that of the only slot.
+            context: what the fit may use: moments, a seed.
+        """
         slot = self.slot(name)
-        matrix = slot.to_matrix(self.read_slot(slot.name).detach())
-        return self.scheme_of(slot).quantize(matrix, self.fit_of(slot), context)
+        weight = slot.to_matrix(self.read_slot(slot.name).detach())
+        return self.scheme_of(slot).quantize(weight, self.fit_of(slot), context)
 
     def freeze(self, tensors: dict[str, torch.Tensor] | None = None) -> None:
         """Quantize the float parameters of all slots and let go of them. A FROZEN module stays as it is.

@@ -1,7 +1,6 @@
 """Commands that run in this process silence transformers for good; each test gives it its voice back. Commands that
 need a process of their own share one that has torch."""
 
-import os
 import subprocess
 
 import pytest
@@ -28,8 +27,8 @@ PROGRAMS = {
 @pytest.fixture(scope="session")
 def done() -> dict[str, subprocess.CompletedProcess[str]]:
     """What became of each of the programs."""
-    programs = [Program(code, {**os.environ, **more}, words.split()) for code, words, more in PROGRAMS.values()]
-    return dict(zip(PROGRAMS, run_all(programs, ("torch", "transformers")), strict=True))
+    programs = [Program(code, more, words.split()) for code, words, more in PROGRAMS.values()]
+    return dict(zip(PROGRAMS, run_all(programs), strict=True))
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from tiny_models import TINY, output, qlinears, relative, save, tokens
 from torch import nn
+from turns import in_turn
 
 from quanto_hf import QuantoConfig, report
 
@@ -65,8 +66,7 @@ def data_bytes(folder):
     return sum(file.stat().st_size for file in files) - headers, len(files)
 
 
-@pytest.mark.parametrize("weights", TYPES)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name, weights", in_turn(TINY, TYPES, 3))
 def test_a_model_is_quantized_runs_saves_and_reloads(name, weights, checkpoint, tmp_path):
     folder = checkpoint(name)
     model = load(folder, name, weights)
@@ -140,8 +140,7 @@ def test_a_reload_in_another_dtype_keeps_the_stored_tensors(weights, checkpoint,
 
 
 @pytest.mark.parametrize("inside", HALF.values(), ids=HALF)
-@pytest.mark.parametrize("weights", TYPES)
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("name, weights", in_turn(["llama", "opt"], TYPES, 3))
 def test_autocast_works(name, weights, inside, checkpoint):
     model = load(checkpoint(name), name, weights)
     wanted = output(model, name)
@@ -156,8 +155,7 @@ def qlinear_dtype(model):
     return layer(torch.randn(2, layer.in_features)).dtype
 
 
-@pytest.mark.parametrize("weights", TYPES)
-@pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if tiny.generates])
+@pytest.mark.parametrize("name, weights", in_turn([name for name, tiny in TINY.items() if tiny.generates], TYPES, 3))
 def test_generate_gives_the_tokens_of_the_dequantized_model(name, weights, checkpoint):
     model = load(checkpoint(name), name, weights)
     arguments = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "input_ids": tokens()}

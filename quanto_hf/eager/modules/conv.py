@@ -19,7 +19,13 @@ class StoredConv(Stored):
     """Mixin of convolutions with stored weights."""
 
     def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """See :class:`Stored`."""
+        """The convolution of ``x``, shape (batch, channels, *image), with the padding of the module.
+
+        Args:
+            x: float input; the batch dimension may be absent.
+            weight: shape (out, in / groups, *kernel), of the dtype of ``x``.
+            bias: shape (out,), or None.
+        """
         out: torch.Tensor = self._conv_forward(x, weight, bias)  # type: ignore[operator]
         return out
 
@@ -30,7 +36,14 @@ class StoredConvTranspose(Stored):
     def product(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_size: list[int] | None = None
     ) -> torch.Tensor:
-        """See :class:`Stored`."""
+        """The transposed convolution of ``x``, shape (batch, channels, *image).
+
+        Args:
+            x: float input; the batch dimension may be absent.
+            weight: shape (in, out / groups, *kernel), of the dtype of ``x``.
+            bias: shape (out,), or None.
+            output_size: size of the image that comes out; None is the smallest one.
+        """
         return conv_transpose(self, x, weight, bias, output_size)
 
 

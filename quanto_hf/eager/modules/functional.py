@@ -88,7 +88,14 @@ class QFunctional(OnGrid, Functional):
     """Operations whose outputs are on the grid of an observer."""
 
     def take_grid(self, mod: nn.Module) -> None:
-        """See :class:`OnGrid`. Where calibration has met only scalars there is no grid, and none is needed."""
+        """Take over the scale and the zero point that the observer of ``mod`` has found.
+
+        An operation that calibration has called with scalars only has no grid, and needs none.
+
+        Raises:
+            RuntimeError: the observer has seen nothing.
+            QConfigError: there is no observer.
+        """
         if not self.only_scalars:
             super().take_grid(mod)
 

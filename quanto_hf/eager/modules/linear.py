@@ -12,7 +12,7 @@ class StoredLinear(Stored, nn.Linear):
     """A linear layer whose weight is float16, or has a zero point, or that is a reference."""
 
     def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """See :class:`Stored`."""
+        """``x`` (..., in) times the transposed ``weight`` (out, in) plus ``bias`` (out,), shape (..., out)."""
         return F.linear(x, weight, bias)
 
 

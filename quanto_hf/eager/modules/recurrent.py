@@ -74,7 +74,11 @@ class StoredRNN(StoredRecurrent):
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Any:
-        """See :class:`StoredRecurrent`."""
+        """The layer with the weights of ``mod``, an LSTM or a GRU, stored as its qconfig says.
+
+        Raises:
+            QConfigError: the number type is neither qint8 nor float16.
+        """
         new: Any = super().from_float(mod)
         # weights of the float layer, by which nn.RNNBase passes them on
         for name in ("_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights"):

@@ -71,7 +71,7 @@ class Weighted(OnGrid):
         return self.on_grid(out.relu() if self.relu else out)
 
     def plain(self, weight: torch.Tensor) -> nn.Module:
-        """See :class:`QuantizedWeight`; with the ReLU."""
+        """A float module with this weight, of the shape of the stored one; with a fused ReLU a sequence of the two."""
         module: nn.Module = super().plain(weight)  # type: ignore[misc]
         return nn.Sequential(module, nn.ReLU()) if self.relu else module
 
@@ -97,7 +97,16 @@ class Stored(OnGrid, StoredWeights):
     def product(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """The float product."""
+        """The product of an input and the weight, both float and of one dtype, without rounding.
+
+        Args:
+            x: input in the shape that the float module takes.
+            weight: in the shape of the float module's weight.
+            bias: one value per output feature or channel, of the dtype of ``x``, or None.
+
+        Returns:
+            The output of the float module, of the dtype of ``x``.
+        """
         raise NotImplementedError
 
     @property

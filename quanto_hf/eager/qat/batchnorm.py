@@ -25,7 +25,7 @@ class WithBatchNorm(RoundedWeight):
     freeze_bn = False
 
     def adopt(self, mod: Any) -> None:
-        """See :class:`RoundedWeight`."""
+        """Take the batch norm of a fused module, its second child."""
         self.bn = mod[1]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -87,9 +87,10 @@ class DynamicLinear(Linear):
 
     @classmethod
     def from_float(cls, mod: nn.Module, use_precomputed_fake_quant: bool = False) -> Any:
-        """See :class:`RoundedWeight`.
+        """The linear layer for training, with the parameters of ``mod``.
 
         Raises:
+            QConfigError: there is no qconfig, or it has nothing for weights.
             ValueError: the observer of activations has a memory.
         """
         qconfig: Any = getattr(mod, "qconfig", None)

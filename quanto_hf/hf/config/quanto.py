@@ -181,8 +181,9 @@ class QuantoConfig(FormatConfig):
     @classmethod
     def of_layers(cls, layers: Mapping[str, QuantizedWeight]) -> "QuantoConfig":
         """See :class:`FormatConfig`: the scheme of most layers; that of each is in 'schemes'."""
-        inputs = [layer for layer in layers.values() if isinstance(layer, QuantizedInput) and layer.rounds_inputs]
-        rounded = [layer.activations for layer in inputs]
+        rounded = [
+            layer.activations for layer in layers.values() if isinstance(layer, QuantizedInput) and layer.rounds_inputs
+        ]
         activations = rounded[0].name if rounded and rounded[0] is not None else None
         scheme = Counter(layer.scheme for layer in layers.values()).most_common(1)[0][0]
         return cls(activations=activations, **scheme.asked())

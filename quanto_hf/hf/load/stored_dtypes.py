@@ -13,18 +13,16 @@ from torch import nn
 
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.nn.slots import joined
-from quanto_hf.ops.dequantize import FLOATS
+from quanto_hf.ops.grouped_weight import FLOATS
 from quanto_hf.schemes import TensorSpec
 
 
 def _floats(model: nn.Module) -> Iterator[tuple[QuantizedWeight, str, list[str]]]:
     """Each layer with tensors in the dtype of the model, what stands before their names, and their names in it."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedWeight):
-            parts = [(slot, part) for slot in module.slots for part in module.scheme_of(slot).float_names]
-            leaves = [slot.stored(part) for slot, part in parts]
-            if not leaves:
-                continue
+        slots = module.slots if isinstance(module, QuantizedWeight) else ()
+        leaves = [slot.stored(part) for slot in slots for part in module.scheme_of(slot).float_names]
+        if leaves:
             yield (
                 module,
                 f"{name}." if name else "",

@@ -105,11 +105,8 @@ def largest_transient(model: nn.Module, dtype: torch.dtype, kept: Kept) -> Trans
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedWeight))
     waiting = ((name, m, slot) for name, m in layers for slot in m.slots if slot.name in m._parameters)
     for name, module, slot in waiting:
-        scheme, fit, arrives = (
-            module.scheme_of(slot),
-            module.fit_of(slot),
-            loaded_dtype(model, slot.full(name), dtype, kept),
-        )
+        scheme, fit = module.scheme_of(slot), module.fit_of(slot)
+        arrives = loaded_dtype(model, slot.full(name), dtype, kept)
         *rows, columns = slot.matrix_shape
         shape = torch.Size(rows).numel(), columns
         nbytes = slot.numel * arrives.itemsize + scheme.workspace_bytes(shape, arrives, fit, device="cuda")

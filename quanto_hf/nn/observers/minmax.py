@@ -47,7 +47,14 @@ class MinMaxObserver(RangeObserver):
         self.max_val.copy_(high)
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`RangeObserver`."""
+        """Scale and zero point of the tensor.
+
+        Returns:
+            float32 scale and int32 zero point, shape (1,).
+
+        Raises:
+            RuntimeError: nothing was observed, or values that are NaN or infinite.
+        """
         return self.qparams_of(self.min_val, self.max_val)
 
     def reset(self) -> None:

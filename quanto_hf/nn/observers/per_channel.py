@@ -67,7 +67,14 @@ class PerChannelMinMaxObserver(RangeObserver):
         return torch.minimum(low, self.min_val), torch.maximum(high, self.max_val)
 
     def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`RangeObserver`."""
+        """Scale and zero point of each channel.
+
+        Returns:
+            float32 scale and int32 zero point (float32 for float qparams), shape (channels,).
+
+        Raises:
+            RuntimeError: nothing was observed, or values that are NaN or infinite.
+        """
         return self.qparams_of(self.min_val, self.max_val)
 
     def reset(self) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import Program, run_all
 
 from quanto_hf.hf.config.requirements import TRANSFORMERS, check_transformers
 
@@ -13,10 +14,9 @@ from quanto_hf.hf.config.requirements import TRANSFORMERS, check_transformers
 MISSING = "quanto_hf.hf.offload.deferred"
 
 
-def run(code, path=None):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    if path is not None:
-        environment["PYTHONPATH"] = os.pathsep.join([str(path), environment.get("PYTHONPATH", "")])
+def run(code, path):
+    path = os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
 
 
@@ -38,19 +38,42 @@ def test_a_later_one_and_one_without_a_number_are_let_through(found):
     check_transformers(found)
 
 
-def test_the_import_says_which_version_is_needed_and_transformers_still_works():
-    done = run(
-        "import transformers\n"
-        "transformers.__version__ = '4.57.1'\n"
-        "try:\n"
-        "    import quanto_hf\n"
-        "except ImportError as error:\n"
-        "    print(error)\n"
-        "import sys\n"
-        "assert not [f for f in sys.meta_path if 'quanto_hf' in type(f).__module__]\n"
-        "from transformers import LlamaForCausalLM\n"
-        "print(LlamaForCausalLM.__name__)\n"
-    )
+OLD = """
+import transformers
+transformers.__version__ = '4.57.1'
+try:
+    import quanto_hf
+except ImportError as error:
+    print(error)
+import sys
+assert not [f for f in sys.meta_path if 'quanto_hf' in type(f).__module__]
+from transformers import LlamaForCausalLM
+print(LlamaForCausalLM.__name__)
+"""
+LACKING = f"""
+import sys, warnings
+sys.modules[{MISSING!r}] = None
+import quanto_hf
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter('always')
+    import transformers.quantizers.auto as auto
+print([str(w.message) for w in said if 'quanto_hf' in str(w.message)])
+try:
+    auto.AutoHfQuantizer.from_config(quanto_hf.QuantoConfig('int4'))
+except ImportError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def done():
+    """What became of the two programs, each in a process of its own."""
+    programs = [Program(OLD), Program(LACKING)]
+    return run_all(programs, environment={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
+def test_the_import_says_which_version_is_needed_and_transformers_still_works(done):
+    done = done[0]
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.startswith("quanto_hf needs transformers 5.21 or later, and 4.57.1 is installed: pip install")
@@ -68,18 +91,7 @@ def test_an_old_transformers_without_what_we_import_gives_the_same_sentence(tmp_
     )
 
 
-def test_a_transformers_that_lacks_a_module_we_need_still_imports_its_models(tmp_path):
-    done = run(
-        f"import sys, warnings\nsys.modules[{MISSING!r}] = None\n"
-        "import quanto_hf\n"
-        "with warnings.catch_warnings(record=True) as said:\n"
-        "    warnings.simplefilter('always')\n"
-        "    import transformers.quantizers.auto as auto\n"
-        "print([str(w.message) for w in said if 'quanto_hf' in str(w.message)])\n"
-        "try:\n"
-        "    auto.AutoHfQuantizer.from_config(quanto_hf.QuantoConfig('int4'))\n"
-        "except ImportError as error:\n"
-        "    print(error)\n"
-    )
+def test_a_transformers_that_lacks_a_module_we_need_still_imports_its_models(done):
+    done = done[1]
     assert done.returncode == 0, done.stderr
     assert "quanto_hf cannot quantize with this transformers" in done.stdout and MISSING in done.stdout

@@ -6,13 +6,13 @@ The rows B1, B2 ... are those of the feature list; B3 and the gradients of B5 ar
 import importlib
 import importlib.util
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 import transformers as tf
 from aqlm_models import LAYOUTS, Layout, linears, logits, write
+from forked import Program, run_all
 from safetensors.torch import load_file, save_file
 from tiny_models import build, relative, save, tokens
 from torch import nn
@@ -95,13 +95,6 @@ def test_b1_nothing_to_replace_is_said(before):
         assert replace_with_aqlm_linear(model, AqlmConfig(), has_been_replaced=before) == (model, before)
 
 
-def test_b1_transformers_keeps_its_own_method_until_it_is_taken_over():
-    show = "import transformers.quantizers.auto as a; print(a.AUTO_QUANTIZER_MAPPING['aqlm'].__module__)"
-    code = f"import quanto_hf; {show}; quanto_hf.install(override='aqlm'); {show}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["transformers.quantizers.quantizer_aqlm", "quanto_hf.hf.load.aqlm"]
-
-
 OWN_CONFIG = """
 import sys, torch, quanto_hf, transformers
 from quanto_hf import AqlmConfig, QuantoConfig
@@ -119,10 +112,26 @@ for wrong in (AqlmConfig(), QuantoConfig("int4"), AqlmConfig(**config, linear_we
     except Exception as error:
         print(type(error).__name__, error)
 """
+SHOW = "import transformers.quantizers.auto as a; print(a.AUTO_QUANTIZER_MAPPING['aqlm'].__module__)"
+TAKE_OVER = f"import quanto_hf; {SHOW}; quanto_hf.install(override='aqlm'); {SHOW}"
 
 
-def test_b1_our_config_means_us_without_taking_the_method_over(tmp_path):
-    done = subprocess.run([sys.executable, "-c", OWN_CONFIG, str(tmp_path)], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """What became of two programs, each in a process of its own."""
+    folder = str(tmp_path_factory.mktemp("own"))
+    programs = {"take over": Program(TAKE_OVER), "own config": Program(OWN_CONFIG, {}, [folder])}
+    return dict(zip(programs, run_all(list(programs.values())), strict=True))
+
+
+def test_b1_transformers_keeps_its_own_method_until_it_is_taken_over(done):
+    done = done["take over"]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["transformers.quantizers.quantizer_aqlm", "quanto_hf.hf.load.aqlm"]
+
+
+def test_b1_our_config_means_us_without_taking_the_method_over(done):
+    done = done["own config"]
     assert done.returncode == 0, done.stderr
     first, second, third = done.stdout.splitlines()
     assert first.startswith(

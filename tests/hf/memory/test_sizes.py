@@ -15,6 +15,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers.integrations import accelerate as maps
 from transformers.integrations.accelerate import _get_device_map, compute_module_sizes
+from turns import in_turn
 
 from quanto_hf import QLinear, QuantoConfig, plan
 from quanto_hf.fit.aqlm import loops
@@ -103,8 +104,7 @@ def after_loading(model):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", [*TINY, *MORE])
+@pytest.mark.parametrize("name, scheme", in_turn([*TINY, *MORE], list(SCHEMES), 5))
 def test_planned_bytes_of_every_module_are_those_after_loading(name, scheme, checkpoint, tmp_path):
     folder, cls = checkpoint(name)
     config = QuantoConfig(**SCHEMES[scheme])

@@ -84,11 +84,10 @@ Done = subprocess.CompletedProcess[str]
 def done() -> dict[str, Done]:
     """What became of each program."""
     bare = {name: value for name, value in os.environ.items() if not name.startswith("QUANTO_HF")}
-    environments = [{**bare, "QUANTO_HF_CPU": level} if level is not None else bare for _, level in PROGRAMS.values()]
-    programs = [Program(code, env) for (code, _), env in zip(PROGRAMS.values(), environments, strict=True)]
+    programs = [Program(code, {"QUANTO_HF_CPU": level} if level else {}) for code, level in PROGRAMS.values()]
     # torch.distributed.tensor: torch.testing imports it at its first comparison
     shared = ("torch", "torch.distributed.tensor", "transformers")
-    return dict(zip(PROGRAMS, run_all(programs, shared, ["-W", "error::RuntimeWarning"]), strict=True))
+    return dict(zip(PROGRAMS, run_all(programs, shared, ["-W", "error::RuntimeWarning"], bare), strict=True))
 
 
 def said(result: Done) -> tuple[list[str], list[str]]:
