@@ -8,6 +8,7 @@ from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
 from quanto_hf.flow import Plan, warn_of_notes
+from quanto_hf.flow.refuse import DTYPES
 from quanto_hf.hf.config.base import CONFIGS, FormatConfig
 from quanto_hf.hf.config.flags import flags, refuse_mixed
 from quanto_hf.hf.config.quanto import METHOD, QuantoConfig
@@ -49,8 +50,6 @@ from quanto_hf.schemes import TensorSpec
 # Bytes up to which a float tensor of a quantized checkpoint is copied from the disk where it does not begin at a cache
 # line: in memory it would. A larger one was left there for its size, and begins at one in the files that we write.
 COPIED = 1 << 20
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]

@@ -20,8 +20,9 @@ from quanto_hf.schemes import TensorSpec
 def _floats(model: nn.Module) -> Iterator[tuple[QuantizedWeight, str, list[str]]]:
     """Each layer with tensors in the dtype of the model, what stands before their names, and their names in it."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedWeight) and module.scheme.float_names:
-            leaves = [module.slot().stored(part) for part in module.scheme.float_names]
+        slots = module.slots if isinstance(module, QuantizedWeight) else ()
+        leaves = [slot.stored(part) for slot in slots for part in module.scheme_of(slot).float_names]
+        if leaves:
             yield (
                 module,
                 f"{name}." if name else "",
