@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from quanto_hf.ops import aqlm_dequantize, aqlm_linear
+from quanto_hf.ops import linear
 from quanto_hf.schemes import Aqlm
 
 # "import aqlm" would find this file
@@ -76,9 +76,9 @@ def main() -> None:
             x = torch.randn(count, columns).bfloat16()
             calls: dict[str, Callable[[], torch.Tensor]] = {"torch bf16": lambda x=x: F.linear(x, dense)}
             for scheme, tensors in weights.items():
-                parts = tuple(tensors[name] for name in scheme.names)
-                calls[str(scheme)] = lambda x=x, parts=parts: aqlm_linear(x, *parts, None)
-                exact = F.linear(x.float(), aqlm_dequantize(*parts, torch.float32))
+                weight = scheme.weight(tensors, columns)
+                calls[str(scheme)] = lambda x=x, weight=weight: linear(x, weight)
+                exact = F.linear(x.float(), weight.dense(torch.float32))
                 error = float((calls[str(scheme)]().float() - exact).norm() / exact.norm())
                 assert error < ERROR, f"{scheme} is wrong by {error:.2g}"
                 if package and count == 1:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from quanto_hf.nn import QEmbedding, QLinear
 from quanto_hf.nn.expert_product import ExpertProduct
-from quanto_hf.ops import dequantize, embedding, expert_linear, linear
+from quanto_hf.ops import GroupedWeight, embedding, expert_linear, linear
 from quanto_hf.schemes import make_scheme
 
 # Tokens, and experts of each of them.
@@ -71,16 +71,13 @@ class Case:
             expert.copy_(torch.randn(shape, generator=generator) * columns**-0.5)
         scheme = make_scheme(name)
         tensors = scheme.quantize(self.floats)
-        self.stored = [
-            tuple(None if t is None else t[i] for t in (tensors["packed"], tensors["scale"], tensors.get("zero")))
-            for i in range(self.layers)
-        ]
-        self.kind = (scheme.qtype, scheme.group_size)
+        weight = scheme.weight(tensors, columns)
+        self.stored = [weight.rows(i) for i in range(self.layers)]
         self.name = name
 
-    def one(self, layer: int, e: int) -> tuple[Any, ...]:
-        """The stored tensors of an expert."""
-        return tuple(None if t is None else t[e] for t in self.stored[layer])
+    def one(self, layer: int, e: int) -> GroupedWeight:
+        """The weight of an expert."""
+        return self.stored[layer].rows(e)
 
     def bench(self, tokens: int, top: int, rounds: int) -> None:
         """Compare with the reference, then time and print."""
@@ -93,12 +90,11 @@ class Case:
         ends = [torch.bincount(ids, minlength=self.experts).cumsum(0).to(torch.int32) for ids in turns]
 
         def ours(ids: torch.Tensor, i: int) -> torch.Tensor:
-            packed, scale, zero = self.stored[layer[i]]
-            return expert_linear(x, ids, packed, scale, zero, None, *self.kind)
+            return expert_linear(x, ids, self.stored[layer[i]])
 
         def separate(i: int) -> None:
             for e, mine in lists[i]:
-                linear(x[: len(mine)], *self.one(layer[i], e), None, *self.kind)
+                linear(x[: len(mine)], self.one(layer[i], e))
 
         def loop(i: int) -> None:
             for e, mine in lists[i]:
@@ -106,7 +102,7 @@ class Case:
 
         made = ours(turns[0], 0).float()
         for e, mine in lists[0][:4]:
-            exact = x[mine].float() @ dequantize.reference(*self.one(0, e), *self.kind, self.shape[1], torch.float32).T
+            exact = x[mine].float() @ self.one(0, e).dense(torch.float32).T
             error = float((made[mine] - exact).norm() / exact.norm())
             assert error <= ALLOWED, f"{self.name}: expert {e} is {error:.1%} off the reference"
         ways: dict[str, Callable[[int], Any]] = {
@@ -131,17 +127,15 @@ def bench_embedding(shape: tuple[int, int], types: list[str], rounds: int) -> No
     for name in types:
         scheme = make_scheme(name)
         tensors = scheme.quantize(weight)
-        stored = (tensors["packed"], tensors["scale"], tensors.get("zero"), scheme.qtype, scheme.group_size, shape[1])
+        stored = scheme.weight(tensors, shape[1])
         for count in (1, 32, 4096):
             turns = [torch.randint(0, shape[0], (count,), generator=generator) for _ in range(2 * (rounds + 1))]
-            exact = dequantize.reference(
-                *(t if t is None else t[turns[0]] for t in stored[:3]), *stored[3:], torch.float32
-            )
-            made = embedding(turns[0], *stored, torch.bfloat16).float()
+            exact = stored.rows(turns[0]).dense(torch.float32)
+            made = embedding(turns[0], stored, torch.bfloat16).float()
             assert (made - exact).norm() <= ALLOWED * exact.norm(), name
             found = medians(
                 {
-                    "ours": lambda i: embedding(turns[i], *stored, torch.bfloat16),  # noqa: B023
+                    "ours": lambda i: embedding(turns[i], stored, torch.bfloat16),  # noqa: B023
                     "torch": lambda i: F.embedding(turns[i], weight),  # noqa: B023
                 },
                 rounds,

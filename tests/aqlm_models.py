@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tiny_models import TINY, build
 from torch import nn
 
-from quanto_hf.ops import aqlm_dequantize_op, code_dtype
+from quanto_hf.ops import AqlmWeight, code_dtype
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def write(
     for i, (key, layer) in enumerate(linears(model, head)):
         made = layout.tensors(layer.out_features, layer.in_features, i)
         made = {part: tensor.to(dtype) if part != "codes" else tensor for part, tensor in made.items()}
-        weight = aqlm_dequantize_op.reference(*made.values(), torch.float32)
+        weight = AqlmWeight(*made.values()).dense(torch.float32)
         layer.weight.data = weight
         del state[f"{key}.weight"]
         state.update({f"{key}.{part}": tensor for part, tensor in made.items()})

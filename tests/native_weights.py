@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from quanto_hf.ops import dequantize, groups, linear_op, pack
+from quanto_hf.ops import GroupedWeight, groups, linear_op, pack
 from quanto_hf.ops.cpu.library import NATIVE
 from quanto_hf.qtypes import QTYPES
 
@@ -43,15 +43,16 @@ class Weight:
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[Any, ...]:
         """The arguments of the op ``linear``."""
-        return (x, self.packed, self.scale, self.zero, bias, self.kind.qtype, self.kind.group_size)
+        return (x, *self.rest(), bias)
 
     def rest(self) -> tuple[Any, ...]:
-        """The arguments that ``dequantize`` and ``linear_grad_input`` have behind their own."""
-        return (self.packed, self.scale, self.zero, self.kind.qtype, self.kind.group_size, self.columns)
+        """The weight as the ops take it, alone."""
+        kind = self.kind
+        return (GroupedWeight(self.packed, self.scale, self.zero, kind.qtype, kind.group_size, self.columns),)
 
     def dense(self) -> torch.Tensor:
         """The weight in float64."""
-        return dequantize.reference(*self.rest(), torch.float32).double()
+        return self.rest()[0].dense(torch.float32).double()
 
     def wide(self) -> torch.Tensor:
         """(|number| + |zero|) * |scale| in float64: a weight without the cancellation of number - zero."""

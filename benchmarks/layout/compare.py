@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from quanto_hf.ops import dequantize, groups, pack
+from quanto_hf.ops import GroupedWeight, groups, pack
 from quanto_hf.ops.cpu import _native
 
 N = K = 4096
@@ -64,7 +64,7 @@ class Weight:
         self.table, self.library = torch.arange(16).float(), library
 
     def exact(self) -> torch.Tensor:
-        return dequantize.reference(*self.row[0], self.qtype, self.group, K, torch.float32)
+        return GroupedWeight(*self.row[0], self.qtype, self.group, K).dense(torch.float32)
 
     def native(self, i: int) -> list[int]:
         tensors = [*self.row[i % len(self.row)], self.table]

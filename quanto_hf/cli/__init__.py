@@ -18,10 +18,10 @@ def main() -> None:
         print(NEEDS, file=sys.stderr)
         raise SystemExit(1) from None
     from quanto_hf.cli.app import app
-    from quanto_hf.ops.cpu.library import WRONG_LEVEL
+    from quanto_hf.ops.registry import REFUSED
 
-    if WRONG_LEVEL is not None:
-        print(f"error: {WRONG_LEVEL}", file=sys.stderr)
+    if REFUSED:
+        print(f"error: {REFUSED[0]}", file=sys.stderr)
         raise SystemExit(2)
     # --debug is an option of quanto-hf, but it is wanted after a command has failed: at the end of the line
     words = sys.argv[1:]

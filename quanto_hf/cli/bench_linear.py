@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from quanto_hf import QLinear
-from quanto_hf.cli.kernels import why_not_activations
+from quanto_hf.cli.kernels import chosen_kernel
 from quanto_hf.cli.peers import Make, peer_layers
-from quanto_hf.ops import dequantize, linear_op, round_activations
+from quanto_hf.ops import linear_op, linear_rounded_op, round_activations
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Grouped
 
@@ -62,19 +62,20 @@ def bench_linear(
         if kind is not None and fixed:
             layer.make_static(max(float(x.abs().max()) for x in inputs.values()) / kind.qmax)
         copies = rotation(partial(copy.deepcopy, layer), sum(t.nbytes for t in layer.tensors().values()))
-        stored = layer.tensors()
-        args = (stored["packed"], stored["scale"], stored.get("zero"))
-        quantized = dequantize.reference(*args, scheme.qtype, scheme.group_size, shape[1], torch.float32)
+        stored = scheme.weight(layer.tensors(), shape[1])
+        quantized = stored.dense(torch.float32)
         for count, x in inputs.items():
-            row: dict[str, Any] = {"layer": str(scheme), "rows": count, "kernel": chosen_kernel(x, scheme, args)}
+            row: dict[str, Any] = {
+                "layer": str(scheme),
+                "rows": count,
+                "kernel": chosen_kernel(linear_op, (x, stored, None)),
+            }
             rounded = x.float()
             if kind is not None:
                 rounded = round_activations(x, kind, scheme.activation_group(kind), layer.static_scale)
                 row["layer"] += f", {'static ' if fixed else ''}{kind} x"
-                if why_not_activations(scheme, shape, dtype, count, kind) is None:
-                    row["kernel"] = "native_int8"
-                else:
-                    row["kernel"] = f"rounding, {row['kernel']}"
+                kernel = chosen_kernel(linear_rounded_op, (x, stored, None, kind.name, layer.static_scale))
+                row["kernel"] = kernel if kernel == "native_int8" else f"rounding, {row['kernel']}"
             row |= {"error": relative(layer(x), rounded @ quantized.T), "distance": relative(layer(x), exact[count])}
             if row["error"] <= ALLOWED[dtype]:
                 yield row | time_pair(floats, copies, x, rounds)
@@ -92,12 +93,6 @@ def bench_linear(
         except Exception as error:  # whatever another library raises is a reason
             first = (str(error).strip().splitlines() or [""])[0][:150]
             yield row | {"rows": None, "reason": f"{type(error).__name__}: {first}"}
-
-
-def chosen_kernel(x: torch.Tensor, scheme: Grouped, weight: tuple[torch.Tensor | None, ...]) -> str:
-    """The kernel that multiplies x with a weight (packed, scale, zero)."""
-    said = linear_op.explain(x, *weight, None, scheme.qtype, scheme.group_size)
-    return next(kernel for kernel, sentence in said if sentence == "runs")
 
 
 def _remake(make: Make, plain: nn.Linear) -> nn.Module:

@@ -1,11 +1,10 @@
 """``quanto-hf kernels``."""
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quanto_hf.cli.aqlm_kernels import Asked, aqlm_ops, check_aqlm_kernels
 from quanto_hf.cli.machine import lines, machine
 from quanto_hf.cli.options import WrongUsage, features, float_dtype, schemes, whole_numbers, words
 from quanto_hf.cli.show import console, table
@@ -13,15 +12,16 @@ from quanto_hf.cli.show import console, table
 if TYPE_CHECKING:
     import torch
 
-    from quanto_hf.qtypes import QType
-    from quanto_hf.schemes import Aqlm, Grouped, Scheme
+    from quanto_hf.ops.registry import Op
+    from quanto_hf.schemes import Scheme
 
-# not an op: a layer asks for it with activations="int8"
+Asked = tuple["Op", tuple[Any, ...]]
+
+# what a layer with activations="int8" asks for: the op linear_rounded
 INT8_LINEAR = "linear, int8 x"
-# columns that are two groups at least
-TWO_GROUPS = 512
+NAMES = {"linear_rounded": INT8_LINEAR}
 # the ops that rows of the input mean nothing to
-WITHOUT_X = ("dequantize", "embedding", "aqlm_dequantize")
+WITHOUT_X = ("dequantize", "embedding", "quantize")
 
 
 def kernels(
@@ -55,7 +55,7 @@ def kernels(
     choices = [row for scheme in asked for row in explain(scheme, kind, shape, counts)]
     checks: list[dict[str, Any]] = []
     if found["native"]:
-        checks = [row for scheme in asked if (row := check(scheme, kind)) is not None]
+        checks = [row for scheme in asked if (row := check(scheme, kind, shape)) is not None]
     if as_json:
         print(json.dumps({"machine": found, "kernels": choices, "checks": checks}, indent=2))
     else:
@@ -72,33 +72,18 @@ def kernels(
 
 
 def explain(scheme: "Scheme", dtype: "torch.dtype", shape: tuple[int, int], counts: list[int]) -> list[dict[str, Any]]:
-    """A row for each op, and for linear layers with int8 activations, and for each number of rows of x if it makes a
-    difference."""
-    from quanto_hf.qtypes import qint8
-    from quanto_hf.schemes import Grouped
-
+    """A row for each op, and for each number of rows of x if it makes a difference."""
     found: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
     for count in counts:
-        asked = (
-            grouped_ops(scheme, dtype, shape, count)
-            if isinstance(scheme, Grouped)
-            else aqlm_ops(cast("Aqlm", scheme), dtype, shape, count)
-        )
-        for op, arguments in asked:
+        for op, arguments in ops_of(scheme, dtype, shape, count):
             op.check(*arguments)
             found.setdefault((op.name, tuple(op.explain(*arguments))), []).append(count)
-        if not isinstance(scheme, Grouped):
-            continue
-        reason = why_not_activations(scheme, shape, dtype, count, qint8)
-        said = [("native_int8", reason or "runs")]
-        said += [("rounding, linear", "runs" if reason else "a kernel before it runs")]
-        found.setdefault((INT8_LINEAR, tuple(said)), []).append(count)
     # op by op, not row count by row count
     order = list(dict.fromkeys(name for name, _ in found))
     return [
         {
             "weights": str(scheme),
-            "op": name,
+            "op": NAMES.get(name, name),
             "rows": [] if name in WITHOUT_X else rows,
             "runs": next(kernel for kernel, said in said_of if said == "runs"),
             "others": {kernel: said for kernel, said in said_of if said != "runs"},
@@ -107,81 +92,83 @@ def explain(scheme: "Scheme", dtype: "torch.dtype", shape: tuple[int, int], coun
     ]
 
 
-def grouped_ops(scheme: "Grouped", dtype: "torch.dtype", shape: tuple[int, int], count: int) -> list[Asked]:
-    """The ops of a number type, as :func:`aqlm_ops` has those of a layout."""
+def ops_of(scheme: "Scheme", dtype: "torch.dtype", shape: tuple[int, int], count: int) -> list[Asked]:
+    """The ops of a scheme with arguments of which only shapes and dtypes are looked at.
+
+    Args:
+        dtype: of x, and of the float weight.
+        shape: of the weight.
+        count: rows of x.
+    """
     import torch
 
     from quanto_hf.ops import (
-        dequantize,
+        GroupedWeight,
+        dequantize_op,
         embedding_op,
         expert_linear_grad_input,
         expert_linear_op,
         linear_grad_input,
         linear_op,
+        linear_rounded_op,
+        quantize_op,
     )
+    from quanto_hf.schemes import Grouped
+    from quanto_hf.schemes.quantizing import recipe
 
-    def stored(shape: tuple[int, ...]) -> tuple["torch.Tensor | None", ...]:
-        # only shapes and dtypes are looked at
+    def stored(shape: tuple[int, ...]) -> Any:
         made = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in scheme.tensors(shape, dtype).items()}
-        return made["packed"], made["scale"], made.get("zero")
+        return scheme.weight(made, shape[-1])
 
-    weight, weights = stored(shape), stored((2, *shape))
-    rest = (scheme.qtype, scheme.group_size)
+    weight = stored(shape)
+    if weight is None:
+        return []
     x, grad = (torch.empty(count, width, dtype=dtype) for width in (shape[1], shape[0]))
     ids = torch.zeros(count, dtype=torch.int64)
-    return [
-        (linear_op, (x, *weight, None, *rest)),
-        (dequantize, (*weight, *rest, shape[1], dtype)),
-        (embedding_op, (ids, *weight, *rest, shape[1], dtype)),
-        (linear_grad_input, (grad, *weight, *rest, shape[1])),
-        (expert_linear_op, (x, ids, *weights, None, *rest)),
-        (expert_linear_grad_input, (grad, ids, *weights, *rest, shape[1])),
+    asked: list[Asked] = [
+        (linear_op, (x, weight, None)),
+        (linear_rounded_op, (x, weight, None, "int8", None)),
+        (dequantize_op, (weight, dtype)),
+        (embedding_op, (ids, weight, dtype)),
+        (linear_grad_input, (grad, weight)),
     ]
+    if isinstance(weight, GroupedWeight):
+        experts = stored((2, *shape))
+        asked += [(expert_linear_op, (x, ids, experts, None)), (expert_linear_grad_input, (grad, ids, experts))]
+    if isinstance(scheme, Grouped):
+        rows = torch.empty(shape, dtype=dtype)
+        asked.append((quantize_op, (rows, weight, recipe(scheme, scheme.default_fit()))))
+    return asked
 
 
-def why_not_activations(
-    scheme: "Grouped", shape: tuple[int, int], dtype: "torch.dtype", count: int, activations: "QType"
-) -> str | None:
-    """Why x is rounded on its own and then multiplied, or None: one native kernel does both."""
-    from quanto_hf.ops.cpu.int8 import why_not_int8
-    from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS
-
-    weight = (scheme.qtype, scheme.group_size, not scheme.symmetric, scheme.scale_type.dtype)
-    return why_not_int8(*weight, shape[1], dtype, count > GEMV_ROWS, activations.name)
+def chosen_kernel(op: "Op", arguments: tuple[Any, ...]) -> str:
+    """The name of the kernel that runs."""
+    return next(kernel for kernel, said in op.explain(*arguments) if said == "runs")
 
 
-def check(scheme: "Scheme", dtype: "torch.dtype") -> dict[str, Any] | None:
-    """The self-check of the native kernels of a scheme: few rows of x, many, and int8 activations (None: no kernel).
-    None if it has no native kernels."""
-    from quanto_hf.schemes import Grouped
+def check(scheme: "Scheme", dtype: "torch.dtype", shape: tuple[int, int]) -> dict[str, Any] | None:
+    """The self-checks of all kernels of a scheme that have one, for few rows of x and for many. Errors are None where
+    there is no such kernel. None if there is none at all."""
+    from quanto_hf.ops.selfcheck import FEW_ROWS, TOLERANCE, undisturbed
 
-    if not isinstance(scheme, Grouped):
-        return check_aqlm_kernels(cast("Aqlm", scheme), dtype)
-    if not scheme.has_kernels:
+    said: list[str] = []
+    worst: dict[str, float | None] = dict.fromkeys(("dequantize", "few_rows", "many_rows", "int8_activations"))
+    for count, rows in ((1, "few_rows"), (FEW_ROWS + 1, "many_rows")):
+        columns = {"dequantize": "dequantize", "linear": rows, "linear_rounded": "int8_activations"}
+        for op, arguments in ops_of(scheme, dtype, shape, count):
+            for kernel in op.kernels_for(arguments[op.at]):
+                if kernel.label is None or kernel.supports(*arguments) is not None:
+                    continue
+                case = op.case(*arguments)
+                if (sentence := op.why_wrong(kernel, case)) is not None and sentence not in said:
+                    said.append(sentence)
+                if (name := columns.get(op.name)) is not None:
+                    with undisturbed():
+                        worst[name] = max(worst[name] or 0.0, *(error for error, _ in op.errors(kernel.run, *case)))
+    if not said and all(error is None for error in worst.values()):
         return None
-    from quanto_hf.ops.cpu.int8 import int8_error, refuses_int8, why_int8_wrong
-    from quanto_hf.ops.cpu.library import NATIVE
-    from quanto_hf.ops.cpu.selfcheck import TOLERANCE, errors, why_experts_wrong, why_wrong
-
-    assert NATIVE is not None
-    key = (scheme.qtype, scheme.group_size, not scheme.symmetric, scheme.scale_type.dtype, dtype)
-    said = [sentence for many in (False, True) if (sentence := why_wrong(NATIVE.level(), *key, many))]
-    said += filter(None, [why_experts_wrong(NATIVE.level())])
-    int8 = None
-    if refuses_int8(*key[:3], TWO_GROUPS, "int8") is None:
-        said += [sentence for many in (False, True) if (sentence := why_int8_wrong(NATIVE.level(), *key, many))]
-        int8 = max(int8_error(*key, many) for many in (False, True))
-    (weight, few), (_, many) = errors(*key, False), errors(*key, True)
-    return {
-        "weights": str(scheme),
-        "passed": not said,
-        "said": said,
-        "dequantize_error": weight,
-        "few_rows_error": few,
-        "many_rows_error": many,
-        "int8_activations_error": int8,
-        "tolerance": TOLERANCE[dtype],
-    }
+    errors = {f"{name}_error": error for name, error in worst.items()}
+    return {"weights": str(scheme), "passed": not said, "said": said, **errors, "tolerance": TOLERANCE[dtype]}
 
 
 def choices_table(choices: list[dict[str, Any]], title: str) -> Any:
@@ -203,13 +190,13 @@ def choices_table(choices: list[dict[str, Any]], title: str) -> Any:
 
 def checks_table(checks: list[dict[str, Any]], dtype: str) -> Any:
     """What the self-checks found."""
-    from quanto_hf.ops.cpu.selfcheck import GEMV_ROWS, WEIGHT_TOLERANCE
+    from quanto_hf.ops.selfcheck import FEW_ROWS, WEIGHT_TOLERANCE
 
     allowed = f"allowed: {WEIGHT_TOLERANCE:.0e} and {checks[0]['tolerance']:.0e}"
     made = table(
         f"self-check of the native kernels, errors against the reference in {dtype}; {allowed}",
         ["weights"],
-        ["dequantize", f"linear, to {GEMV_ROWS} rows", "linear, more rows", INT8_LINEAR],
+        ["dequantize", f"linear, to {FEW_ROWS} rows", "linear, more rows", INT8_LINEAR],
         ["result"],
     )
     for row in checks:

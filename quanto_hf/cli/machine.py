@@ -17,9 +17,9 @@ def machine() -> dict[str, Any]:
     """Processor, features, levels, threads and environment, in JSON types."""
     import torch
 
-    from quanto_hf.ops.cpu.library import NATIVE, REASON
+    from quanto_hf.ops import DEVICES
 
-    name, flags = processor()
+    (name, flags), found = processor(), DEVICES["cpu"]()
     return {
         "processor": name,
         "features": flags,
@@ -27,11 +27,11 @@ def machine() -> dict[str, Any]:
         "torch_level": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "native": NATIVE is not None,
-        "why_not": None if NATIVE else REASON,
-        "what_to_do": None if NATIVE else advice(),
-        "level": NATIVE.level() if NATIVE else None,
-        "levels": NATIVE.levels() if NATIVE else [],
+        "native": found["native"],
+        "why_not": found["why_not"],
+        "what_to_do": None if found["native"] else advice(),
+        "level": found["level"],
+        "levels": found["levels"],
         "environment": {key: os.environ[key] for key in ENVIRONMENT if key in os.environ},
     }
 

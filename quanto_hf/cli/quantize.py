@@ -21,9 +21,7 @@ def quantize(
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Without or with a zero point.")
     ] = None,
-    fit: Annotated[
-        str | None, typer.Option(help="How scales are found, such as mse. Default: the best way without data.")
-    ] = None,
+    fit: Annotated[str | None, typer.Option(help="How scales are found. Default: the best without data.")] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Pattern of modules that stay float, besides the defaults; repeatable.")
     ] = None,

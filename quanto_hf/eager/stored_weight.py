@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from quanto_hf.ops import dequantize, groups, packed_width
+from quanto_hf.ops import GroupedWeight, dequantize, groups, packed_width
 from quanto_hf.schemes import GROUP_SIZES, PER_CHANNEL
 
 
@@ -27,7 +27,7 @@ def dequantized(prefix: str, state: Mapping[str, torch.Tensor], weight: torch.Te
         columns = order.numel() // max(order.shape[0], 1)
         kind, size = _kind(packed, zero, columns), _group_size(scale.shape[-1], columns)
         if kind is not None and size is not None and packed.shape[0] == order.shape[0]:
-            made = dequantize(packed, scale, zero, kind, size, columns, weight.dtype).view(order.shape)
+            made = dequantize(GroupedWeight(packed, scale, zero, kind, size, columns), weight.dtype).view(order.shape)
             fits.append(made if order is weight else made.transpose(0, 1))
     if not fits:
         raise ValueError(

@@ -9,7 +9,7 @@ from quanto_hf.fit.base import Fit
 from quanto_hf.fit.grid import CELLS, Grid, lookup_tables
 from quanto_hf.fit.hqq import Hqq
 from quanto_hf.fit.ranges import Absmax, Minmax
-from quanto_hf.ops.cpu.quantize import NativeFit
+from quanto_hf.ops.quantize import NativeFit
 from quanto_hf.qtypes import QType
 
 # csrc/grid.h looks up 16 floats.

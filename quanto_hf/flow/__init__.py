@@ -3,6 +3,7 @@
 Imports: ``io`` and everything below it. Never: transformers.
 """
 
+from quanto_hf.flow.applying import apply_plan, by_module, note_reasons, quantized, quantized_by, replace_modules
 from quanto_hf.flow.aqlm import freeze_aqlm
 from quanto_hf.flow.calibration import Calibration, calibrate
 from quanto_hf.flow.compare import compare
@@ -11,7 +12,7 @@ from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
 from quanto_hf.flow.moments import collect_moments
 from quanto_hf.flow.notes import notes_of, warn_of_notes
 from quanto_hf.flow.patterns import first_match, matches
-from quanto_hf.flow.plan import OVERRIDABLE, Choice, Plan, apply_plan, asked_by, make_plan, quantized, replace_modules
+from quanto_hf.flow.plan import OVERRIDABLE, Choice, Plan, asked_by, make_plan
 from quanto_hf.flow.refuse import refuse_other_dtypes
 from quanto_hf.flow.report import Report, Row, not_quantizable, report
 from quanto_hf.flow.smooth import Fold, Smoothing, smooth
@@ -44,6 +45,7 @@ __all__ = [
     "apply_plan",
     "as_patterns",
     "asked_by",
+    "by_module",
     "calibrate",
     "collect_moments",
     "compare",
@@ -55,10 +57,12 @@ __all__ = [
     "make_plan",
     "matches",
     "not_quantizable",
+    "note_reasons",
     "notes_of",
     "quantization_map",
     "quantize",
     "quantized",
+    "quantized_by",
     "refuse_other_dtypes",
     "replace_modules",
     "report",

@@ -4,31 +4,66 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from quanto_hf.fit import Context, name_of_fit
+from quanto_hf.fit import Context, Fit, name_of_fit
 from quanto_hf.flow.batches import batches, every_tensor
 from quanto_hf.flow.layer_store import LayerStore, digest
 from quanto_hf.flow.moments import collect_moments
 from quanto_hf.flow.refuse import refuse_other_dtypes
 from quanto_hf.nn import QuantizedWeight
-from quanto_hf.nn.learned import SCALE, ZERO
+from quanto_hf.nn.rounding import SCALE, ZERO
+from quanto_hf.nn.slots import Slot
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import Scheme
 
 # Moments that are held at a time. Each set of layers costs a run over the data; an MLP of a 7B model takes 0.6 GB.
 MOMENT_BYTES = 2_000_000_000
 
-Layers = dict[str, QuantizedWeight]
+
+class Waiting(NamedTuple):
+    """A slot that holds a float parameter, and the layer that it is of."""
+
+    layer: QuantizedWeight
+    slot: Slot
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The float parameter."""
+        return self.layer.read_slot(self.slot.name)
+
+    @property
+    def scheme(self) -> Scheme:
+        """How it will be stored."""
+        return self.layer.scheme_of(self.slot)
+
+    @property
+    def fit(self) -> Fit | str | None:
+        """What finds its scales."""
+        return self.layer.fit_of(self.slot)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns), those of all experts in one."""
+        *rows, columns = self.slot.matrix_shape
+        return torch.Size(rows).numel(), columns
+
+
+Layers = dict[str, Waiting]
 
 
 def waiting_layers(model: nn.Module) -> Layers:
-    """The quantized layers of a model that hold a float weight, by name, in the order of the model."""
-    found = ((name, m) for name, m in model.named_modules() if isinstance(m, QuantizedWeight))
-    return {name: module for name, module in found if not module.is_frozen}
+    """The slots of a model that hold a float parameter, by name, in the order of the model."""
+    return {
+        slot.label(name): Waiting(module, slot)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedWeight)
+        for slot in module.slots
+        if module._parameters.get(slot.name) is not None
+    }
 
 
 def make_layers(
@@ -50,8 +85,10 @@ def make_layers(
     read = "" if data is None or store is None else digest(t for batch in batches(data) for t in every_tensor(batch))
     # those whose inputs are looked at
     seen = {name for name, layer in layers.items() if data is not None and _wants_moments(layer)}
+    if data is not None and not seen:
+        warnings.warn("the data is not used: no layer has a scheme or a fit that wants it", stacklevel=3)
     bar = _Bar(layers, seen, moment_bytes, progress)
-    rounding = {name: module.rounding for name, module in layers.items()}
+    rounding = {layer: layer.rounding for layer, _ in layers.values()}
     try:
         for part in _parts(layers, seen, moment_bytes):
             made: dict[str, dict[str, torch.Tensor]] = {}
@@ -65,8 +102,8 @@ def make_layers(
             moments: dict[str, torch.Tensor] = {}
             waiting = [name for name in part if name not in made]
             if wanted := [name for name in waiting if name in seen]:
-                for layer in layers.values():
-                    layer.set_rounding(False)
+                for module in rounding:
+                    module.set_rounding(False)
                 moments = collect_moments(model, data, wanted)
                 _warn_unseen([name for name in wanted if name not in moments])
             for name in waiting:
@@ -77,29 +114,30 @@ def make_layers(
                     store.write(name, identities[name], made[name])
             # all at once, so that a part that is resumed sees the inputs that it saw at first
             for name, tensors in made.items():
-                part[name].freeze({key: tensor.to(part[name].weight.device) for key, tensor in tensors.items()})
+                (owner, slot), device = part[name], part[name].weight.device
+                owner.freeze_slot(slot, {key: tensor.to(device) for key, tensor in tensors.items()})
     finally:
         free()
-        for name, module in layers.items():
-            module.set_rounding(rounding[name])
+        for module, was in rounding.items():
+            module.set_rounding(was)
         bar.close()
 
 
-def _wants_moments(layer: QuantizedWeight) -> bool:
+def _wants_moments(waiting: Waiting) -> bool:
     """Whether its weight is made with second moments, and they can be collected: inputs of convolutions are not."""
-    return isinstance(layer, nn.Linear) and layer.scheme.wants_moments(layer.fit)
+    return isinstance(waiting.layer, nn.Linear) and waiting.scheme.wants_moments(waiting.fit)
 
 
-def _identity(layer: QuantizedWeight, settings: list[int | None], read: str) -> str:
+def _identity(layer: Waiting, settings: list[int | None], read: str) -> str:
     """A digest of everything that decides about the stored tensors of a layer."""
     fit = [] if layer.fit is None else [name_of_fit(layer.fit) or repr(layer.fit)]
-    tensors = [layer.weight, *(t for name in (SCALE, ZERO) if (t := layer.held(name)) is not None)]
+    tensors = [layer.weight, *(t for name in (SCALE, ZERO) if (t := layer.layer.held(name)) is not None)]
     return digest(tensors, layer.scheme.to_dict(), [*settings, *fit], read)
 
 
-def _make(name: str, layer: QuantizedWeight, context: Context) -> dict[str, torch.Tensor]:
+def _make(name: str, waiting: Waiting, context: Context) -> dict[str, torch.Tensor]:
     try:
-        return layer.quantized(context)
+        return waiting.layer.quantized(waiting.slot.name, context)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -110,7 +148,7 @@ def _parts(layers: Layers, seen: set[str], moment_bytes: int) -> Iterator[Layers
     part: Layers = {}
     size = 0
     for name, layer in layers.items():
-        new = 4 * layer.matrix_shape[1] ** 2 if name in seen else 0
+        new = 4 * layer.matrix[1] ** 2 if name in seen else 0
         if part and (not seen or size + new > moment_bytes):
             yield part
             part, size = {}, 0
@@ -140,14 +178,14 @@ class _Bar:
         speeds: dict[tuple[Scheme, bool], float | None] = {}
         for name, layer in layers.items():
             calibrated = name in seen
-            self.work[name] = layer.scheme.work(layer.matrix_shape, calibrated)
+            self.work[name] = layer.scheme.work(layer.matrix, calibrated)
             key = layer.scheme, calibrated
             if shown and key not in speeds:
                 speeds[key] = layer.scheme.speed(calibrated)
             # without a speed: what nobody measured is done 100 million weights in a second
             self.work[name] /= speeds.get(key) or 1e8
         if shown:
-            weights = sum(layer.matrix_shape[0] * layer.matrix_shape[1] for layer in layers.values())
+            weights = sum(layer.slot.numel for layer in layers.values())
             names = ", ".join(dict.fromkeys(str(layer.scheme) for layer in layers.values()))
             print(
                 f"{len(layers)} layers with {weights / 1e6:.1f} M weights to {names}: about "
@@ -187,10 +225,10 @@ def _memory(layers: Layers, seen: set[str], moment_bytes: int) -> int:
     """Most bytes that are taken at a time: by moments, and by making one layer."""
     most = 0
     for part in _parts(layers, seen, moment_bytes):
-        moments = sum(4 * layer.matrix_shape[1] ** 2 for name, layer in part.items() if name in seen)
+        moments = sum(4 * layer.matrix[1] ** 2 for name, layer in part.items() if name in seen)
         for name, layer in part.items():
             made = layer.scheme.workspace_bytes(
-                layer.matrix_shape, layer.weight.dtype, layer.fit,
+                layer.matrix, layer.weight.dtype, layer.fit,
                 device=layer.weight.device.type, calibrated=name in seen,
             )  # fmt: skip
             most = max(most, moments + made)

@@ -2,11 +2,12 @@
 
 import warnings
 
-import torch
 from torch import nn
 
 from quanto_hf.flow.plan import Plan
 from quanto_hf.nn import QuantizedWeight
+from quanto_hf.nn.registry import slots_of
+from quanto_hf.nn.slots import find
 from quanto_hf.schemes import TensorSpec, notes
 
 
@@ -14,9 +15,11 @@ def notes_of(model: nn.Module) -> tuple[str, ...]:
     """Sentences about the layers of a quantized model whose weights are stored."""
     return notes(
         {
-            name: (module.scheme, {part: TensorSpec(tuple(t.shape), t.dtype) for part, t in module.tensors().items()})
+            slot.label(name): (module.scheme_of(slot), {part: TensorSpec(tuple(t.shape), t.dtype) for part, t in made})
             for name, module in model.named_modules()
-            if isinstance(module, QuantizedWeight) and module.tensors()
+            if isinstance(module, QuantizedWeight)
+            for slot in module.slots
+            if (made := module.tensors(slot.name).items())
         }
     )
 
@@ -25,8 +28,8 @@ def warn_of_notes(model: nn.Module, plan: Plan) -> None:
     """Warn of what schemes have to say about the layers of a plan."""
     layers = {}
     for name, choice in plan.chosen.items():
-        scheme, weight = choice.scheme(), model.get_submodule(name).weight
-        assert isinstance(weight, torch.Tensor)
-        layers[name] = scheme, scheme.tensors((weight.shape[0], weight[0].numel()), weight.dtype)
+        (owner, leaf), scheme = find(model, name), choice.scheme()
+        module = model.get_submodule(owner)
+        layers[name] = scheme, scheme.tensors(slots_of(module)[leaf].matrix_shape, getattr(module, leaf).dtype)
     for note in notes(layers):
         warnings.warn(note, stacklevel=3)

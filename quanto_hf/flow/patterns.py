@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
+from quanto_hf.nn.slots import WEIGHT
+
 
 @lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern[str]:
     # fnmatch.translate anchors at the end; its own text in between is what is wanted
-    body = fnmatch.translate(pattern.removesuffix(".weight"))
+    body = fnmatch.translate(pattern.removesuffix(f".{WEIGHT}"))
     body = re.sub(r"^\(\?s:(.*)\)\\[Zz]$", r"\1", body)
     return re.compile(rf"(?s:(^|.*\.)({body})(\..*)?\Z)")
 
@@ -30,6 +32,22 @@ def matches(name: str, pattern: str) -> bool:
         (True, False)
     """
     return _compiled(pattern).match(name) is not None
+
+
+def names_itself(name: str, pattern: str) -> bool:
+    """Whether a pattern names a module, and not only one that contains it: ``mlp`` and ``*`` do not name ``mlp.gate``.
+
+    Example:
+        >>> names_itself("model.embed_tokens", "embed_tokens"), names_itself("model.embed_tokens", "model")
+        (True, False)
+    """
+    return matches(name, pattern) and not matches(name.rpartition(".")[0], pattern)
+
+
+def any_names(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    """Whether a pattern names (:func:`names_itself`) something by one of its names."""
+    patterns = list(patterns)
+    return any(names_itself(name, pattern) for name in names for pattern in patterns)
 
 
 def first_match(name: str, patterns: Iterable[str]) -> str | None:

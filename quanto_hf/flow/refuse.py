@@ -9,6 +9,7 @@ from quanto_hf.fit import Fit
 from quanto_hf.flow.plan import Choice
 from quanto_hf.nn import QuantizedInput, QuantizedWeight
 from quanto_hf.nn.learned import LearnedScales
+from quanto_hf.nn.slots import find
 from quanto_hf.qtypes import QType
 
 # of weights that can be quantized
@@ -22,20 +23,20 @@ def refuse_other_dtypes(model: nn.Module, names: Iterable[str]) -> None:
 
     Args:
         model: may be on meta.
-        names: of the modules whose weights are to be quantized.
+        names: of the slots that are to be quantized.
 
     Raises:
         ValueError: a weight is not in float32, bfloat16 or float16; the text names modules and dtypes.
     """
-    dtypes = {name: model.get_submodule(name)._parameters.get("weight") for name in names}
-    wrong = {name: weight.dtype for name, weight in dtypes.items() if weight is not None and weight.dtype not in DTYPES}
+    found = {name: find(model, name) for name in names}
+    floats = {name: model.get_submodule(owner)._parameters.get(leaf) for name, (owner, leaf) in found.items()}
+    wrong = {name: weight.dtype for name, weight in floats.items() if weight is not None and weight.dtype not in DTYPES}
     if wrong:
         first = next(iter(wrong.values()))
         advice = "convert them with model.float()" if first == torch.float64 else "convert them to float32"
-        found = _some([f"{name or type(model).__name__} ({dtype})" for name, dtype in wrong.items()])
+        said = _some([f"{name or type(model).__name__} ({dtype})" for name, dtype in wrong.items()])
         raise ValueError(
-            f"{found}: a weight that is quantized is in float32, bfloat16 or float16; {advice}, or exclude these "
-            f"modules"
+            f"{said}: a weight that is quantized is in float32, bfloat16 or float16; {advice}, or exclude these modules"
         )
 
 
@@ -50,7 +51,7 @@ def refuse_quantized(
 
     Args:
         model: with layers that are quantized already.
-        asked: name of each of those that the patterns ask for -> how it would be quantized were it float.
+        asked: name of each slot that the patterns ask for -> how it would be quantized were it float.
         activations: number type for inputs, or None.
         static: whether these have one scale.
         learn: whether scales are trained.
@@ -60,15 +61,17 @@ def refuse_quantized(
     """
     found = []
     for name, choice in asked.items():
-        layer = model.get_submodule(name)
+        owner, leaf = find(model, name)
+        layer = model.get_submodule(owner)
         assert isinstance(layer, QuantizedWeight)
-        same = layer.scheme == choice.scheme() and _same_fit(layer.fit, choice.fit)
-        if isinstance(layer, QuantizedInput):
+        slot = layer.slot(leaf)
+        same = layer.scheme_of(slot) == choice.scheme() and _same_fit(layer.fit_of(slot), choice.fit)
+        if isinstance(layer, QuantizedInput) and layer.rounds_inputs:
             same = same and layer.activations == activations and (layer.is_static or not static)
         if isinstance(layer, LearnedScales):
             same = same and (layer.learns or not learn)
         if not same:
-            found.append(f"{name} ({layer.scheme})")
+            found.append(f"{name} ({layer.scheme_of(slot)})")
     if found:
         raise ValueError(
             f"quantized already: {_some(found)}. To quantize these anew, call quanto_hf.dequantize(model) first, or "

@@ -1,6 +1,6 @@
 """What happened to each parameter, and why."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,8 @@ from torch import nn
 
 from quanto_hf.flow.notes import notes_of
 from quanto_hf.nn import QuantizedWeight, why_no_qmodule
+from quanto_hf.nn.registry import entry_of
+from quanto_hf.nn.slots import Slot, joined, label, why_left
 
 
 @dataclass(frozen=True)
@@ -86,44 +88,50 @@ def report(model: nn.Module, reference: nn.Module | Mapping[str, torch.Tensor] |
     seen: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight) and module.is_frozen:
-            rows.append(_quantized_row(name, module, exact))
-            seen.update(id(tensor) for tensor in module.tensors().values())
+            for slot in module.slots:
+                rows.append(_quantized_row(name, module, slot, exact))
+                seen.update(id(tensor) for tensor in module.tensors(slot.name).values())
         for leaf, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            full = f"{name}.{leaf}" if name else leaf
             size = parameter.nbytes
             dtype = str(parameter.dtype).removeprefix("torch.")
-            rows.append(Row(full, dtype, tuple(parameter.shape), size, reason=_reason(module, leaf)))
+            rows.append(Row(joined(name, leaf), dtype, tuple(parameter.shape), size, reason=_reason(module, leaf)))
     return Report(rows, notes_of(model))
 
 
-def _quantized_row(name: str, module: QuantizedWeight, exact: Mapping[str, torch.Tensor]) -> Row:
-    full = f"{name}.weight" if name else "weight"
-    error = module.weight_error
+def _quantized_row(name: str, module: QuantizedWeight, slot: Slot, exact: Mapping[str, torch.Tensor]) -> Row:
+    full, error = slot.full(name), module.slot_errors.get(slot.name)
     if full in exact:
         wanted = exact[full].float()
-        error = float((module.weight.float() - wanted).norm() / wanted.norm().clamp(min=1e-30))
-    size = sum(tensor.nbytes for tensor in module.tensors().values())
-    return Row(full, str(module.scheme), module.weight_shape, size, error)
+        error = float((module.read_slot(slot.name).float() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+    size = sum(tensor.nbytes for tensor in module.tensors(slot.name).values())
+    return Row(full, str(module.scheme_of(slot)), slot.shape, size, error)
 
 
 def _reason(module: nn.Module, leaf: str) -> str:
+    if (reason := why_left(module, leaf)) is not None:
+        return reason
     if isinstance(module, QuantizedWeight):
-        if leaf == "weight":
+        if leaf in (slot.name for slot in module.slots):
             return "not frozen"
-        return "biases stay float" if leaf == "bias" else "scales are float"
-    if leaf == "weight" and (reason := getattr(module, "quanto_hf_left", None)):
-        return str(reason)
-    return f"{type(module).__name__} is not a type that is quantized"
+        return "biases stay float" if leaf.endswith("bias") else "scales are float"
+    kind, found = type(module).__name__, entry_of(module)
+    if found is not None and leaf in found.quantized.slot_names:
+        return f"{kind} is quantized only where a pattern names it"
+    return f"{kind} is not a type that is quantized"
 
 
-def not_quantizable(model: nn.Module) -> tuple[float, list[str]]:
+def not_quantizable(model: nn.Module, chosen: Collection[str] = ()) -> tuple[float, list[str]]:
     """Share of the weights of a model that are in modules of a type that cannot be quantized, and these types.
 
     Embeddings, and parameters of less than 2 dimensions, do not count: nobody expects them to be quantized. A subclass
     of ``nn.Linear`` counts by what it computes (:func:`quanto_hf.nn.why_no_qmodule`).
+
+    Args:
+        model: float or quantized, also on meta.
+        chosen: names of slots that are to be quantized.
 
     Example:
         >>> not_quantizable(nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 1)))
@@ -131,15 +139,18 @@ def not_quantizable(model: nn.Module) -> tuple[float, list[str]]:
     """
     total = 0
     types: dict[str, int] = {}
-    for module in model.modules():
+    for owner, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue
-        # a quantized layer that is empty has its float placeholder as well, or packed codes only
+        if isinstance(module, QuantizedWeight):
+            total += sum(slot.numel for slot in module.slots)
+            continue
         if isinstance(module, nn.Linear) and (type(module) is nn.Linear or why_no_qmodule(module) is None):
             total += module.in_features * module.out_features
             continue
-        numel = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
-        total += numel
+        large = {leaf: p.numel() for leaf, p in module.named_parameters(recurse=False) if p.dim() > 1}
+        total += sum(large.values())
+        numel = sum(count for leaf, count in large.items() if label(owner, leaf) not in chosen)
         if numel:
             name = type(module).__name__
             types[name] = types.get(name, 0) + numel

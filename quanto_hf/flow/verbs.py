@@ -12,20 +12,19 @@ import torch
 from torch import nn
 
 from quanto_hf.fit import Fit
+from quanto_hf.flow.applying import apply_plan, by_module, quantized, replace_modules
 from quanto_hf.flow.making import MOMENT_BYTES, make_layers, waiting_layers
 from quanto_hf.flow.notes import warn_of_notes
-from quanto_hf.flow.patterns import first_match
-from quanto_hf.flow.plan import Choice, apply_plan, asked_by, make_plan, quantized, replace_modules
+from quanto_hf.flow.patterns import any_names, first_match
+from quanto_hf.flow.plan import Choice, asked_by, make_plan
 from quanto_hf.flow.refuse import refuse_other_dtypes, refuse_quantized
 from quanto_hf.flow.routers import routers
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
-from quanto_hf.nn.registry import QMODULES
+from quanto_hf.nn.registry import QUANTIZE
+from quanto_hf.nn.slots import label
 from quanto_hf.ops.scratch import free
 from quanto_hf.qtypes import QTYPES, QType, qtype
 from quanto_hf.schemes import scheme_from_dict
-
-# what quantize() replaces, as optimum-quanto does
-TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def activation_names() -> list[str]:
@@ -92,8 +91,9 @@ def quantize(
         group_size: columns that share a scale, -1 for whole rows; None is the default of the type.
         symmetric: None is the default of the type.
         optimizer: the fit: "absmax", "minmax", "mse", "hqq" or a :class:`quanto_hf.fit.Fit`; None is the default.
-        include: patterns of modules to quantize (whole name segments or globs); None means all. A router or gate is
-            quantized if a pattern, here or of ``overrides``, names it itself, and not only a module that it is in.
+        include: patterns of modules to quantize (whole name segments or globs); None means all. A router or gate, an
+            embedding or a transposed convolution is quantized if a pattern, here or of ``overrides``, names it itself,
+            and not only a module that it is in.
         exclude: patterns of modules that stay float.
         overrides: pattern -> values that differ there, such as ``{"*.down_proj": {"weights": "int8"}}``.
 
@@ -126,7 +126,7 @@ def quantize(
     plan = make_plan(
         model,
         choice,
-        types=TYPES,
+        verb=QUANTIZE,
         include=as_patterns(include),
         exclude=as_patterns(exclude) or (),
         skip=skip,
@@ -156,12 +156,19 @@ def _quantized_again(
     exclude: str | Iterable[str] | None,
     overrides: Mapping[str, Mapping[str, Any]] | None,
 ) -> dict[str, Choice]:
-    """Layers that are quantized already, by name, and how :func:`quantize` would quantize them were they float."""
-    types = tuple(kind for source in TYPES if (kind := QMODULES.get(source)) is not None)
+    """Slots that are quantized already, by name, and how :func:`quantize` would quantize them were they float."""
     included, excluded = as_patterns(include), as_patterns(exclude) or ()
+    asked = [*(included or ()), *asked_by(overrides)]
+    held = {
+        slot.label(owner): owner
+        for owner, module in model.named_modules()
+        if isinstance(module, QuantizedWeight)
+        for slot in module.slots
+        if QUANTIZE in module.by_default or any_names({owner, slot.label(owner)}, asked)
+    }
     found: dict[str, Choice] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, types) or name in skip or first_match(name, excluded) is not None:
+    for name, owner in held.items():
+        if owner in skip or name in skip or first_match(name, excluded) is not None:
             continue
         if included is not None and first_match(name, included) is None:
             continue
@@ -205,7 +212,7 @@ def freeze(
             names the layer), or there is no data. Layers that are finished stay so.
 
     Warns:
-        UserWarning: no data reached a layer that wants it; it is made from its weight alone.
+        UserWarning: no data reached a layer that wants it, which is made from its weight alone; or no layer wants data.
 
     Example:
         >>> model = quantize(nn.Sequential(nn.Linear(64, 32)), "aqlm-2x4")
@@ -248,17 +255,19 @@ def dequantize(model: nn.Module) -> nn.Module:
 
 
 def quantization_map(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Module name -> ``{"scheme": ..., "activations": ..., "static": ...}`` in JSON types, for :func:`requantize`."""
+    """Name of a slot -> ``{"scheme": ..., "activations": ..., "static": ...}`` in JSON types, for :func:`requantize`. A
+    ``weight`` has the name of its module."""
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight):
             kind = module.activations if isinstance(module, QuantizedInput) else None
             static = isinstance(module, QuantizedInput) and module.is_static
-            found[name] = {
-                "scheme": module.scheme.to_dict(),
-                "activations": None if kind is None else kind.name,
-                "static": static,
-            }
+            for slot in module.slots:
+                found[slot.label(name)] = {
+                    "scheme": module.scheme_of(slot).to_dict(),
+                    "activations": None if kind is None else kind.name,
+                    "static": static,
+                }
     return found
 
 
@@ -279,17 +288,24 @@ def requantize(
         ValueError: the map names a module that the model has not, or that is of another type.
         RuntimeError: the state dict has missing, unexpected or mismatched tensors; the text names each of them.
     """
-    modules = dict(model.named_modules())
-    unfit = [name for name in quantization_map if name not in modules or qmodule_for(modules[name]) is None]
+    modules, owners = dict(model.named_modules()), by_module(model, quantization_map)
+    unfit = [
+        label(name, leaf)
+        for name, entries in owners.items()
+        for leaf in entries
+        if name not in modules or (cls := qmodule_for(modules[name])) is None or leaf not in cls.slot_names
+    ]
     if unfit:
         raise ValueError(
             f"the quantization map names what this model has not, or what is not quantized: {', '.join(unfit)}"
         )
     refuse_other_dtypes(model, quantization_map)
     made: dict[nn.Module, nn.Module] = {}
-    for name, entry in quantization_map.items():
-        scheme, kind = scheme_from_dict(dict(entry["scheme"])), activation_type(entry.get("activations"))
-        layer = quantized(modules[name], scheme, kind, static=bool(entry.get("static", False)))
+    for name, entries in owners.items():
+        schemes = {leaf: scheme_from_dict(dict(entry["scheme"])) for leaf, entry in entries.items()}
+        entry = next(iter(entries.values()))
+        kind = activation_type(entry.get("activations"))
+        layer = quantized(modules[name], schemes, kind, static=bool(entry.get("static", False)))
         layer.make_empty()
         made[modules[name]] = layer
     replace_modules(model, made)

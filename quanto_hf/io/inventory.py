@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from quanto_hf.io.checkpoint import CheckpointError, read_headers
-from quanto_hf.io.formats import QUANTO, format_of
+from quanto_hf.io.formats import QUANTO, Format, format_of
 from quanto_hf.io.formats.quanto import find_guards, without_guards
+from quanto_hf.nn.slots import WEIGHT, joined
 from quanto_hf.schemes import Scheme, TensorSpec, notes
 
 INDEX = "model.safetensors.index.json"
@@ -101,7 +102,6 @@ def read_inventory(folder: Path) -> Inventory:
         raise CheckpointError(f"quantization_config in {folder / 'config.json'} is an object, not {quantization!r}")
     schemes: dict[str, Scheme] = {}
     version, saved_as = None, format_of(quantization) or QUANTO
-    prefix = saved_as.prefix
     if saved_as.method == quantization.get("quant_method"):
         try:
             version, schemes = saved_as.version(quantization), saved_as.schemes(quantization, headers)
@@ -111,22 +111,26 @@ def read_inventory(folder: Path) -> Inventory:
     groups: dict[str, dict[str, TensorSpec]] = {}
     rows = []
     for name, spec in headers.items():
-        owner, _, leaf = name.rpartition(".")
-        if schemes and saved_as.part_of(leaf) is not None:
-            groups.setdefault(owner, {})[leaf] = spec
+        if (slot := _slot_of(name, schemes, saved_as)) is not None:
+            groups.setdefault(slot, {})[name] = spec
         else:
             rows.append(Item(name, _text(spec.dtype), prod(spec.shape), _nbytes(spec)))
     saved = _saved_names(schemes, groups)
     layers: dict[str, tuple[Scheme, dict[str, TensorSpec]]] = {}
-    problems = [f"unexpected: {name}.{leaf}" for name in {*groups} - {*saved.values()} for leaf in groups[name]]
+    problems = [f"unexpected: {tensor}" for name in {*groups} - {*saved.values()} for tensor in groups[name]]
     for module, scheme in schemes.items():
         name = saved.get(module, module)
-        found = {leaf.removeprefix(prefix): spec for leaf, spec in groups.get(name, {}).items()}
-        problems += _problems(name, scheme, found, prefix)
+        tensors = groups.get(name, {})
+        # of a module's weight, or of another parameter of a module
+        of_weight = not tensors or any(tensor.startswith(f"{name}.") for tensor in tensors)
+        before = f"{name}.{saved_as.prefix}" if of_weight else f"{name}_"
+        found = {tensor.removeprefix(before): spec for tensor, spec in tensors.items()}
+        problems += _problems(scheme, found, before)
         if (weight := scheme.weight_of(found)) is not None:
             layers[name] = scheme, found
         count = 0 if weight is None else prod(weight.shape)
-        rows.append(Item(f"{name}.weight", str(scheme), count, sum(map(_nbytes, found.values()))))
+        full = joined(name, WEIGHT) if of_weight else name
+        rows.append(Item(full, str(scheme), count, sum(map(_nbytes, tensors.values()))))
     if problems:
         raise CheckpointError(f"{folder} is not what its config says:\n  " + "\n  ".join(sorted(problems)))
     method = str(quantization.get("quant_method", "")) if version is None else ""
@@ -176,6 +180,18 @@ def _read_files(folder: Path) -> tuple[list[Path], dict[str, TensorSpec]]:
     return files, read_headers(files)
 
 
+def _slot_of(name: str, schemes: Mapping[str, Scheme], saved_as: Format) -> str | None:
+    """What 'schemes' calls the parameter of which a tensor of a file is a part (:func:`quanto_hf.nn.slots.label`), or
+    None for a tensor that is stored as it is."""
+    owner, _, leaf = name.rpartition(".")
+    if schemes and saved_as.part_of(leaf) is not None:
+        return owner
+    stem, _, part = leaf.rpartition("_")
+    parts = {part for scheme in schemes.values() for part in scheme.names}
+    known = part in parts and stem in {label.rpartition(".")[2] for label in schemes}
+    return joined(owner, stem) if known else None
+
+
 def _saved_names(schemes: Mapping[str, Scheme], groups: Mapping[str, Any]) -> dict[str, str]:
     """Module name -> its name in the files. They differ for models that transformers renames on saving: then it is
     the one left over with the longest common end."""
@@ -201,20 +217,24 @@ def _common_end(one: str, other: str) -> int:
     return same
 
 
-def _problems(name: str, scheme: Scheme, found: Mapping[str, TensorSpec], prefix: str) -> list[str]:
-    """A line for each stored tensor of a weight that is missing, unexpected or wrong; ``found`` has the names of the
-    scheme."""
+def _problems(scheme: Scheme, found: Mapping[str, TensorSpec], before: str) -> list[str]:
+    """A line for each stored tensor of a weight that is missing, unexpected or wrong.
+
+    Args:
+        found: the stored tensors, by the names of the scheme.
+        before: what stands in front of these names in the files.
+    """
     if scheme.weight_of(found) is not None:
         return []
-    lines = [f"missing: {name}.{prefix}{leaf}" for leaf in {*scheme.names} - {*found}]
-    lines += [f"unexpected: {name}.{prefix}{leaf} of {scheme} weights" for leaf in {*found} - {*scheme.names}]
+    lines = [f"missing: {before}{part}" for part in {*scheme.names} - {*found}]
+    lines += [f"unexpected: {before}{part} of {scheme} weights" for part in {*found} - {*scheme.names}]
     if lines or not (candidates := scheme.candidates(found)):
         return lines
     return [
-        f"wrong: {name}.{prefix}{leaf} is {_text(found[leaf].dtype)} {list(found[leaf].shape)}, but {scheme} weights "
+        f"wrong: {before}{part} is {_text(found[part].dtype)} {list(found[part].shape)}, but {scheme} weights "
         f"need {_text(spec.dtype)} {list(spec.shape)}"
-        for leaf, spec in scheme.tensors(candidates[0].shape, candidates[0].dtype).items()
-        if found[leaf] != spec
+        for part, spec in scheme.tensors(candidates[0].shape, candidates[0].dtype).items()
+        if found[part] != spec
     ]
 
 

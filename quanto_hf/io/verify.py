@@ -13,6 +13,7 @@ from quanto_hf.io.formats import QUANTO, Format, format_of
 from quanto_hf.io.inventory import INDEX, read_inventory
 from quanto_hf.io.mapped import MappedFiles
 from quanto_hf.io.whole_save import INTERRUPTED
+from quanto_hf.nn.slots import WEIGHT, joined
 from quanto_hf.qtypes import QTYPES
 
 # elements that are looked at together: a mapped file is read through, and not into memory
@@ -47,7 +48,7 @@ def verify(folder: Path) -> Verified:
     version = None
     try:
         inventory = read_inventory(folder)
-        stored = {row.name.removesuffix(".weight"): row.stored for row in inventory.rows}
+        stored = {row.name.removesuffix(f".{WEIGHT}"): row.stored for row in inventory.rows}
         version = inventory.format_version
         found.notes += inventory.notes
     except ValueError as error:
@@ -163,7 +164,7 @@ def _count(tensor: torch.Tensor, which: Any) -> int:
 
 def _check_beside(names: set[str], packed: set[str], folder: Path, version: Any, found: Verified) -> None:
     """A packed layer has no float weight; one of no elements tells other programs that it is packed."""
-    beside = {f"{owner}.weight" if owner else "weight" for owner in packed} & names
+    beside = {joined(owner, WEIGHT) for owner in packed} & names
     specs = {name: spec for file in _files(folder) for name, spec in _headers(file).items() if name in beside}
     found.problems += [
         f"{name} is stored as floats of shape {list(spec.shape)} beside the packed weight"

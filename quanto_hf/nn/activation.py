@@ -1,6 +1,6 @@
 """Quantization of activations: rounding with scales that are found when a token passes, or that were calibrated."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -55,6 +55,21 @@ def fake_quantize(x: torch.Tensor, qtype: QType, group: int = TOKEN, scale: torc
     return quantized + (surrogate - surrogate.detach()).to(x.dtype)
 
 
+def check_calibrated(scale: torch.Tensor | None) -> None:
+    """Raise RuntimeError for a static scale that was never calibrated."""
+    if not is_calibrated(scale):
+        raise RuntimeError(
+            "this layer rounds its input with a static scale, and was never calibrated. Run some real data through "
+            "the model first: with quanto_hf.Calibration(model): model(**batch)"
+        )
+
+
+def is_calibrated(scale: torch.Tensor | None) -> bool:
+    """Whether there is nothing to calibrate, or it has been done."""
+    with untraced():
+        return scale is None or scale.device.type == "meta" or bool(torch.isfinite(scale).all())
+
+
 class QuantizedInput(nn.Module):
     """Mixin of modules that round their input.
 
@@ -65,6 +80,8 @@ class QuantizedInput(nn.Module):
     """
 
     activations: QType | None
+    # whether its inputs can be rounded: those of an embedding are row numbers
+    rounds_inputs: ClassVar[bool] = True
     # whether anything has passed since the module observes
     observed: bool = False
     # the scale that was found to be calibrated, and its version then: looking at it costs a wait for a GPU
@@ -86,9 +103,7 @@ class QuantizedInput(nn.Module):
     @property
     def is_calibrated(self) -> bool:
         """Whether there is nothing to calibrate, or it has been done."""
-        scale = self.static_scale
-        with untraced():
-            return scale is None or scale.device.type == "meta" or bool(torch.isfinite(scale).all())
+        return is_calibrated(self.static_scale)
 
     def make_static(self, scale: torch.Tensor | float | None = None, device: torch.device | str | None = None) -> None:
         """Round inputs with this scale from now on; None is one that calibration is to find.
@@ -152,11 +167,7 @@ class QuantizedInput(nn.Module):
         version = 0 if scale.is_inference() else scale._version
         if self._checked is not None and self._checked[0] is scale and self._checked[1] == version:
             return
-        if not self.is_calibrated:
-            raise RuntimeError(
-                "this layer rounds its input with a static scale, and was never calibrated. Run some real data through "
-                "the model first: with quanto_hf.Calibration(model): model(**batch)"
-            )
+        check_calibrated(scale)
         self._checked = (scale, version)
 
     def start_observing(self, observer: nn.Module) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from quanto_hf.nn.qlinear import QLinear
+from quanto_hf.nn.slots import WEIGHT, Slot
 from quanto_hf.schemes import Aqlm
 
 
@@ -34,7 +35,7 @@ class QuantizedLinear(QLinear):
         {'codes': (4, 2, 2), 'codebooks': (2, 256, 1, 8), 'scales': (4, 1, 1, 1), 'bias': (4,)}
     """
 
-    prefix: ClassVar[str] = ""
+    declared: ClassVar[tuple[Slot, ...]] = (Slot(WEIGHT, prefix=""),)
 
     # the type of the layer that this one stands for
     source_cls: type[nn.Module] = nn.Linear

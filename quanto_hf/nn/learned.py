@@ -9,24 +9,9 @@ from quanto_hf.fit import NO_CONTEXT, Context
 from quanto_hf.nn.activation import INPUT_SCALE, QuantizedInput
 from quanto_hf.nn.prepared_op import weight_in_graph
 from quanto_hf.nn.qweight import QuantizedWeight
+from quanto_hf.nn.rounding import SCALE, ZERO, Rounding
+from quanto_hf.nn.slots import WEIGHT
 from quanto_hf.ops.watched import as_a_node, transformed
-from quanto_hf.schemes import Scheme
-
-SCALE, ZERO = "learned_scale", "learned_zero"
-SMALLEST = torch.finfo(torch.bfloat16).tiny
-
-
-def usable(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """The scale that a learned one stands for: not 0, and positive unless the scheme has signed ones, whatever value a
-    step of the optimizer gave it. A limit at 0 would have no gradient that leads back, so a positive one is the
-    magnitude."""
-    if not scheme.signed_scales:
-        return scale.abs().clamp(min=SMALLEST)
-    # its gradient is that of the scale as it is, on its way through 0 too
-    with torch.no_grad():
-        away = torch.full_like(scale, SMALLEST).copysign(scale)
-        short = torch.where(scale.abs() < SMALLEST, away - scale, torch.zeros_like(scale))
-    return scale + short
 
 
 class LearnedScales(QuantizedWeight):
@@ -76,24 +61,22 @@ class LearnedScales(QuantizedWeight):
 
     def sources(self) -> dict[str, torch.Tensor]:
         """The tensors from which the rounded numbers are computed, by name: those that may have a gradient."""
-        names = (INPUT_SCALE,) if self.is_frozen else ("weight", SCALE, ZERO, INPUT_SCALE)
+        names = (INPUT_SCALE,) if self.is_frozen else (WEIGHT, SCALE, ZERO, INPUT_SCALE)
         return {name: tensor for name in names if (tensor := self.held(name)) is not None}
 
-    def quantized(self, context: Context = NO_CONTEXT) -> dict[str, torch.Tensor]:
+    def quantized(self, name: str | None = None, context: Context = NO_CONTEXT) -> dict[str, torch.Tensor]:
         """The stored tensors, or what :meth:`freeze` would store."""
         if self.is_frozen:
             return self.tensors()
-        if (scale := self._parameters.get(SCALE)) is None:
-            return super().quantized(context)
-        return self.scheme.encode(self.to_matrix(self.weight), usable(scale, self.scheme), self._parameters.get(ZERO))
+        return self.how.stored(self._as_matrix(self.sources()), context)
 
-    def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+    def set_tensors(self, tensors: dict[str, torch.Tensor], name: str | None = None) -> None:
         """Hold these stored tensors; learned scales have become part of them."""
         self._parameters.pop(SCALE, None)
         self._parameters.pop(ZERO, None)
         if isinstance(self, QuantizedInput):
             self.train_input_scale(False)
-        super().set_tensors(tensors)
+        super().set_tensors(tensors, name)
 
     def round_weight(self, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The float weight with the numbers of the packed one; gradients pass straight through the rounding.
@@ -103,23 +86,16 @@ class LearnedScales(QuantizedWeight):
         """
         if self.is_frozen:
             return self.dequantized()
-        matrix = self.to_matrix(sources["weight"])
+        given = self._as_matrix(sources)
         if as_a_node() and not transformed():
-            return self.from_matrix(weight_in_graph(self, matrix, sources))
-        return self.from_matrix(self.round_matrix(matrix, sources))
+            return self.from_matrix(weight_in_graph(self, self.how, given))
+        return self.from_matrix(self.how.round_weight(given))
 
-    def round_matrix(self, matrix: torch.Tensor, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """:meth:`round_weight` of a PREPARED module for the weight as a matrix.
+    @property
+    def how(self) -> Rounding:
+        """How weight and input are rounded."""
+        return Rounding(self.scheme, self.fit, getattr(self, "activations", None))
 
-        Args:
-            matrix: of :meth:`to_matrix`.
-            sources: learned scales and zeros, if there are any, by their names.
-        """
-        scale, zero = sources.get(SCALE), sources.get(ZERO)
-        if scale is not None:
-            return self.scheme.fake_quantize(matrix, usable(scale, self.scheme), zero).to(matrix.dtype)
-        with torch.no_grad():
-            stored = self.scheme.quantize(matrix, self.fit)
-            rounded = self.scheme.dequantize(stored, matrix.shape[1], matrix.dtype)
-        # the difference is exactly 0: the result is the same number with and without a gradient
-        return rounded + (matrix - matrix.detach()) if matrix.requires_grad else rounded
+    def _as_matrix(self, sources: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The sources with the weight as a matrix."""
+        return {**sources, WEIGHT: self.to_matrix(sources[WEIGHT])}

@@ -1,7 +1,7 @@
 """Products of rounded numbers with gradients: of PREPARED layers, and of FROZEN ones that round their input."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from quanto_hf.nn.qlinear import QLinear
 
 Maybe = torch.Tensor | None
+
+
+class Rounds(Protocol):
+    """What rounds weight and input: a layer, or a :class:`quanto_hf.nn.rounding.Rounding`."""
+
+    def round_input(self, x: torch.Tensor, scale: Maybe) -> torch.Tensor: ...
+    def round_weight(self, sources: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
 
 
 def straight_through(layer: "QLinear", x: torch.Tensor, bias: Maybe) -> torch.Tensor:
@@ -50,7 +57,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def gradients(
-    layer: "QLinear",
+    rounds: Rounds,
     grad: torch.Tensor,
     x: torch.Tensor,
     sources: Mapping[str, torch.Tensor],
@@ -73,13 +80,13 @@ def gradients(
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in given]
     with torch.enable_grad():
         leaf, named = leaves[0], dict(zip(sources, leaves[1:], strict=True))
-        rounded = leaf if observing else layer.round_input(leaf, named.get("input_scale"))
-        weight = layer.round_weight(named)
+        rounded = leaf if observing else rounds.round_input(leaf, named.get("input_scale"))
+        weight = rounds.round_weight(named)
     ends = []
     if rounded.requires_grad:
         ends.append((rounded, (grad @ weight.detach().to(grad.dtype)).view_as(rounded)))
     if weight.requires_grad:
-        ends.append((weight, (grad.T @ rounded.detach().reshape(-1, layer.in_features)).to(weight.dtype)))
+        ends.append((weight, (grad.T @ rounded.detach().reshape(-1, weight.shape[1])).to(weight.dtype)))
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     if ends:
         torch.autograd.backward([end for end, _ in ends], [into for _, into in ends], inputs=wanted)

@@ -1,9 +1,8 @@
 """PREPARED layers as operators of torch: what torch.compile and export see of them is one node.
 
 A search for scales has hundreds of steps for each weight, which take minutes to compile and gain nothing by it; and
-encoding looks at values, which a graph cannot. The operators make a layer of their tensors and run the code of eager
-mode, so that numbers and gradients have the same bits. What no node can stand for breaks the graph, and runs between
-its parts.
+encoding looks at values, which a graph cannot. The operators run the code of eager mode on their tensors, so that
+numbers and gradients have the same bits. What no node can stand for breaks the graph, and runs between its parts.
 """
 
 from ast import literal_eval
@@ -12,14 +11,15 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from quanto_hf.fit import Fit, name_of_fit
 from quanto_hf.nn.activation import INPUT_SCALE
 from quanto_hf.nn.prepared import gradients, straight_through
+from quanto_hf.nn.rounding import SCALE, ZERO, Rounding
+from quanto_hf.nn.slots import WEIGHT
 from quanto_hf.ops.watched import traced
 from quanto_hf.qtypes import QTYPES
-from quanto_hf.schemes import Scheme, scheme_from_dict
+from quanto_hf.schemes import scheme_from_dict
 
 if TYPE_CHECKING:
     from quanto_hf.nn.learned import LearnedScales
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Maybe = torch.Tensor | None
 
 # what a layer holds, as LearnedScales.sources names it: of the weight, and of the input
-OF_WEIGHT = ("weight", "learned_scale", "learned_zero")
+OF_WEIGHT = (WEIGHT, SCALE, ZERO)
 NAMES = (*OF_WEIGHT, INPUT_SCALE)
 
 
@@ -43,22 +43,23 @@ def linear_in_graph(layer: "QLinear", x: torch.Tensor, bias: Maybe) -> torch.Ten
         return _outside(straight_through, layer, x, bias)
     held, activations = layer.sources(), None if layer.activations is None else layer.activations.name
     made: torch.Tensor = torch.ops.quanto_hf.prepared_linear.default(
-        x, *(held.get(name) for name in NAMES), *_description(layer), activations, bias
+        x, *(held.get(name) for name in NAMES), *_description(layer.how), activations, bias
     )
     return made
 
 
-def weight_in_graph(layer: "LearnedScales", matrix: torch.Tensor, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """:meth:`quanto_hf.nn.learned.LearnedScales.round_matrix` of a PREPARED layer."""
+def weight_in_graph(layer: "LearnedScales", rounding: Rounding, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """:meth:`quanto_hf.nn.rounding.Rounding.round_weight` of a PREPARED layer."""
     if not _has_name(layer):
-        return _outside(_round_matrix, layer, matrix, sources)
-    learned = (sources.get(name) for name in OF_WEIGHT[1:])
-    made: torch.Tensor = torch.ops.quanto_hf.prepared_weight.default(matrix, *learned, *_description(layer))
+        return _outside(_round_weight, layer, rounding, sources)
+    made: torch.Tensor = torch.ops.quanto_hf.prepared_weight.default(
+        *(sources.get(name) for name in OF_WEIGHT), *_description(rounding)
+    )
     return made
 
 
-def _round_matrix(layer: "LearnedScales", matrix: torch.Tensor, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return layer.round_matrix(matrix, sources)
+def _round_weight(layer: "LearnedScales", rounding: Rounding, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return rounding.round_weight(sources)
 
 
 def _outside(run: Callable[..., torch.Tensor], layer: "LearnedScales", *args: Any) -> torch.Tensor:
@@ -74,30 +75,21 @@ def _outside(run: Callable[..., torch.Tensor], layer: "LearnedScales", *args: An
     return made
 
 
-def _description(layer: "LearnedScales") -> tuple[str, str | None]:
+def _description(rounding: Rounding) -> tuple[str, str | None]:
     """How the weight is rounded. The text of the dict is a Python literal; json.dumps cannot be traced."""
-    fit = layer.fit
-    return str(layer.scheme.to_dict()), fit.name if isinstance(fit, Fit) else fit
+    fit = rounding.fit
+    return str(rounding.scheme.to_dict()), fit.name if isinstance(fit, Fit) else fit
 
 
 @cache
-def _scheme(text: str) -> Scheme:
-    return scheme_from_dict(literal_eval(text))
+def _rounding(scheme: str, fit: str | None, activations: str | None = None) -> Rounding:
+    kind = None if activations is None else QTYPES[activations]
+    return Rounding(scheme_from_dict(literal_eval(scheme)), fit, kind)
 
 
-def _layer(sources: Sequence[Maybe], scheme: str, fit: str | None, activations: str | None = None) -> "QLinear":
-    """A PREPARED layer that holds these tensors."""
-    from quanto_hf.nn.qlinear import QLinear  # which imports this module
-
-    layer: Any = QLinear.__new__(QLinear)
-    nn.Module.__init__(layer)
-    layer._parameters = dict(zip(NAMES, sources, strict=False))
-    weight = layer._parameters["weight"]
-    layer.out_features, layer.in_features = weight.shape
-    layer._setup(_scheme(scheme), weight.dtype, fit)
-    layer.activations = None if activations is None else QTYPES[activations]
-    made: QLinear = layer
-    return made
+def _named(sources: Sequence[Maybe]) -> dict[str, torch.Tensor]:
+    """The sources that there are, by name."""
+    return {name: tensor for name, tensor in zip(NAMES, sources, strict=False) if tensor is not None}
 
 
 # ---------------------------------------------------------------------------------------------------- the product
@@ -105,8 +97,7 @@ def _layer(sources: Sequence[Maybe], scheme: str, fit: str | None, activations: 
 
 def _linear(x: torch.Tensor, *args: Any) -> torch.Tensor:
     *sources, scheme, fit, activations, bias = args
-    layer = _layer(sources, scheme, fit, activations)
-    return layer.multiply(x, layer.quantized(), bias).contiguous()
+    return _rounding(scheme, fit, activations).product(x, _named(sources), bias).contiguous()
 
 
 def _linear_fake(x: Any, weight: Any, *args: Any) -> Any:
@@ -116,9 +107,9 @@ def _linear_fake(x: Any, weight: Any, *args: Any) -> Any:
 def _linear_grad(grad: torch.Tensor, x: torch.Tensor, *args: Any) -> list[torch.Tensor]:
     """Gradients of x, the sources and the bias: those that ``needs`` asks for."""
     *sources, scheme, fit, activations, (x_needs, *source_needs, bias_needs) = args
-    layer = _layer(sources, scheme, fit, activations)
     held = [need for need, source in zip(source_needs, sources, strict=True) if source is not None]
-    made = gradients(layer, grad, x, layer.sources(), [x_needs, *held, bias_needs])
+    rounding = _rounding(scheme, fit, activations)
+    made = gradients(rounding, grad, x, _named(sources), [x_needs, *held, bias_needs])
     return [tensor.contiguous() for tensor in made if tensor is not None]
 
 
@@ -150,9 +141,7 @@ def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple[Maybe, ...]:
 
 def _weight(*args: Any) -> torch.Tensor:
     *sources, scheme, fit = args
-    layer = _layer(sources, scheme, fit)
-    held = layer.sources()
-    return layer.round_matrix(held["weight"], held).contiguous()
+    return _rounding(scheme, fit).round_weight(_named(sources)).contiguous()
 
 
 def _weight_fake(weight: Any, *args: Any) -> Any:
@@ -162,12 +151,11 @@ def _weight_fake(weight: Any, *args: Any) -> Any:
 def _weight_grad(grad: torch.Tensor, *args: Any) -> list[torch.Tensor]:
     """Gradients of weight, learned scale and zero: those that ``needs`` asks for."""
     *sources, scheme, fit, needs = args
-    layer = _layer(sources, scheme, fit)
     given = zip(sources, needs, strict=True)
     leaves = [None if tensor is None else tensor.detach().requires_grad_(need) for tensor, need in given]
     with torch.enable_grad():
         named = {name: leaf for name, leaf in zip(OF_WEIGHT, leaves, strict=True) if leaf is not None}
-        rounded = layer.round_matrix(named["weight"], named)
+        rounded = _rounding(scheme, fit).round_weight(named)
     wanted = [leaf for leaf in named.values() if leaf.requires_grad]
     return [made.contiguous() for made in torch.autograd.grad(rounded, wanted, grad)]
 

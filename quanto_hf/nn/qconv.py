@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from quanto_hf.nn.activation import fake_quantize
-from quanto_hf.nn.registry import register_qmodule
+from quanto_hf.nn.registry import QUANTIZE, register_qmodule
 from quanto_hf.nn.rounded import RoundedModule
+from quanto_hf.nn.slots import WEIGHT, Slot
 
 # what a float convolution has from its arguments, or derives from them
 CONSTANTS = (
@@ -71,27 +72,12 @@ class QuantizedConvTranspose(QuantizedConv):
     """The same for transposed convolutions. Their weight has the output channels second: a row of the stored weight is
     one of these, for all groups."""
 
-    rows_first: ClassVar[bool] = False
+    declared: ClassVar[tuple[Slot, ...]] = (Slot(WEIGHT, transposed=True),)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """(in_channels, out_channels / groups, *kernel_size)"""
         return (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(out_channels / groups, in_channels * kernel)"""
-        first, second, *kernel = self.weight_shape
-        return second, first * torch.Size(kernel).numel()
-
-    def to_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """See :class:`QuantizedWeight`."""
-        return weight.transpose(0, 1).reshape(self.matrix_shape)
-
-    def from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
-        """See :class:`QuantizedWeight`."""
-        first, second, *kernel = self.weight_shape
-        return matrix.view(second, first, *kernel).transpose(0, 1).contiguous()
 
     def forward(self, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:
         """As of the float convolution, with the rounded weight and input."""
@@ -99,7 +85,7 @@ class QuantizedConvTranspose(QuantizedConv):
         return conv_transpose(self, self._round_image(input), weight, bias, output_size)
 
 
-@register_qmodule(nn.Conv1d)
+@register_qmodule(nn.Conv1d, by_default=[QUANTIZE])
 class QConv1d(QuantizedConv, nn.Conv1d):
     """See :class:`QuantizedConv`.
 
@@ -112,12 +98,12 @@ class QConv1d(QuantizedConv, nn.Conv1d):
     """
 
 
-@register_qmodule(nn.Conv2d)
+@register_qmodule(nn.Conv2d, by_default=[QUANTIZE])
 class QConv2d(QuantizedConv, nn.Conv2d):
     """See :class:`QuantizedConv`."""
 
 
-@register_qmodule(nn.Conv3d)
+@register_qmodule(nn.Conv3d, by_default=[QUANTIZE])
 class QConv3d(QuantizedConv, nn.Conv3d):
     """See :class:`QuantizedConv`."""
 

@@ -21,6 +21,7 @@ CONSTANTS = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm
 class QuantizedTable(RoundedModule):
     """Mixin of embeddings with a quantized weight, whose rows are the rows that are stored."""
 
+    rounds_inputs: ClassVar[bool] = False
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None
@@ -37,14 +38,21 @@ class QuantizedTable(RoundedModule):
         """See :class:`RoundedModule`. Its inputs are row numbers: there is nothing to round.
 
         Raises:
-            ValueError: the embedding renormalises its weight when it is read, which cannot be written once packed.
+            ValueError: :meth:`refuses_module` has a reason.
         """
-        if module.max_norm is not None:
-            raise ValueError(
-                f"{module} renormalises the rows that it reads (max_norm), and quantized rows are not written; "
-                f"set max_norm=None, or leave it float"
-            )
+        if (reason := cls.refuses_module(module)) is not None:
+            raise ValueError(reason)
         return super().from_module(module, scheme, None, fit)
+
+    @classmethod
+    def refuses_module(cls, module: nn.Module) -> str | None:
+        """Why an embedding cannot be quantized, or None: one that renormalises its weight when it is read writes it."""
+        if module.max_norm is None:
+            return None
+        return (
+            f"{module} renormalises the rows that it reads (max_norm), and quantized rows are not written; "
+            f"set max_norm=None, or leave it float"
+        )
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -8,20 +8,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from quanto_hf.fit import Fit
-from quanto_hf.nn.activation import QuantizedInput, fake_quantize
+from quanto_hf.nn.activation import QuantizedInput
 from quanto_hf.nn.autocast import autocasts
 from quanto_hf.nn.bound_call import Call
 from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.nn.prepared import straight_through
 from quanto_hf.nn.prepared_op import linear_in_graph
 from quanto_hf.nn.qweight import QuantizedWeight
-from quanto_hf.nn.registry import register_qmodule
+from quanto_hf.nn.registry import LOAD, QUANTIZE, register_qmodule
 from quanto_hf.ops.watched import as_a_node, recording, sizes, transformed
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
 
 
-@register_qmodule(nn.Linear)
+@register_qmodule(nn.Linear, by_default=[LOAD, QUANTIZE])
 class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
     """A linear layer with a quantized weight.
 
@@ -134,12 +134,14 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
 
     def multiply(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
         """The product with a packed weight: one kernel that rounds x as well, or one step after the other."""
-        # preparing takes 50 us, and of a FROZEN layer it has been done
-        call = self.bound_call() if self.is_frozen else self._prepare(tensors)
+        call = self.bound_call() if self.is_frozen else None
         out = None if call is None else call(x, bias)
-        if out is None:
-            out = self.scheme.linear(self.round_input(x, self.static_scale), tensors, bias)
-        return out
+        if out is not None:
+            return out
+        if self.activations is None or self._observe(x):
+            return self.scheme.linear(x, tensors, bias)
+        self._check_calibrated()
+        return self.how.multiply(x, tensors, bias, self.static_scale)
 
     def round_input(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """x as it is multiplied. While the layer is being calibrated its range is noted, and it stays as it is.
@@ -147,18 +149,16 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
         Args:
             scale: the static one, or None.
         """
-        if self.activations is None:
-            return x
-        if self._observe(x):
+        if self.activations is None or self._observe(x):
             return x
         self._check_calibrated()
-        return fake_quantize(x, self.activations, self.scheme.activation_group(self.activations), scale)
+        return self.how.round_input(x, scale)
 
     def _fast_forward(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The call that the scheme has prepared for the tensors that are held, or None if it does not serve: each
-        layer of each token pays for what stands here (3 us)."""
+        """What the bound call gives for the tensors that are held, or None if it does not serve: each layer of each
+        token pays for what stands here (3 us)."""
         call = self.bound_call()
-        if call is None or torch.is_autocast_enabled("cpu"):
+        if call is None or (torch._C._is_any_autocast_enabled() and autocasts(x)):
             return None
         parameters = self._parameters
         return call(x, parameters["bias"] if "bias" in parameters else self.bias)

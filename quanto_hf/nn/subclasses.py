@@ -1,4 +1,4 @@
-"""Subclasses of ``nn.Linear`` and of convolutions: which compute what their base does, and their quantized modules."""
+"""Subclasses of registered types: which compute what their base does, and their quantized classes."""
 
 import inspect
 import types
@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from quanto_hf.nn.slots import LEFT, WEIGHT
+
 # what the forward pass of a linear layer may read
-READ = frozenset({"weight", "bias", "in_features", "out_features", "training"})
+READ = frozenset({WEIGHT, "bias", "in_features", "out_features", "training"})
 # attributes of nn.Module itself, and a mark of transformers
 MODULE = frozenset(vars(nn.Module())) | {"_is_hf_initialized"}
 # what else hangs on a module that is not handed on: hooks of accelerate, which know the module that they run
-HOOKS = frozenset({"forward", "_old_forward", "_hf_hook", "quanto_hf_left"})
+HOOKS = frozenset({"forward", "_old_forward", "_hf_hook", LEFT})
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 ROWS, COLUMNS = 5, 12
 
 
-def why_not_equivalent(module: nn.Module, source: type[nn.Module]) -> str | None:
+def why_not_equivalent(module: nn.Module, source: type[nn.Module], slots: tuple[str, ...] = (WEIGHT,)) -> str | None:
     """Why a module does not compute what ``source`` does from weight, bias and input alone, or None if it does.
 
     It is tried out: the forward pass of a linear subclass runs on small numbers, in training and in eval mode. What it
@@ -25,24 +27,26 @@ def why_not_equivalent(module: nn.Module, source: type[nn.Module]) -> str | None
 
     Args:
         module: of the type ``source`` or of a subclass; may be on meta.
-        source: ``nn.Linear``, or a convolution.
+        source: ``nn.Linear``, or another type.
+        slots: names of the parameters that are quantized.
     """
     kind = type(module)
     patched = vars(module).get("forward")
     if patched is not None and "_hf_hook" not in vars(module):
         return "its forward is replaced, by an attribute of the module"
-    if "weight" not in module._parameters:
-        # None, or gone: of a weight norm, or pruned
-        return "its weight is computed from other parameters (a weight norm, pruning): make it one first"
-    if module._parameters["weight"] is None:
-        return "it has no weight"
+    for slot in slots:
+        if slot not in module._parameters:
+            # gone: of a weight norm, or pruned
+            return f"its {slot} is computed from other parameters (a weight norm, pruning): make it one first"
+        if module._parameters[slot] is None:
+            return f"it has no {slot}"
     if kind is source:
         return None
     if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return "the attention of torch reads it by its weight"
-    if isinstance(module._parameters["weight"], nn.UninitializedParameter):
+    if isinstance(module._parameters[slots[0]], nn.UninitializedParameter):
         return "its shape is not known before its first forward pass"
-    name, own = kind.__name__, {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
+    name, own = kind.__name__, {*module._parameters, *module._buffers, *module._modules} - {*slots, "bias"}
     if own:
         return f"{name} has more than a weight and a bias: {', '.join(sorted(own))}"
     if kind.__call__ is not nn.Module.__call__:
@@ -57,7 +61,7 @@ def why_not_equivalent(module: nn.Module, source: type[nn.Module]) -> str | None
 def _same_forward(kind: type[nn.Module], source: type[nn.Module]) -> bool:
     """Whether all methods by which a module of torch computes are inherited."""
     return all(
-        getattr(kind, name, None) is getattr(source, name, None) for name in ("forward", "_conv_forward", "weight")
+        getattr(kind, name, None) is getattr(source, name, None) for name in ("forward", "_conv_forward", WEIGHT)
     )
 
 
@@ -95,7 +99,7 @@ def _run_twice(module: nn.Module) -> set[str] | None:
             before = given.clone()
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 made = type(module).forward(probe, given)
-                wanted = nn.functional.linear(before, probe._parameters["weight"], probe._parameters["bias"])
+                wanted = nn.functional.linear(before, probe._parameters[WEIGHT], probe._parameters["bias"])
             if not isinstance(made, torch.Tensor) or made.shape != wanted.shape or made.dtype != wanted.dtype:
                 return None
             if not torch.equal(given, before) or not torch.allclose(made, wanted, rtol=1e-5, atol=1e-6):
@@ -118,9 +122,9 @@ def _probe(module: nn.Module, read: set[str]) -> Any:
     vars(probe).update({name: value for name, value in vars(module).items() if name not in MODULE})
     vars(probe).update(in_features=COLUMNS, out_features=ROWS)
     bias = module._parameters.get("bias") is not None
-    for name, size in (("weight", (ROWS, COLUMNS)), ("bias", (ROWS,))):
+    for name, size in ((WEIGHT, (ROWS, COLUMNS)), ("bias", (ROWS,))):
         values = torch.linspace(0.1, 3, torch.Size(size).numel(), dtype=torch.float32, device="cpu").cos().view(size)
-        probe._parameters[name] = nn.Parameter(values) if name == "weight" or bias else None
+        probe._parameters[name] = nn.Parameter(values) if name == WEIGHT or bias else None
     read.clear()
     return probe
 
@@ -146,11 +150,11 @@ def subclassed(quantized: type[nn.Module], source: type[nn.Module], kind: type[n
     """The quantized module of a subclass: of both classes, so that its methods and ``isinstance`` go on working.
 
     Args:
-        quantized: the quantized module of ``source``.
+        quantized: what was registered for ``source``: a subclass of it, or a mixin.
         source: the base that has one.
         kind: ``source`` itself, or an equivalent subclass.
     """
-    if kind is source:
+    if issubclass(quantized, kind):
         return quantized
     if (made := _MADE.get((quantized, source, kind))) is not None:
         return made
@@ -169,7 +173,8 @@ def source_class(quantized: type[nn.Module]) -> type[nn.Module]:
     if made_of is not None:
         kind: type[nn.Module] = made_of[2]
         return kind
-    return next(c for c in quantized.__mro__ if c.__module__.startswith("torch.nn.") and c is not nn.Module)
+    source: type[nn.Module] = quantized.stands_for  # type: ignore[attr-defined]
+    return source
 
 
 def _forward_by(quantized: Any, argument: str) -> Any:

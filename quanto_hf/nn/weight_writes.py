@@ -10,32 +10,34 @@ if TYPE_CHECKING:
     from quanto_hf.nn.qweight import QuantizedWeight
 
 
-def write_weight(layer: "QuantizedWeight", operation: str, value: Any) -> None:
-    """Let a FROZEN layer hold a written weight. RWKV divides weights by powers of two when it goes to eval mode, and
-    multiplies them when it goes back; other models clip what is within the limits already.
+def write_weight(layer: "QuantizedWeight", name: str, operation: str, value: Any) -> None:
+    """Let a layer hold a written weight in a packed slot. RWKV divides weights by powers of two when it goes to eval
+    mode, and multiplies them when it goes back; other models clip what is within the limits already.
 
     Only what can be stored exactly is: the weight as it is, or times a power of two, which the stored scales are
     multiplied with. That loses nothing, so that the opposite factor leads back to the same bits.
 
     Args:
         layer: FROZEN.
+        name: of the slot.
         operation: what wrote, for the error.
         value: what the whole weight is to be.
 
     Raises:
         RuntimeError: the value cannot be stored exactly. The layer is as it was.
     """
-    stored, before = layer.tensors(), layer.dequantized()
+    slot, stored, before = layer.slot(name), layer.tensors(name), layer.dequantized(name)
+    scheme = layer.scheme_of(slot)
     if not isinstance(value, torch.Tensor) or value.shape != before.shape or before.device.type == "meta":
         refuse_write(layer, operation)
     value = value.detach().to(before.device, before.dtype)
     if torch.equal(value, before):
         return
     factor = _power_of_two(value, before)
-    scaled = None if factor is None else layer.scheme.scaled(stored, factor)
+    scaled = None if factor is None else scheme.scaled(stored, factor)
     if factor is None or scaled is None:
         refuse_write(layer, operation)
-    made = layer.from_matrix(layer.scheme.dequantize({**stored, **scaled}, layer.matrix_shape[1], before.dtype))
+    made = slot.from_matrix(scheme.dequantize({**stored, **scaled}, slot.matrix_shape[-1], before.dtype))
     # numbers below the smallest normal one are rounded to a grid of their own, scales are not
     slack = torch.finfo(before.dtype).smallest_normal * torch.finfo(before.dtype).eps * max(1.0, factor)
     if not bool(((made - value).abs() <= slack).all()):

@@ -1,184 +1,153 @@
 """The ops ``linear`` and ``linear_grad_input``: a float input times a quantized weight, and the gradient to the input.
 
-Their kernels in plain torch are in ``torch_kernels.py``, the native ones in ``cpu/kernels.py``.
+Their kernels are in ``torch/blocks.py`` and ``cpu/linear.py``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from quanto_hf.ops.dequantize import FLOATS, check_weight, dequantize, sample_weights
+from quanto_hf.ops.dequantize import weight_title
+from quanto_hf.ops.grouped_weight import FLOATS
 from quanto_hf.ops.registry import Op
-from quanto_hf.ops.watched import sizes, transformed, wants_grad
+from quanto_hf.ops.selfcheck import FEW, FEW_ROWS, MANY, TOLERANCE, off
+from quanto_hf.ops.watched import transformed, wants_grad
+from quanto_hf.ops.weight import Weight, samples
 
 
-def _check(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    qtype: str,
-    group_size: int,
-) -> None:
+def check_operands(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> None:
+    """Raise ValueError unless x, a weight of 2 dimensions and a bias can be multiplied and added."""
     if x.dim() == 0 or x.dtype not in FLOATS:
         raise ValueError(
             f"a quantized linear takes float32, bfloat16 or float16 of at least 1 dimension, "
             f"but the input has shape {tuple(x.shape)} and dtype {x.dtype}"
         )
-    check_weight(packed, scale, zero, qtype, group_size, x.shape[-1])
+    weight.check()
+    rows, columns = weight.shape
+    if x.shape[-1] != columns:
+        raise ValueError(f"this weight takes inputs of shape (..., {columns}), but the input has {tuple(x.shape)}")
     for name, tensor in (("input", x), ("bias", bias)):
         # torch would say so too, but not for every kernel before memory is read
-        if tensor is not None and tensor.device != packed.device:
-            raise ValueError(f"the {name} is on {tensor.device}, but the weight is on {packed.device}; move one")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != packed.shape[0] or bias.dtype != x.dtype):
+        if tensor is not None and tensor.device != weight.device:
+            raise ValueError(f"the {name} is on {tensor.device}, but the weight is on {weight.device}; move one")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != rows or bias.dtype != x.dtype):
         raise ValueError(
             f"the bias has shape {tuple(bias.shape)} and dtype {bias.dtype}, "
-            f"but the output has {packed.shape[0]} features of {x.dtype}"
+            f"but the output has {rows} features of {x.dtype}"
         )
-
-
-def _reference(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    qtype: str,
-    group_size: int,
-) -> torch.Tensor:
-    weight = dequantize.reference(packed, scale, zero, qtype, group_size, sizes(x)[-1], x.dtype)
-    return F.linear(x, weight, bias)
-
-
-def _fake(x: Any, packed: Any, scale: Any, zero: Any, bias: Any, qtype: str, group_size: int) -> Any:
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
 def _samples(seed: int) -> list[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(seed)
     cases: list[tuple[Any, ...]] = []
-    for packed, scale, zero, qtype, group_size, columns in sample_weights(seed):
+    for weight in samples():
+        rows, columns = weight.shape
         for shape in ((columns,), (0, columns), (3, columns), (2, 9, columns)):
             x = torch.randn(shape, generator=generator, dtype=torch.float32)
-            bias = torch.randn(packed.shape[0], generator=generator, dtype=torch.float32) if len(shape) == 2 else None
-            cases.append((x, packed, scale, zero, bias, qtype, group_size))
+            bias = torch.randn(rows, generator=generator, dtype=torch.float32) if len(shape) == 2 else None
+            cases.append((x, weight, bias))
     return cases
+
+
+def is_many(x: torch.Tensor) -> bool:
+    """Whether x has more rows than the kernels for few rows take."""
+    return x.numel() > FEW_ROWS * x.shape[-1]
+
+
+def inputs(columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random rows for self-checks."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(MANY[-1], columns, generator=generator, dtype=torch.float32).to(dtype)
+
+
+def _errors(run: Callable[..., torch.Tensor], key: Any, dtype: torch.dtype, many: bool) -> list[tuple[float, float]]:
+    """Over |x| @ |weight| + |bias|."""
+    weight = key[0].random(key)
+    dense, worst = weight.dense(torch.float32), 0.0
+    bias = torch.ones(len(dense), dtype=dtype)
+    for rows in MANY if many else FEW:
+        x = inputs(dense.shape[1], dtype)[:rows]
+        worst = max(worst, off(run(x, weight, bias), x, dense, x.float() @ dense.T + 1, 1.0))
+    return [(worst, TOLERANCE[dtype])]
 
 
 linear_op = Op(
     name="linear",
-    schema="(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, str qtype, int group_size) -> Tensor",
-    check=_check,
-    reference=_reference,
-    fake=_fake,
+    schema="(Tensor x, Weight weight, Tensor? bias) -> Tensor",
+    check=check_operands,
+    reference=lambda x, weight, bias: F.linear(x, weight.dense(x.dtype), bias),
+    fake=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
     samples=_samples,
+    case=lambda x, weight, bias: (weight.key, x.dtype, is_many(x)),
+    errors=_errors,
+    title=weight_title,
 )
 
 
-def linear(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    qtype: str,
-    group_size: int,
-) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ weight.T + bias`` for a quantized weight, with gradients to ``x`` and ``bias``.
 
     Args:
         x: float32, bfloat16 or float16, shape (..., in_features).
-        packed: codes of ``qtype``, shape (out_features, bytes per row).
-        scale: shape (out_features, groups).
-        zero: None or the shape of ``scale``.
+        weight: of 2 dimensions.
         bias: None, or shape (out_features,) in the dtype of ``x``.
-        qtype: the name of a number type.
-        group_size: columns that share a scale, -1 for all.
 
     Returns:
         Shape (..., out_features), in the dtype of ``x``.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together.
+        ValueError: shapes, dtypes or devices do not fit together.
     """
-    if torch.compiler.is_compiling() or (wants_grad(x, bias) and not transformed()):
-        out: torch.Tensor = linear_op.torch_op(x, packed, scale, zero, bias, qtype, group_size)
-        return out
-    return linear_op(x, packed, scale, zero, bias, qtype, group_size)
+    seen = torch.compiler.is_compiling() or (wants_grad(x, bias) and not transformed())
+    made: torch.Tensor = linear_op.in_graph(x, weight, bias) if seen else linear_op(x, weight, bias)
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------- gradient
 
 
-def _grad_check(grad: Any, packed: Any, scale: Any, zero: Any, qtype: str, group_size: int, in_features: int) -> None:
-    check_weight(packed, scale, zero, qtype, group_size, in_features)
-    if grad.shape[-1] != packed.shape[0]:
-        raise ValueError(f"the gradient has {grad.shape[-1]} features, but the weight has {packed.shape[0]} rows")
-
-
-def _grad_reference(
-    grad: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    qtype: str,
-    group_size: int,
-    in_features: int,
-) -> torch.Tensor:
-    return grad @ dequantize.reference(packed, scale, zero, qtype, group_size, in_features, grad.dtype)
-
-
-def _grad_fake(grad: Any, packed: Any, scale: Any, zero: Any, qtype: str, group_size: int, in_features: int) -> Any:
-    return grad.new_empty((*grad.shape[:-1], in_features))
+def _grad_check(grad: torch.Tensor, weight: Weight) -> None:
+    weight.check()
+    if grad.shape[-1] != weight.shape[0]:
+        raise ValueError(f"the gradient has {grad.shape[-1]} features, but the weight has {weight.shape[0]} rows")
+    if grad.device != weight.device:
+        raise ValueError(f"the gradient is on {grad.device}, but the weight is on {weight.device}; move one")
 
 
 def _grad_samples(seed: int) -> list[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        (
-            torch.randn((2, 3, packed.shape[0]), generator=generator, dtype=torch.float32),
-            packed,
-            scale,
-            zero,
-            qtype,
-            group_size,
-            columns,
-        )
-        for packed, scale, zero, qtype, group_size, columns in sample_weights(seed)
+        (torch.randn((2, 3, weight.shape[0]), generator=generator, dtype=torch.float32), weight) for weight in samples()
     ]
+
+
+def _grad_errors(run: Callable[..., torch.Tensor], key: Any) -> list[tuple[float, float]]:
+    """Over |grad| @ |weight|, in float32: in 16 bits each block of rows is rounded, as often as there are blocks."""
+    weight = key[0].random(key)
+    dense = weight.dense(torch.float32)
+    grad = inputs(len(dense), torch.float32)[:3]
+    return [(off(run(grad, weight), grad, dense.T, grad @ dense), TOLERANCE[torch.float32])]
 
 
 linear_grad_input = Op(
     name="linear_grad_input",
-    schema="(Tensor grad, Tensor packed, Tensor scale, Tensor? zero, str qtype, int group_size, int in_features) "
-    "-> Tensor",
+    schema="(Tensor grad, Weight weight) -> Tensor",
     check=_grad_check,
-    reference=_grad_reference,
-    fake=_grad_fake,
+    reference=lambda grad, weight: grad @ weight.dense(grad.dtype),
+    fake=lambda grad, weight: grad.new_empty((*grad.shape[:-1], weight.shape[1])),
     samples=_grad_samples,
+    case=lambda grad, weight: (weight.key,),
+    errors=_grad_errors,
+    title=weight_title,
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, packed, scale, zero, bias, ctx.qtype, ctx.group_size = inputs
-    ctx.in_features, ctx.has_bias = x.shape[-1], bias is not None
-    # the packed weight, never a float one: a training step keeps its memory
-    ctx.save_for_backward(packed, scale, zero)
+def _backward(needs: list[bool], weight: Weight, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    grad_x = linear_grad_input.in_graph(grad.contiguous(), weight) if needs[0] else None
+    # sum(()) would sum everything, for an input of 1 dimension
+    return grad_x, None, grad.sum_to_size(grad.shape[-1]) if needs[2] else None
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    packed, scale, zero = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = linear_grad_input.torch_op(
-            grad.contiguous(), packed, scale, zero, ctx.qtype, ctx.group_size, ctx.in_features
-        )
-    if ctx.has_bias and ctx.needs_input_grad[4]:
-        # sum(()) would sum everything, for an input of 1 dimension
-        grad_bias = grad.sum_to_size(grad.shape[-1])
-    return grad_x, None, None, None, grad_bias, None, None
-
-
-linear_op.backward(_backward, _setup_context)
+linear_op.backward(_backward, lambda x, weight, bias: ())

@@ -9,7 +9,8 @@ from typing import Any
 
 from quanto_hf.qtypes import QType, qtype, weight_names
 from quanto_hf.schemes.base import SCHEMES, Scheme, register_scheme
-from quanto_hf.schemes.grouped import GROUP_SIZES, PER_CHANNEL, Affine, Float8, Grouped, Lookup
+from quanto_hf.schemes.grouped import GROUP_SIZES, PER_CHANNEL, Grouped
+from quanto_hf.schemes.numbers import Affine, Float8, Lookup
 
 from quanto_hf.schemes.aqlm import Aqlm  # isort: skip  # names are looked up in the order of registration
 from quanto_hf.schemes.stored import Tensors, TensorSpec, Trainable

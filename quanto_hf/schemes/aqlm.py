@@ -12,10 +12,7 @@ from quanto_hf.fit.aqlm import Layout, quantize_aqlm
 from quanto_hf.fit.aqlm.loops import runs_native
 from quanto_hf.fit.aqlm.memory import fit_bytes
 from quanto_hf.fit.aqlm.work import products, products_per_second
-from quanto_hf.ops import BoundLinear, aqlm_dequantize, aqlm_linear, bind_aqlm, check_index, code_dtype
-from quanto_hf.ops.aqlm import recorded_rows
-from quanto_hf.ops.embedding import check_row_numbers
-from quanto_hf.ops.watched import traced
+from quanto_hf.ops import AqlmWeight, code_dtype
 from quanto_hf.schemes.base import Scheme, register_scheme
 from quanto_hf.schemes.books import TrainableBooks
 from quanto_hf.schemes.stored import Tensors, TensorSpec, Trainable
@@ -144,7 +141,12 @@ class Aqlm(Scheme):
         return None
 
     def tensors(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorSpec]:
-        """See :class:`Scheme`: ``codes``, ``codebooks`` and ``scales``.
+        """See :class:`Scheme`.
+
+        Returns:
+            ``codes``: the smallest signed integers with ``nbits`` bits, shape (rows / out_group, columns / in_group,
+            K); ``codebooks``: ``dtype``, shape (K, 2**nbits, out_group, in_group); ``scales``: ``dtype``, shape
+            (rows / out_group, 1, 1, 1).
 
         Raises:
             ValueError: :meth:`refuses` has a reason.
@@ -250,40 +252,9 @@ class Aqlm(Scheme):
         """See :class:`Scheme`: codebooks and scales."""
         return TrainableBooks(tensors, self.layout)
 
-    def dequantize(self, tensors: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    def weight(self, tensors: Tensors, in_features: int) -> AqlmWeight:
         """See :class:`Scheme`."""
-        return aqlm_dequantize(tensors["codes"], tensors["codebooks"], tensors["scales"], dtype)
-
-    def linear(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
-        """See :class:`Scheme`."""
-        return aqlm_linear(x, tensors["codes"], tensors["codebooks"], tensors["scales"], bias)
-
-    def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-        """See :class:`Scheme`: the blocks that hold the rows are dequantized."""
-        codes, codebooks, scales = (tensors[name] for name in self.names)
-        check_row_numbers(index)
-        if traced():
-            return recorded_rows(index, codes, codebooks, scales).to(dtype)
-        check_index(index, codes.shape[0] * self.out_group, "row", "the weight")
-        wanted = index.reshape(-1).to(torch.int64)
-        lines = wanted.div(self.out_group, rounding_mode="floor")
-        made = aqlm_dequantize(codes[lines], codebooks, scales[lines], dtype)
-        # out_group rows for each row that is asked for
-        made = made.view(-1, self.out_group, made.shape[-1])
-        picked = made[torch.arange(len(wanted), device=made.device, dtype=torch.int64), wanted % self.out_group]
-        return picked.view(*index.shape, in_features)
-
-    def bind(
-        self,
-        tensors: Tensors,
-        in_features: int,
-        activations: str | None = None,
-        x_scale: torch.Tensor | None = None,
-    ) -> BoundLinear | None:
-        """See :class:`Scheme`: for inputs as they are."""
-        if activations is not None:
-            return None
-        return bind_aqlm(tensors["codes"], tensors["codebooks"], tensors["scales"])
+        return AqlmWeight(tensors["codes"], tensors["codebooks"], tensors["scales"])
 
     def __str__(self) -> str:
         rows = "" if self.out_group == 1 else f" x {self.out_group} rows"

@@ -1,17 +1,16 @@
 """What a scheme is: a frozen description of how one weight is stored and multiplied."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from quanto_hf.fit import NO_CONTEXT, Context, Fit
-from quanto_hf.ops import TOKEN
-from quanto_hf.qtypes import QType, common_names
-from quanto_hf.schemes.stored import Tensors, TensorSpec, Trainable
+from quanto_hf.schemes.making import Making
+from quanto_hf.schemes.products import Products
+from quanto_hf.schemes.stored import Tensors, TensorSpec
 
 # every scheme by its kind, in the order in which names are looked up
 SCHEMES: dict[str, "type[Scheme]"] = {}
@@ -25,18 +24,8 @@ def register_scheme(cls: S) -> S:
     return cls
 
 
-def with_scales() -> str:
-    """The number types of weights that have a scale for each group, for errors."""
-    return any_of(common_names())
-
-
-def any_of(values: Sequence[Any]) -> str:
-    """Values in words: "1, 2 or 3"."""
-    return ", ".join(map(str, values[:-1])) + f" or {values[-1]}" if len(values) > 1 else str(values[0])
-
-
 @dataclass(frozen=True)
-class Scheme(ABC):
+class Scheme(Making, Products):
     """How one weight of shape (..., out_features, in_features) is stored and multiplied.
 
     Subclasses are frozen dataclasses of JSON types, hashable, with a ``kind`` that is their name in config.json and
@@ -52,12 +41,6 @@ class Scheme(ABC):
     by_rows: ClassVar[bool] = True
     # the stored tensor that every value of the weight is a multiple of
     scale_name: ClassVar[str] = "scale"
-
-    @property
-    def signed_scales(self) -> bool:
-        """Whether scales may be negative: the numbers of the type reach further down than up, and the sign of a scale
-        says to which side the longer one points."""
-        return False
 
     # ----------------------------------------------------------------------------------------------- names
 
@@ -98,32 +81,6 @@ class Scheme(ABC):
     def float_names(self) -> tuple[str, ...]:
         """Names of the stored tensors that have the float dtype of the weight."""
         return ()
-
-    # ----------------------------------------------------------------------------------------------- what it takes
-
-    def refuses(self, shape: tuple[int, ...]) -> str | None:
-        """Why a weight of this shape cannot be stored, or None."""
-        return None
-
-    def refuses_fit(self, fit: "Fit | str | None" = None) -> str | None:
-        """Why no float weight can be quantized so, in one sentence, or None. It is asked before a model is changed.
-
-        Args:
-            fit: of :meth:`quantize`.
-        """
-        return None
-
-    def refuses_training(self) -> str | None:
-        """Why weights cannot be rounded in every step of training, or None."""
-        return None
-
-    def refuses_learning(self) -> str | None:
-        """Why scales cannot be trained, in one sentence, or None."""
-        return f"{self} weights have no scales that can be learned; leave out learn_scales, or choose {with_scales()}"
-
-    def wants_moments(self, fit: "Fit | str | None" = None) -> bool:
-        """Whether :meth:`quantize` with this fit makes use of ``Context.moment``."""
-        return False
 
     # ----------------------------------------------------------------------------------------------- stored tensors
 
@@ -166,162 +123,6 @@ class Scheme(ABC):
         scale = tensors[self.scale_name]
         made = scale * factor
         return {self.scale_name: made} if torch.equal(made / factor, scale) else None
-
-    # ----------------------------------------------------------------------------------------------- making
-
-    @abstractmethod
-    def quantize(
-        self, weight: torch.Tensor, fit: "Fit | str | None" = None, context: Context = NO_CONTEXT
-    ) -> dict[str, torch.Tensor]:
-        """The stored tensors of a float weight, on its device.
-
-        Args:
-            weight: float32, bfloat16 or float16, shape (..., out_features, in_features).
-            fit: what finds scale and zero; None is the default of the scheme.
-            context: what is known besides the weight: second moments of the inputs, a seed, who is told of progress.
-
-        Raises:
-            ValueError: the weight has NaN or infinite values, or no columns.
-        """
-
-    def workspace_bytes(
-        self,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        fit: "Fit | str | None" = None,
-        *,
-        device: str = "cpu",
-        calibrated: bool = False,
-    ) -> int:
-        """Most bytes of temporaries that :meth:`quantize` takes besides the weight, its second moment and the result;
-        0 where that is a few MB.
-
-        Args:
-            shape: of the weight, (out_features, in_features).
-            dtype: of the weight.
-            fit: of :meth:`quantize`.
-            device: type of the device: "cpu", "cuda".
-            calibrated: whether a second moment is given.
-        """
-        return 0
-
-    def work(self, shape: tuple[int, int], calibrated: bool = False) -> float:
-        """How much there is to do to quantize a weight, in a unit of the scheme: for bars of progress."""
-        return float(prod(shape))
-
-    def speed(self, calibrated: bool = False) -> float | None:
-        """How much of :meth:`work` this machine does in a second, measured now; None: so much that it does not
-        count."""
-        return None
-
-    def trainable(self, tensors: Tensors) -> "Trainable | None":
-        """What of a stored weight can be trained by gradient while its codes stay, or None: nothing."""
-        return None
-
-    def encode(
-        self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
-        """The stored tensors of a float weight with scales that are given, and not found by a fit.
-
-        Args:
-            weight: float, shape (..., out_features, in_features).
-            scale: in the shape of the stored one, finite, and not 0 once it is rounded to its stored dtype, which is
-                done first. Positive, but for schemes with :attr:`signed_scales`.
-            zero: as ``scale``, of asymmetric schemes.
-
-        Raises:
-            ValueError: scales do not fit, or the scheme has none.
-        """
-        raise ValueError(f"{self} weights have no scales that can be given; choose {with_scales()}")
-
-    def read_scale(self, stored: torch.Tensor) -> torch.Tensor:
-        """The float32 numbers of a stored scale or zero, of schemes whose scales can be learned."""
-        return stored.float()
-
-    def fake_quantize(
-        self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The numbers that :meth:`encode` stores, as float32, with gradients to weight, scale and zero.
-
-        Args:
-            weight: float, shape (out_features, in_features).
-            scale: as of :meth:`encode`.
-            zero: as of :meth:`encode`.
-
-        Raises:
-            ValueError: as of :meth:`encode`.
-        """
-        raise ValueError(self.refuses_learning())
-
-    # ----------------------------------------------------------------------------------------------- products
-
-    @abstractmethod
-    def dequantize(self, tensors: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-        """The float weight, shape (..., out_features, in_features)."""
-
-    @abstractmethod
-    def linear(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
-        """``x @ weight.T + bias`` for a weight of 2 dimensions; shape (..., out_features), dtype of ``x``."""
-
-    def bind(
-        self,
-        tensors: Tensors,
-        in_features: int,
-        activations: str | None = None,
-        x_scale: torch.Tensor | None = None,
-    ) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor | None] | None:
-        """``call(x, bias)``, the same as :meth:`linear` with everything about these tensors looked up in advance.
-
-        Args:
-            activations: None, or the number type to which x is rounded first, as :meth:`activation_group` says.
-            x_scale: the static scale of x, 1 element, or None: scales are found when x comes.
-
-        Returns:
-            None if there is nothing to prepare. The call itself answers None where it does not serve (another device,
-            a gradient to follow, tensors that have moved); :meth:`linear` always does.
-        """
-        return None
-
-    def activation_group(self, activations: QType) -> int:
-        """Columns of x that share a scale when x is rounded to ``activations``; -1 for all of a row."""
-        return TOKEN
-
-    @abstractmethod
-    def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of the float weight, as an embedding reads them; the weight has 2 dimensions.
-
-        Args:
-            index: integer row numbers, any shape.
-
-        Returns:
-            Shape (*index.shape, in_features).
-
-        Raises:
-            IndexError: there is no such row; negative numbers do not count from the end.
-        """
-
-    def bind_rows(
-        self, tensors: Tensors, in_features: int
-    ) -> Callable[[torch.Tensor, torch.dtype], torch.Tensor | None] | None:
-        """``call(index, dtype)``, the same as :meth:`rows`; see :meth:`bind`."""
-        return None
-
-    def expert_linear(
-        self, x: torch.Tensor, experts: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Each row of ``x`` times the weight of its own expert, as :func:`quanto_hf.ops.expert_linear` says, for a
-        weight of shape (experts, out_features, in_features).
-
-        Raises:
-            ValueError: the scheme has no such product.
-        """
-        raise ValueError(f"{self} weights are not multiplied by expert; choose {with_scales()}")
-
-    def bind_experts(
-        self, tensors: Tensors, in_features: int
-    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor | None] | None:
-        """``call(x, experts, bias)``, the same as :meth:`expert_linear`; see :meth:`bind`."""
-        return None
 
     # ----------------------------------------------------------------------------------------------- descriptions
 

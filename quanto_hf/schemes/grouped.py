@@ -1,4 +1,4 @@
-"""Schemes in which neighbouring columns of a row share a scale: integers, 8-bit floats and tables."""
+"""Schemes in which neighbouring columns of a row share a scale."""
 
 import reprlib
 from collections.abc import Mapping
@@ -8,26 +8,12 @@ from typing import Any, ClassVar
 import torch
 
 from quanto_hf.fit import BFLOAT16, FLOAT32, NO_CONTEXT, Context, Fit, Grid, ScaleType, fit_by_name
-from quanto_hf.ops import (
-    BoundEmbedding,
-    BoundExperts,
-    BoundLinear,
-    activation_group,
-    bind_embedding,
-    bind_experts,
-    bind_linear,
-    dequantize,
-    embedding,
-    expert_linear,
-    groups,
-    linear,
-    packed_width,
-    row_lengths,
-)
+from quanto_hf.ops import GroupedWeight, activation_group, groups, packed_width, row_lengths
 from quanto_hf.ops.decode import decode_reference
 from quanto_hf.qtypes import QTYPES, QType, qtype
-from quanto_hf.schemes.base import Scheme, any_of, register_scheme
+from quanto_hf.schemes.base import Scheme
 from quanto_hf.schemes.given import encode, fake_quantize
+from quanto_hf.schemes.making import any_of
 from quanto_hf.schemes.quantizing import quantize_weight, workspace_bytes
 from quanto_hf.schemes.stored import Tensors, TensorSpec
 
@@ -135,6 +121,7 @@ class Grouped(Scheme):
         """See :class:`Scheme`.
 
         Example:
+            >>> from quanto_hf.schemes import Affine
             >>> Affine("int8").refuses_fit("mse") is None, Affine("int8").refuses_fit("hqq")
             (True, "fit='hqq' moves the zero, and symmetric int8 weights have none; ...")
         """
@@ -229,51 +216,12 @@ class Grouped(Scheme):
         """See :class:`Scheme`."""
         return fake_quantize(self, weight, scale, zero)
 
-    def dequantize(self, tensors: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-        """See :class:`Scheme`."""
-        lead = tensors["packed"].shape[:-1]
-        flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in self._operands(tensors)]
-        op = dequantize.torch_op if torch.compiler.is_compiling() else dequantize
-        weight: torch.Tensor = op(*flat, self.qtype, self.group_size, in_features, dtype)
-        return weight.view(*lead, in_features)
-
-    def linear(self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor:
-        """See :class:`Scheme`."""
-        return linear(x, *self._operands(tensors), bias, self.qtype, self.group_size)
-
-    def rows(self, tensors: Tensors, index: torch.Tensor, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-        """See :class:`Scheme`."""
-        return embedding(index, *self._operands(tensors), self.qtype, self.group_size, in_features, dtype)
-
-    def bind(
-        self,
-        tensors: Tensors,
-        in_features: int,
-        activations: str | None = None,
-        x_scale: torch.Tensor | None = None,
-    ) -> BoundLinear | None:
-        """See :class:`Scheme`."""
-        if not self.has_kernels:
-            return None
-        return bind_linear(*self._operands(tensors), self.qtype, self.group_size, in_features, activations, x_scale)
-
-    def bind_rows(self, tensors: Tensors, in_features: int) -> BoundEmbedding | None:
-        """See :class:`Scheme`."""
-        if not self.has_kernels:
-            return None
-        return bind_embedding(*self._operands(tensors), self.qtype, self.group_size, in_features)
-
-    def expert_linear(
-        self, x: torch.Tensor, experts: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """See :class:`Scheme`."""
-        return expert_linear(x, experts, *self._operands(tensors), bias, self.qtype, self.group_size)
-
-    def bind_experts(self, tensors: Tensors, in_features: int) -> BoundExperts | None:
-        """See :class:`Scheme`."""
-        if not self.has_kernels:
-            return None
-        return bind_experts(*self._operands(tensors), self.qtype, self.group_size, in_features)
+    def weight(self, tensors: Tensors, in_features: int) -> GroupedWeight:
+        """See :class:`Scheme`: scales are floats there."""
+        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
+        if not self.scale_type.is_float:
+            scale, zero = self.scale_type.read(scale), None if zero is None else self.scale_type.read(zero)
+        return GroupedWeight(packed, scale, zero, self.qtype, self.group_size, in_features)
 
     def at_ends(self, tensors: Tensors, in_features: int) -> torch.Tensor:
         """See :class:`Scheme`."""
@@ -291,69 +239,8 @@ class Grouped(Scheme):
         group = "" if self.group_size == PER_CHANNEL else f" g{self.group_size}"
         return f"{self.qtype}{group}{'' if self.symmetric else ' asym'}"
 
-    @property
-    def has_kernels(self) -> bool:
-        """Whether kernels for one device may read the stored tensors where they lie: codes that they know, and scales
-        that are floats."""
-        return self.type.native is not None and self.scale_type.is_float
-
-    def _operands(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Codes, scales and zeros as kernels read them: scales are floats there."""
-        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
-        if self.scale_type.is_float:
-            return packed, scale, zero
-        read = self.scale_type.read
-        return packed, read(scale), None if zero is None else read(zero)
-
     def _group_sizes(self) -> tuple[int, ...]:
         return (PER_CHANNEL, *GROUP_SIZES)
 
     def _may_have_zero(self) -> bool:
         return False
-
-
-@register_scheme
-@dataclass(frozen=True)
-class Affine(Grouped):
-    """Integers: w = code * scale, or (code - zero) * scale. int8 is symmetric only."""
-
-    kind: ClassVar[str] = "affine"
-    numbers: ClassVar[str] = "int"
-
-    def _may_have_zero(self) -> bool:
-        return self.type.is_packed
-
-
-@register_scheme
-@dataclass(frozen=True)
-class Float8(Grouped):
-    """8-bit floats times one scale per row: w = float(code) * scale."""
-
-    kind: ClassVar[str] = "float8"
-    numbers: ClassVar[str] = "float"
-
-    @property
-    def has_kernels(self) -> bool:
-        """Whether kernels for one device may read the stored tensors where they lie: codes that they know, and scales
-        that are floats."""
-        return self.type.native is not None and self.scale_type.is_float
-
-    def _operands(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Codes, scales and zeros as kernels read them: scales are floats there."""
-        packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
-        if self.scale_type.is_float:
-            return packed, scale, zero
-        read = self.scale_type.read
-        return packed, read(scale), None if zero is None else read(zero)
-
-    def _group_sizes(self) -> tuple[int, ...]:
-        return (PER_CHANNEL,)
-
-
-@register_scheme
-@dataclass(frozen=True)
-class Lookup(Grouped):
-    """A table of 16 values times a scale: w = table[code] * scale, for nf4 and fp4."""
-
-    kind: ClassVar[str] = "lookup"
-    numbers: ClassVar[str] = "table"

@@ -1,6 +1,5 @@
 """quanto-hf kernels: with the native library, and without."""
 
-import importlib
 import json
 
 import pytest
@@ -8,9 +7,10 @@ import torch
 from typer.testing import CliRunner
 
 from quanto_hf.cli.app import app
-from quanto_hf.ops import OPS
-from quanto_hf.ops.cpu import selfcheck
+from quanto_hf.ops import OPS, AqlmWeight
 from quanto_hf.ops.cpu.library import NATIVE
+from quanto_hf.ops.registry import why_kernel_wrong
+from quanto_hf.ops.selfcheck import TOLERANCE
 from quanto_hf.qtypes import QTYPES
 from quanto_hf.schemes import Aqlm, make_scheme
 
@@ -34,11 +34,13 @@ def test_every_op_of_every_type_has_a_kernel_and_a_sentence_for_each_other_one()
         assert row["runs"] not in row["others"]
         if row["op"] == "linear, int8 x":
             assert {row["runs"], *row["others"]} >= {"rounding, linear", "native_int8"}
+        elif row["op"] == "quantize":
+            assert {row["runs"], *row["others"]} == {"native", "reference"}
         else:
             in_torch = {"torch_blocks", "torch_rows", "each_expert"} & {row["runs"], *row["others"]}
             assert len(in_torch) == 1 and "reference" in row["others"]
         assert all(len(said.split()) > 2 for said in row["others"].values())
-    assert {row["op"] for row in rows} == {*OPS, "linear, int8 x"}
+    assert {row["op"] for row in rows} == {*OPS, "linear, int8 x"} - {"linear_rounded"}
     assert {count for row in rows for count in row["rows"]} == {1, 128}
 
 
@@ -53,7 +55,7 @@ def test_self_checks_of_the_chosen_type_grouping_and_dtype():
     result = found("--weights", "int4", "--group-size", "32", "--dtype", "float16")
     (row,) = result["checks"]
     assert (row["weights"], row["passed"], row["said"]) == ("int4 g32 asym", True, [])
-    assert 0 < row["few_rows_error"] <= row["tolerance"] == selfcheck.TOLERANCE[torch.float16]
+    assert 0 < row["few_rows_error"] <= row["tolerance"] == TOLERANCE[torch.float16]
     assert result["machine"]["level"] in result["machine"]["levels"]
     assert "pass" in kernels("--weights", "int4").stdout
 
@@ -71,10 +73,10 @@ def test_int8_activations_are_checked_where_there_is_a_kernel(weights):
 
 @native
 def test_a_kernel_that_disagrees_is_told_and_exits_with_1(monkeypatch):
-    selfcheck.why_wrong.cache_clear()
-    monkeypatch.setitem(selfcheck.TOLERANCE, torch.bfloat16, 0.0)
+    why_kernel_wrong.cache_clear()
+    monkeypatch.setitem(TOLERANCE, torch.bfloat16, 0.0)
     result = kernels("--weights", "int2")
-    selfcheck.why_wrong.cache_clear()
+    why_kernel_wrong.cache_clear()
     assert result.exit_code == 1
     assert "FAIL" in result.stdout and "disagrees with the reference" in result.stdout
     assert "torch_blocks" in result.stdout
@@ -84,8 +86,9 @@ def test_a_kernel_that_disagrees_is_told_and_exits_with_1(monkeypatch):
 @pytest.mark.parametrize("weights", ["aqlm-2x8", "aqlm-1x16", "aqlm-3x5"])
 def test_aqlm_layouts_are_shown_and_checked_like_number_types(weights):
     result = found("--weights", weights)
-    assert {row["op"] for row in result["kernels"]} == {op for op in OPS if op.startswith("aqlm")}
-    assert {row["op"]: row["runs"] for row in result["kernels"]}["aqlm_linear"] == "native"
+    operators = {op.name for op in OPS.values() if AqlmWeight in op.kinds}
+    assert {row["op"] for row in result["kernels"]} == operators - {"linear_rounded"} | {"linear, int8 x"}
+    assert {row["op"]: row["runs"] for row in result["kernels"]}["linear"] == "native"
     (check,) = result["checks"]
     assert check["passed"] and check["weights"] == str(make_scheme(weights)) and check["int8_activations_error"] is None
     assert 0 < check["many_rows_error"] <= check["tolerance"] and 0 < check["few_rows_error"] <= check["tolerance"]
@@ -94,12 +97,10 @@ def test_aqlm_layouts_are_shown_and_checked_like_number_types(weights):
 
 @native
 def test_an_aqlm_kernel_that_disagrees_exits_with_1(monkeypatch):
-    cache = importlib.import_module("quanto_hf.ops.cpu.aqlm").why_aqlm_wrong
-    cache.cache_clear()
-    monkeypatch.setitem(selfcheck.TOLERANCE, torch.bfloat16, 0.0)
+    why_kernel_wrong.cache_clear()
+    monkeypatch.setitem(TOLERANCE, torch.bfloat16, 0.0)
     result = kernels("--weights", "int8,aqlm-1x8")
-    cache.cache_clear()
-    selfcheck.why_wrong.cache_clear()
+    why_kernel_wrong.cache_clear()
     assert result.exit_code == 1 and "aqlm 1x8 g8" in result.stdout and "FAIL" in result.stdout
 
 

@@ -167,3 +167,23 @@ def test_mistakes_are_named(net, data):
     with pytest.raises(ValueError, match="a: the second moment of the inputs has NaN"):
         freeze_aqlm(net, [torch.full((2, 32), torch.nan)], progress=False)
     assert not net.a.is_frozen and net.a.rounding
+
+
+def test_freeze_with_data_makes_every_layer_and_is_freeze_aqlm_for_those_with_codebooks(data):
+    model = quantize(Net(), "aqlm-2x4", overrides={"b": {"weights": "int4"}}, exclude="idle")
+    other = freeze_aqlm(copy.deepcopy(model), data, progress=False)
+    assert other.a.is_frozen and not other.b.is_frozen
+    # b is rounded in one of them, and float in the other, while data passes: the first layer sees the same
+    assert freeze(model, data, progress=False) is model and model.b.is_frozen
+    assert same(tensors(model.a), tensors(other.a))
+    assert same(tensors(model), tensors(freeze(model, data)))
+
+
+def test_data_that_no_layer_wants_is_said(data, tmp_path):
+    model = quantize(Net(), "int4")
+    wanted = tensors(freeze(copy.deepcopy(model)))
+    with pytest.warns(UserWarning, match="the data is not used"):
+        made = freeze(copy.deepcopy(model), data, folder=tmp_path, progress=False)
+    assert same(tensors(made), wanted) and len(list(tmp_path.iterdir())) == 4
+    # from the folder
+    assert same(tensors(freeze(model, folder=tmp_path, progress=False)), wanted)

@@ -8,6 +8,7 @@ from torch import nn
 
 from quanto_hf.flow import Choice, apply_plan, make_plan, replace_modules
 from quanto_hf.nn import QLinear
+from quanto_hf.nn.registry import QUANTIZE
 from quanto_hf.qtypes import qint8
 
 
@@ -85,7 +86,7 @@ def test_an_override_may_leave_modules_in_float():
 def test_only_modules_of_the_types_that_are_asked_for_are_taken_and_no_subclass_of_them():
     net = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "fc": nn.Linear(8, 8), "embed": nn.Embedding(4, 8)})
     assert list(make_plan(net, INT8).chosen) == ["fc"]
-    assert list(make_plan(net, INT8, types=(nn.Linear, nn.Conv2d)).chosen) == ["conv", "fc"]
+    assert list(make_plan(net, INT8, verb=QUANTIZE).chosen) == ["conv", "fc"]
 
 
 def test_a_weight_that_is_tied_to_an_embedding_stays_float():
@@ -140,6 +141,6 @@ def test_a_transposed_convolution_is_judged_by_the_rows_that_are_stored():
     # AQLM needs columns in blocks of 8; a row of a transposed convolution is an output channel over inputs and kernel
     choice = Choice("aqlm-1x8")
     fits, does_not = nn.ConvTranspose1d(8, 3, 5), nn.ConvTranspose1d(3, 8, 5)
-    plan = make_plan(nn.ModuleList([fits, does_not]), choice, types=(nn.ConvTranspose1d,))
+    plan = make_plan(nn.ModuleList([fits, does_not]), choice, include=["0", "1"])
     assert list(plan.chosen) == ["0"]
     assert plan.left["1"].startswith("in_features=15 is not a multiple of the 8")

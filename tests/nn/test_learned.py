@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from quanto_hf.nn import QConv2d, QLinear
-from quanto_hf.nn.learned import SMALLEST
+from quanto_hf.nn.rounding import SMALLEST
 from quanto_hf.qtypes import QTYPES, qint8
 from quanto_hf.schemes import make_scheme
 

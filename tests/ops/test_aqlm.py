@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from native_weights import LEVELS, needs_native
 
-from quanto_hf.ops import aqlm_dequantize, aqlm_dequantize_op, aqlm_linear, aqlm_linear_op, code_dtype
-from quanto_hf.ops.aqlm import SAMPLE_LAYOUTS, features, sample_aqlm
+from quanto_hf.ops import AqlmWeight, code_dtype, dequantize, dequantize_op, linear, linear_op
+from quanto_hf.ops.aqlm_weight import SAMPLE_LAYOUTS, sample_aqlm
 from quanto_hf.ops.cpu.library import NATIVE
+from quanto_hf.ops.registry import why_kernel_wrong
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 every_float = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 every_level = pytest.mark.parametrize("on_level", LEVELS, indirect=True)
 IDS = ["{2}x{3}-{4}x{5}".format(*layout) for layout in SAMPLE_LAYOUTS]
-every_weight = pytest.mark.parametrize("weight", sample_aqlm(1), ids=IDS)
+every_weight = pytest.mark.parametrize("weight", sample_aqlm(), ids=IDS)
 
 
 def draw(lines, groups, count, nbits, out_group=1, in_group=8, dtype=torch.float32):
@@ -28,7 +29,7 @@ def draw(lines, groups, count, nbits, out_group=1, in_group=8, dtype=torch.float
     half = 1 << (nbits - 1)
     codes = torch.randint(-half, half, (lines, groups, count), generator=generator).to(code_dtype(nbits))
     books = torch.randn((count, 1 << nbits, out_group, in_group), generator=generator)
-    return codes, books.to(dtype), (torch.rand((lines, 1, 1, 1), generator=generator) + 0.5).to(dtype)
+    return AqlmWeight(codes, books.to(dtype), (torch.rand((lines, 1, 1, 1), generator=generator) + 0.5).to(dtype))
 
 
 @pytest.fixture
@@ -40,16 +41,16 @@ def on_level(request):
     NATIVE.use_level(before)
 
 
-def exact(x, codes, books, scales):
+def exact(x, weight):
     """The product in float64, and the bound of float32 sums for each output."""
-    weight = aqlm_dequantize_op.reference(codes, books, scales, torch.float32).double()
+    weight = weight.dense(torch.float32).double()
     return F.linear(x.double(), weight), F.linear(x.double().abs(), weight.abs())
 
 
 @every_weight
 def test_the_definition_is_a_sum_of_entries_times_the_scale(weight):
     codes, books, scales = weight
-    made = aqlm_dequantize_op.reference(codes, books, scales, torch.float32)
+    made = dequantize_op.reference(weight, torch.float32)
     _, size, out_group, in_group = books.shape
     for o, i in ((0, 0), (made.shape[0] - 1, made.shape[1] - 1), (made.shape[0] // 2, made.shape[1] // 3)):
         named = codes[o // out_group, i // in_group].tolist()
@@ -62,10 +63,10 @@ def test_the_definition_is_a_sum_of_entries_times_the_scale(weight):
 @every_weight
 def test_dequantizing_is_exact_on_every_level(weight, on_level):
     for dtype in FLOATS.values():
-        made = aqlm_dequantize(*weight, dtype)
-        assert torch.equal(made, aqlm_dequantize_op.reference(*weight, dtype))
-    kernel = next(kernel for kernel in aqlm_dequantize_op.kernels if kernel.name == "native")
-    assert kernel.refuses(*weight, torch.float32) is None
+        made = dequantize(weight, dtype)
+        assert torch.equal(made, dequantize_op.reference(weight, dtype))
+    kernel = next(kernel for kernel in dequantize_op.kernels if kernel.name == "native")
+    assert kernel.refuses(weight, torch.float32) is None
 
 
 @every_level
@@ -86,8 +87,8 @@ def test_b3_products_are_those_of_the_dequantized_weight(rows, dtype, on_level):
         (27, 65, 1, 7),
     ]:
         weight = draw(*layout)
-        x = torch.randn(rows, features(*weight[:2])[1], generator=torch.Generator().manual_seed(rows)).to(dtype)
-        made, (wanted, size) = aqlm_linear(x, *weight, None), exact(x, *weight)
+        x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows)).to(dtype)
+        made, (wanted, size) = linear(x, weight, None), exact(x, weight)
         assert ((made.double() - wanted).abs() <= bound * size + 1e-30).all(), layout
 
 
@@ -102,7 +103,7 @@ def test_b3_any_number_of_threads_gives_the_same_bits(layout, rows, dtype):
     try:
         for threads in (1, 2, 4, 8):
             torch.set_num_threads(threads)
-            made += [aqlm_linear(x, *weight, None) for _ in range(25 if rows < 8 else 5)]
+            made += [linear(x, weight, None) for _ in range(25 if rows < 8 else 5)]
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, made[0]) for one in made)
@@ -117,8 +118,8 @@ def test_b3_no_number_leaves_the_range_of_float32_on_the_way(big, small, rows, c
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 6e-3)):
         x = (torch.randn(rows, 320, generator=torch.Generator().manual_seed(3)).clamp(-3, 3) * big).to(dtype)
         made, (wanted, size) = (
-            aqlm_linear(x, codes, books, scales * small, None),
-            exact(x, codes, books, scales * small),
+            linear(x, AqlmWeight(codes, books, scales * small), None),
+            exact(x, AqlmWeight(codes, books, scales * small)),
         )
         assert torch.isfinite(made).all() and ((made.double() - wanted).abs() <= bound * size).all()
 
@@ -132,7 +133,7 @@ def test_b3_what_is_not_finite_reaches_the_outputs_that_it_belongs_to(bad, rows,
     codes, books, scales = draw(*layout)
     x = torch.randn(rows, 48).to(dtype)
     x[1, 7] = bad
-    made = aqlm_linear(x, codes, books, scales, None)
+    made = linear(x, AqlmWeight(codes, books, scales), None)
     others = torch.arange(rows) != 1
     assert torch.isfinite(made[others]).all() and not torch.isfinite(made[1]).any()
 
@@ -146,7 +147,7 @@ def test_b3_an_entry_or_a_scale_that_is_not_finite_stays_in_its_rows(rows, dtype
     hit = (codes[..., 0] & 255 == 5).any(1)
     hit[7] = True
     assert not hit.all()
-    made = aqlm_linear(torch.rand(rows, 104).to(dtype) + 1, codes, books, scales, None)
+    made = linear(torch.rand(rows, 104).to(dtype) + 1, AqlmWeight(codes, books, scales), None)
     assert torch.isfinite(made[:, ~hit]).all() and not torch.isfinite(made[:, hit]).any()
 
 
@@ -158,7 +159,8 @@ def test_b3_codebooks_of_another_dtype_than_x_are_multiplied(book, count):
     for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 6e-3)):
         for rows in (1, 4, 16):
             x = torch.randn(rows, 168, generator=torch.Generator().manual_seed(rows)).to(dtype)
-            made, (wanted, size) = aqlm_linear(x, codes, books, scales, None), exact(x, codes, books, scales)
+            weight = AqlmWeight(codes, books, scales)
+            made, (wanted, size) = linear(x, weight, None), exact(x, weight)
             assert ((made.double() - wanted).abs() <= bound * size + 1e-30).all(), (dtype, rows)
 
 
@@ -166,12 +168,12 @@ def test_b3_codebooks_of_another_dtype_than_x_are_multiplied(book, count):
 @every_float
 def test_b5_the_gradient_to_the_input_is_that_of_the_dense_weight(weight, dtype):
     codes, books, scales = weight
-    rows, columns = features(codes, books)
+    rows, columns = weight.shape
     x = torch.randn(3, columns, dtype=dtype, requires_grad=True)
     bias = torch.randn(rows, dtype=dtype, requires_grad=True)
     grad = torch.randn(3, rows).to(dtype)
-    aqlm_linear(x, codes, books, scales, bias).backward(grad)
-    dense = aqlm_dequantize_op.reference(codes, books, scales, torch.float32)
+    linear(x, AqlmWeight(codes, books, scales), bias).backward(grad)
+    dense = weight.dense(torch.float32)
     wanted = grad.float() @ dense
     bound = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     assert (x.grad.float() - wanted).norm() <= bound * wanted.norm()
@@ -182,21 +184,21 @@ def test_b5_the_gradient_to_the_input_is_that_of_the_dense_weight(weight, dtype)
 def test_any_shape_of_the_input_is_multiplied(shape):
     weight = draw(5, 12, 2, 8)
     x, bias = torch.randn(shape), torch.randn(5)
-    made = aqlm_linear(x, *weight, bias)
+    made = linear(x, weight, bias)
     assert made.shape == (*shape[:-1], 5)
-    torch.testing.assert_close(made, aqlm_linear_op.reference(x, *weight, bias), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made, linear_op.reference(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
 def test_a_weight_without_rows_gives_outputs_without_features():
     codes, books, scales = draw(5, 12, 2, 8)
-    assert aqlm_linear(torch.randn(3, 96), codes[:0], books, scales[:0], None).shape == (3, 0)
+    assert linear(torch.randn(3, 96), AqlmWeight(codes[:0], books, scales[:0]), None).shape == (3, 0)
 
 
 def test_views_that_are_not_contiguous_are_read_as_they_are():
     codes, books, scales = draw(8, 12, 2, 8)
     x = torch.randn(96, 3).T
-    made = aqlm_linear(x, codes[::2], books, scales[::2], None)
-    torch.testing.assert_close(made, aqlm_linear_op.reference(x, codes[::2], books, scales[::2], None))
+    made = linear(x, AqlmWeight(codes[::2], books, scales[::2]), None)
+    torch.testing.assert_close(made, linear_op.reference(x, AqlmWeight(codes[::2], books, scales[::2]), None))
 
 
 WRONG = {
@@ -214,21 +216,21 @@ WRONG = {
 @pytest.mark.parametrize("damage, said", WRONG.values(), ids=WRONG)
 def test_b12_what_does_not_fit_together_is_named(damage, said):
     with pytest.raises(ValueError) as caught:
-        aqlm_linear(*damage(*draw(5, 12, 2, 8), torch.randn(3, 96)), None)
+        x, *stored = damage(*draw(5, 12, 2, 8), torch.randn(3, 96))
+        linear(x, AqlmWeight(*stored), None)
     assert all(text in str(caught.value) for text in said), str(caught.value)
 
 
 @needs_native
 def test_a_kernel_that_is_wrong_is_not_used(monkeypatch):
-    module = importlib.import_module("quanto_hf.ops.cpu.aqlm")
-    module.why_aqlm_wrong.cache_clear()
-    monkeypatch.setattr(module, "aqlm_errors", lambda *args: (0.0, 1.0))
+    why_kernel_wrong.cache_clear()
+    monkeypatch.setattr(linear_op, "errors", lambda *args: [(1.0, 0.0)])
     weight, x = draw(5, 12, 2, 8), torch.randn(1, 96)
     with pytest.warns(RuntimeWarning, match="kernel for AQLM weights of 8 bits"):
-        assert aqlm_linear_op.explain(x, *weight, None)[1] == ("torch_blocks", "runs")
-    module.why_aqlm_wrong.cache_clear()
+        assert linear_op.explain(x, weight, None)[1] == ("torch_blocks", "runs")
+    why_kernel_wrong.cache_clear()
 
 
 def test_the_examples_in_the_docstrings_are_true():
-    result = doctest.testmod(importlib.import_module("quanto_hf.ops.aqlm"))
+    result = doctest.testmod(importlib.import_module("quanto_hf.ops.aqlm_weight"))
     assert result.attempted and not result.failed

@@ -1,17 +1,15 @@
 """The op ``dequantize``: (number - zero) * scale for each group, to the last rounding, and its errors."""
 
 import importlib
-from typing import Any
 
 import pytest
 import torch
 
-from quanto_hf.ops import dequantize, groups, pack
+from quanto_hf.ops import GroupedWeight, dequantize, dequantize_op, groups, pack
 from quanto_hf.ops.decode import decode_reference
 from quanto_hf.qtypes import QTYPES
 
-# `quanto_hf.ops.dequantize` is the op; this is the file
-module = importlib.import_module("quanto_hf.ops.dequantize")
+module = importlib.import_module("quanto_hf.ops.grouped_weight")
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 every_qtype = pytest.mark.parametrize("qtype", QTYPES)
@@ -23,7 +21,7 @@ SUBNORMAL = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 2**-25}
 
 def make_weight(
     qtype: str, rows: int, columns: int, group_size: int, zero: bool = False, scale_dtype: torch.dtype = torch.bfloat16
-) -> tuple[Any, ...]:
+) -> GroupedWeight:
     kind = QTYPES[qtype]
     if kind.float_dtype is not None:
         codes = (torch.randn(rows, columns) * 50).to(kind.float_dtype).view(torch.uint8)
@@ -32,13 +30,12 @@ def make_weight(
     shape = (rows, groups(columns, group_size))
     scale = (torch.randn(shape) * 0.1).to(scale_dtype)
     offset = (torch.rand(shape) * kind.levels).to(scale_dtype) if zero else None
-    return pack(codes, kind.bits), scale, offset, qtype, group_size, columns
+    return GroupedWeight(pack(codes, kind.bits), scale, offset, qtype, group_size, columns)
 
 
-def definition(
-    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, qtype: str, group_size: int, columns: int
-) -> torch.Tensor:
+def definition(weight: GroupedWeight) -> torch.Tensor:
     """(number - zero) * scale in float64, one scale for each column."""
+    packed, scale, zero, qtype, group_size, columns = weight
     kind = QTYPES[qtype]
     group = torch.arange(columns) // (group_size if group_size > 0 else columns)
     offset = {"int4": 8.0, "int2": 2.0}.get(qtype, 0.0) if zero is None else zero.double()[:, group]
@@ -52,13 +49,13 @@ def definition(
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=["scale32", "scale16"])
 def test_every_kernel_is_within_two_roundings_of_the_definition(qtype, dtype, group_size, zero, scale_dtype):
     # 77 columns end in a short group for both group sizes
-    args = make_weight(qtype, 9, 77, group_size, zero, scale_dtype)
-    exact = definition(*args)
+    weight = make_weight(qtype, 9, 77, group_size, zero, scale_dtype)
+    exact = definition(weight)
     # One rounding of the difference (or of the table's value) and one of the product, half a unit in the last place
     # each. float32 work and float16 results have the second rounding in the result.
     bound = exact.abs() * torch.finfo(dtype).eps * 1.01 + SUBNORMAL[dtype]
-    for run in (dequantize, dequantize.reference, *(kernel.run for kernel in dequantize.kernels)):
-        made = run(*args, dtype)
+    for run in (dequantize, dequantize_op.reference, *(kernel.run for kernel in dequantize_op.kernels)):
+        made = run(weight, dtype)
         assert made.dtype == dtype
         assert ((made.double() - exact).abs() <= bound).all()
 
@@ -78,40 +75,41 @@ def test_every_kernel_is_within_two_roundings_of_the_definition(qtype, dtype, gr
 def test_a_symmetric_code_of_scale_one_half_stands_for(qtype: str, code: int, expected: float):
     kind = QTYPES[qtype]
     packed = pack(torch.tensor([[code]], dtype=torch.uint8), kind.bits).view(kind.storage)
-    assert dequantize(packed, torch.tensor([[0.5]]), None, qtype, -1, 1, torch.float32).item() == expected
+    weight = GroupedWeight(packed, torch.tensor([[0.5]]), None, qtype, -1, 1)
+    assert dequantize(weight, torch.float32).item() == expected
 
 
 @every_qtype
 @every_float
 @pytest.mark.parametrize("block_bytes", [1, 1000], ids=["one-row", "some-rows"])
 def test_the_size_of_the_blocks_changes_nothing(qtype: str, dtype: torch.dtype, block_bytes: int, monkeypatch):
-    args = make_weight(qtype, 11, 77, 32)
-    whole = dequantize(*args, dtype)
+    weight = make_weight(qtype, 11, 77, 32)
+    whole = dequantize(weight, dtype)
     monkeypatch.setattr(module, "BLOCK_WEIGHT_BYTES", block_bytes)
     assert module.block_rows(77, dtype) < 11
-    assert torch.equal(dequantize(*args, dtype), whole)
+    assert torch.equal(dequantize(weight, dtype), whole)
 
 
 @every_qtype
 def test_a_weight_survives_the_making_of_the_next_one(qtype: str):
-    first = dequantize(*make_weight(qtype, 5, 40, 16), torch.float16)
+    first = dequantize(make_weight(qtype, 5, 40, 16), torch.float16)
     kept = first.clone()
-    dequantize(*make_weight(qtype, 5, 40, 16), torch.float16)
+    dequantize(make_weight(qtype, 5, 40, 16), torch.float16)
     assert torch.equal(first, kept)
 
 
 @every_qtype
 def test_the_stored_tensors_are_not_written_to(qtype: str):
-    args = make_weight(qtype, 5, 40, 16, zero=True)
-    before = [tensor.clone() for tensor in args[:3]]
-    for run in (dequantize, dequantize.reference):
-        run(*args, torch.float32)
-    assert all(torch.equal(tensor, copy) for tensor, copy in zip(args, before, strict=False))
+    weight = make_weight(qtype, 5, 40, 16, zero=True)
+    before = [tensor.clone() for tensor in weight.stored]
+    for run in (dequantize, dequantize_op.reference):
+        run(weight, torch.float32)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(weight.stored, before, strict=True))
 
 
 @every_qtype
 def test_a_weight_without_rows_has_no_values(qtype: str):
-    assert dequantize(*make_weight(qtype, 0, 40, 16), torch.float32).shape == (0, 40)
+    assert dequantize(make_weight(qtype, 0, 40, 16), torch.float32).shape == (0, 40)
 
 
 def test_groups_are_counted_with_the_shorter_last_one():
@@ -138,10 +136,10 @@ BAD = {
 @pytest.mark.parametrize("args, said", BAD.values(), ids=BAD)
 def test_what_does_not_fit_together_is_an_error_before_anything_runs(args, said, monkeypatch):
     ran = []
-    monkeypatch.setattr(dequantize, "kernels", [])
-    monkeypatch.setattr(dequantize, "reference", lambda *args: ran.append(args))
-    for op in (dequantize, dequantize.torch_op):
+    monkeypatch.setattr(dequantize_op, "kernels", [])
+    monkeypatch.setattr(dequantize_op, "reference", lambda *args: ran.append(args))
+    for op in (dequantize_op, dequantize_op.in_graph):
         with pytest.raises(ValueError) as caught:
-            op(*args)
+            op(GroupedWeight(*args[:-1]), args[-1])
         assert all(text in str(caught.value) for text in said)
     assert not ran

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from quanto_hf.ops import expert_linear, expert_linear_grad_input, expert_linear_op, linear
+from quanto_hf.ops import GroupedWeight, expert_linear, expert_linear_grad_input, expert_linear_op, linear
 
 KINDS = [Kind("int8", -1), Kind("int4", 64, True), Kind("int2", 16, True), Kind("float8_e5m2", -1), Kind("nf4", 32)]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -43,7 +43,8 @@ class Experts:
     def linear(self, x: torch.Tensor, experts: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[Any, ...]:
         """The arguments of the op."""
         kind = self.kind
-        return (x, experts, self.packed, self.scale, self.zero, bias, kind.qtype, kind.group_size)
+        weight = GroupedWeight(self.packed, self.scale, self.zero, kind.qtype, kind.group_size, self.columns)
+        return (x, experts, weight, bias)
 
     def dense(self) -> torch.Tensor:
         """The weights in float64."""
@@ -69,7 +70,7 @@ class Experts:
 def every_way(args: tuple[Any, ...]) -> list[Any]:
     """All that can run these arguments."""
     kernels = [kernel.run for kernel in expert_linear_op.kernels if kernel.refuses(*args) is None]
-    return [expert_linear, expert_linear_op.reference, expert_linear_op.torch_op, *kernels]
+    return [expert_linear, expert_linear_op.reference, expert_linear_op.in_graph, *kernels]
 
 
 @every_kind
@@ -185,23 +186,24 @@ def test_the_backward_pass_keeps_ids_and_packed_weights_and_nothing_else(kind: K
 
 E = Experts(Kind("int4", 16, True), count=3, rows=5, columns=40)
 X, IDS_4, B = torch.randn(4, 40), torch.tensor([0, 2, 1, 0]), torch.randn(3, 5)
-P, S, Z, *R = E.linear(X, IDS_4)[2:5] + E.linear(X, IDS_4)[6:]
+W = E.linear(X, IDS_4)[2]
 BAD = {
-    "x-1-d": ((X[0], IDS_4, P, S, Z, B, *R), ["shape (rows, in_features)", "(40,)"]),
-    "x-3-d": ((X[None], IDS_4, P, S, Z, B, *R), ["shape (rows, in_features)", "(1, 4, 40)"]),
-    "x-dtype": ((X.double(), IDS_4, P, S, Z, B, *R), ["torch.float64", "float32, bfloat16 or float16"]),
-    "x-width": ((X[:, :38], IDS_4, P, S, Z, B, *R), ["38 columns", "(experts, rows, 19)", "(3, 5, 20)"]),
-    "x-device": ((X.to("meta"), IDS_4, P, S, Z, B, *R), ["the input is on meta", "the weight is on cpu"]),
-    "ids-length": ((X, IDS_4[:3], P, S, Z, B, *R), ["the experts of 4 rows", "(4,)", "(3,)"]),
-    "ids-2-d": ((X, IDS_4[:, None], P, S, Z, B, *R), ["(4,)", "(4, 1)"]),
-    "ids-dtype": ((X, IDS_4.int(), P, S, Z, B, *R), ["torch.int64", "torch.int32"]),
-    "ids-device": ((X, IDS_4.to("meta"), P, S, Z, B, *R), ["the expert ids are on meta", "the weight is on cpu"]),
-    "codes-2-d": ((X, IDS_4, P[0], S, Z, B, *R), ["(experts, rows, 20)", "(5, 20)"]),
-    "scale-shape": ((X, IDS_4, P, S[:2], Z, B, *R), ["scale", "(3, 5, 3)", "(2, 5, 3)"]),
-    "zero-shape": ((X, IDS_4, P, S, Z[0], B, *R), ["zero", "(3, 5, 3)", "(5, 3)"]),
-    "bias-1-d": ((X, IDS_4, P, S, Z, B[0], *R), ["3 experts with 5 features", "(3, 5)", "(5,)"]),
-    "bias-dtype": ((X, IDS_4, P, S, Z, B.half(), *R), ["torch.float32", "torch.float16"]),
-    "qtype": ((X, IDS_4, P, S, Z, B, "int3", 16), ["'int3'", "int2", "int4"]),
+    "x-1-d": ((X[0], IDS_4, W, B), ["shape (rows, in_features)", "(40,)"]),
+    "x-3-d": ((X[None], IDS_4, W, B), ["shape (rows, in_features)", "(1, 4, 40)"]),
+    "x-dtype": ((X.double(), IDS_4, W, B), ["torch.float64", "float32, bfloat16 or float16"]),
+    "x-width": ((X[:, :38], IDS_4, W, B), ["(rows, 40)", "(4, 38)"]),
+    "columns": ((X[:, :38], IDS_4, W._replace(in_features=38), B), ["38 columns", "(experts, rows, 19)", "(3, 5, 20)"]),
+    "x-device": ((X.to("meta"), IDS_4, W, B), ["the input is on meta", "the weight is on cpu"]),
+    "ids-length": ((X, IDS_4[:3], W, B), ["the experts of 4 rows", "(4,)", "(3,)"]),
+    "ids-2-d": ((X, IDS_4[:, None], W, B), ["(4,)", "(4, 1)"]),
+    "ids-dtype": ((X, IDS_4.int(), W, B), ["torch.int64", "torch.int32"]),
+    "ids-device": ((X, IDS_4.to("meta"), W, B), ["the expert ids are on meta", "the weight is on cpu"]),
+    "codes-2-d": ((X, IDS_4, W._replace(packed=W.packed[0]), B), ["(experts, rows, 20)", "(5, 20)"]),
+    "scale-shape": ((X, IDS_4, W._replace(scale=W.scale[:2]), B), ["scale", "(3, 5, 3)", "(2, 5, 3)"]),
+    "zero-shape": ((X, IDS_4, W._replace(zero=W.zero[0]), B), ["zero", "(3, 5, 3)", "(5, 3)"]),
+    "bias-1-d": ((X, IDS_4, W, B[0]), ["3 experts with 5 features", "(3, 5)", "(5,)"]),
+    "bias-dtype": ((X, IDS_4, W, B.half()), ["torch.float32", "torch.float16"]),
+    "qtype": ((X, IDS_4, W._replace(qtype="int3"), B), ["'int3'", "int2", "int4"]),
 }
 
 
@@ -226,16 +228,16 @@ def test_what_does_not_fit_together_is_an_error_before_anything_runs(args, said,
 @pytest.mark.parametrize("wrong", [-1, 3, 2**40, -(2**63)])
 def test_an_expert_that_does_not_exist_is_an_error_before_anything_runs(wrong: int, ran):
     ids = torch.tensor([0, 2, wrong, 0])
-    for op in (expert_linear, expert_linear_op, expert_linear_op.torch_op):
+    for op in (expert_linear, expert_linear_op, expert_linear_op.in_graph):
         with pytest.raises(IndexError, match=rf"expert {wrong} does not exist: the weight has 3 of them, 0 to 2"):
-            op(X, ids, P, S, Z, B, *R)
+            op(X, ids, W, B)
     with pytest.raises(IndexError, match=rf"expert {wrong} does not exist"):
-        expert_linear_grad_input(torch.randn(4, 5), ids, P, S, Z, *R, 40)
+        expert_linear_grad_input(torch.randn(4, 5), ids, W)
     assert not ran
 
 
 def test_without_experts_there_are_only_results_without_rows():
-    none = (P[:0], S[:0], Z[:0], None, *R)
+    none = (W.rows(slice(0, 0)), None)
     assert expert_linear(X[:0], IDS_4[:0], *none).shape == (0, 5)
     with pytest.raises(IndexError, match="expert 2 does not exist: the weight has 0 of them, none"):
         expert_linear(X, IDS_4, *none)
@@ -243,7 +245,7 @@ def test_without_experts_there_are_only_results_without_rows():
 
 def test_a_gradient_of_another_width_is_an_error(ran):
     with pytest.raises(ValueError, match=r"the gradient has shape \(4, 6\), but the experts have 5 rows"):
-        expert_linear_grad_input(torch.randn(4, 6), IDS_4, P, S, Z, *R, 40)
+        expert_linear_grad_input(torch.randn(4, 6), IDS_4, W)
     assert not ran
 
 
@@ -313,10 +315,12 @@ def test_a_compiled_graph_is_one_for_all_numbers_of_rows_and_has_gradients(kind:
 
 @every_float
 def test_fake_and_meta_tensors_have_the_shape_of_the_result(dtype: torch.dtype):
-    args = (X.to(dtype), IDS_4, P, S, Z, B.to(dtype), *R)
-    mode = FakeTensorMode()
-    fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
-    meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+    args, mode = (X.to(dtype), IDS_4, W, B.to(dtype)), FakeTensorMode()
+
+    def moved(change: Any) -> list[Any]:
+        return [change(a) if isinstance(a, torch.Tensor) else a.map(change) for a in args]
+
+    fake, meta = moved(mode.from_tensor), moved(lambda tensor: tensor.to("meta"))
     with mode:
         inside = expert_linear(*fake)
     for made in (inside, expert_linear(*fake), expert_linear(*meta)):

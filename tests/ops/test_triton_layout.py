@@ -9,12 +9,11 @@ import importlib.util
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
 
-from quanto_hf.ops import groups, linear_op, pack
+from quanto_hf.ops import GroupedWeight, groups, linear_op, pack
 from quanto_hf.ops.packing import BLOCK_BYTES
 from quanto_hf.qtypes import QTYPES
 
@@ -22,14 +21,14 @@ from quanto_hf.qtypes import QTYPES
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def make_weight(qtype: str, group_size: int, asymmetric: bool, n: int, k: int) -> tuple[Any, ...]:
+def make_weight(qtype: str, group_size: int, asymmetric: bool, n: int, k: int) -> GroupedWeight:
     kind = QTYPES[qtype]
     signed = kind.storage is torch.int8
     codes = torch.randint(-127 if signed else 0, 128 if signed else kind.levels, (n, k)).to(kind.storage)
     shape, dtype = (n, groups(k, group_size)), torch.float32 if group_size < 0 else torch.bfloat16
     scale = (torch.rand(shape) * 0.1 + 0.01).to(dtype)
     zero = (torch.rand(shape) * kind.levels).to(dtype) if asymmetric else None
-    return pack(codes, kind.bits), scale, zero, None, qtype, group_size
+    return GroupedWeight(pack(codes, kind.bits), scale, zero, qtype, group_size, k)
 
 
 # Full blocks, a shorter last block of every remainder that matters, rows and columns that fill no tile.
@@ -77,8 +76,8 @@ if INTERPRETED and importlib.util.find_spec("triton"):
                 total += tl.dot(value, tl.trans(weight), input_precision="ieee")
         tl.store(out + m[:, None] * N + n[None, :], total, mask=(m[:, None] < M) & (n[None, :] < N))
 
-    def triton_linear(x: torch.Tensor, weight: tuple[Any, ...], block_m: int = 16, block_n: int = 16) -> torch.Tensor:
-        packed, scale, zero, _, qtype, group_size = weight
+    def triton_linear(x: torch.Tensor, weight: GroupedWeight, block_m: int = 16, block_n: int = 16) -> torch.Tensor:
+        packed, scale, zero, qtype, group_size, _ = weight
         kind = QTYPES[qtype]
         (m, k), n = x.shape, packed.shape[0]
         out = x.new_empty((m, n))
@@ -98,7 +97,7 @@ if INTERPRETED and importlib.util.find_spec("triton"):
     def test_a_triton_kernel_multiplies_by_the_stored_bytes(qtype, group_size, asymmetric, shape):
         m, n, k = shape
         weight, x = make_weight(qtype, group_size, asymmetric, n, k), torch.randn(m, k)
-        wanted = linear_op.reference(x, *weight)
+        wanted = linear_op.reference(x, weight, None)
         torch.testing.assert_close(triton_linear(x, weight), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 

@@ -22,6 +22,7 @@ from quanto_hf.io.formats import Format
 from quanto_hf.io.inventory import read_inventory
 from quanto_hf.io.verify import verify
 from quanto_hf.nn import QLinear
+from quanto_hf.nn.slots import WEIGHT, Slot
 from quanto_hf.schemes import make_scheme
 
 # ------------------------------------------------------------------------------------------------------- the format
@@ -30,7 +31,7 @@ from quanto_hf.schemes import make_scheme
 class ToyLinear(QLinear):
     """The tensors of a layer are toy_packed and toy_scale."""
 
-    prefix: ClassVar[str] = "toy_"
+    declared: ClassVar[tuple[Slot, ...]] = (Slot(WEIGHT, prefix="toy_"),)
 
 
 class ToyFormat(Format):

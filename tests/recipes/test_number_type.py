@@ -5,7 +5,7 @@ import torch
 from recipes import journey
 
 from quanto_hf.cli.options import number_types
-from quanto_hf.ops import dequantize, packed_width
+from quanto_hf.ops import dequantize_op, packed_width
 from quanto_hf.qtypes import QType, register_qtype, weight_names
 from quanto_hf.schemes import make_scheme
 
@@ -54,8 +54,8 @@ def test_numbers_come_back_as_the_definition_has_them(int3, columns, group_size)
     scheme = make_scheme("int3", group_size)
     tensors = scheme.quantize(torch.randn(5, columns))
     assert tensors["packed"].shape == (5, packed_width(columns, 3))
-    stored = (tensors["packed"], tensors["scale"], tensors["zero"], "int3", group_size, columns, torch.float32)
-    assert torch.equal(scheme.dequantize(tensors, columns, torch.float32), dequantize.reference(*stored))
+    wanted = dequantize_op.reference(scheme.weight(tensors, columns), torch.float32)
+    assert torch.equal(scheme.dequantize(tensors, columns, torch.float32), wanted)
     x = torch.randn(2, columns)
     wanted = x @ scheme.dequantize(tensors, columns, torch.float32).T
     torch.testing.assert_close(scheme.linear(x, tensors, None), wanted)

@@ -8,7 +8,8 @@ import torch
 from native_weights import needs_native
 
 from quanto_hf.ops.cpu.library import NATIVE
-from quanto_hf.schemes import make_scheme, quantizing
+from quanto_hf.ops.registry import why_kernel_wrong
+from quanto_hf.schemes import make_scheme
 
 pytestmark = needs_native
 
@@ -24,9 +25,9 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def _nothing_is_known():
-    quantizing.why_wrong.cache_clear()
+    why_kernel_wrong.cache_clear()
     yield
-    quantizing.why_wrong.cache_clear()
+    why_kernel_wrong.cache_clear()
 
 
 @pytest.mark.parametrize("qtype, fit", CASES)
@@ -65,10 +66,10 @@ def test_a_right_one_is_checked_without_a_word(qtype, fit, dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_scheme(qtype).quantize(torch.randn(4, 96).to(dtype), fit)
-    assert quantizing.why_wrong.cache_info().currsize == 1
+    assert why_kernel_wrong.cache_info().currsize == 1
 
 
 def test_the_first_call_may_stand_under_autocast_and_inference_mode():
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         make_scheme("int4").quantize(torch.randn(4, 96), "mse")
-    assert quantizing.why_wrong.cache_info().currsize == 1
+    assert why_kernel_wrong.cache_info().currsize == 1

@@ -147,7 +147,7 @@ def test_blocks_of_rows_join_without_a_seam(scheme: Scheme, dtype: torch.dtype, 
     monkeypatch.setenv("QUANTO_HF_REFERENCE", "1")
     weight = torch.randn(23, 77).to(dtype)
     whole = scheme.quantize(weight)
-    monkeypatch.setattr(importlib.import_module("quanto_hf.schemes.quantizing"), "BLOCK_VALUES", 300)
+    monkeypatch.setattr(importlib.import_module("quanto_hf.ops.quantize"), "BLOCK_VALUES", 300)
     parts = scheme.quantize(weight)
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 

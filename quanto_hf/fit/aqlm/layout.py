@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quanto_hf.ops.aqlm import MAX_BITS, code_dtype
+from quanto_hf.ops import MAX_BITS, code_dtype
 
 # What can be read: far more codebooks than anybody has, and few enough that sizes of tensors are numbers that torch
 # takes. What can be made is less.

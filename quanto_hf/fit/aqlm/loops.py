@@ -3,22 +3,15 @@
 The native ones give the same bits for any number of threads; they are compared with torch once before they are used.
 """
 
-from functools import cache
+from typing import Any
 
 import torch
 
 from quanto_hf.fit.aqlm.layout import Layout, decode
 from quanto_hf.fit.aqlm.search import search as torch_search
 from quanto_hf.fit.aqlm.sweep import sweep as torch_sweep
-from quanto_hf.ops.cpu.aqlm_fit import (
-    native_code_sums,
-    native_product,
-    native_search,
-    native_sweep,
-    refuses_aqlm_fit,
-)
-from quanto_hf.ops.cpu.library import NATIVE
-from quanto_hf.ops.cpu.selfcheck import report, undisturbed
+from quanto_hf.ops.aqlm_loops import LOOPS, Loops, refuses_loops
+from quanto_hf.ops.selfcheck import checked
 
 # Values that are summed at a time: torch splits longer sums among threads, and their rounding then depends on how many.
 SUMMED = 1 << 14
@@ -28,10 +21,8 @@ TOLERANCE = 1e-4
 
 def search(targets: torch.Tensor, codebooks: torch.Tensor, codes: torch.Tensor, beam: int) -> None:
     """See :func:`quanto_hf.fit.aqlm.search.search`."""
-    if runs_native(targets.device):
-        native_search(targets, codebooks, codes, beam)
-    else:
-        torch_search(targets, codebooks, codes, beam)
+    native = _native(targets.device)
+    (torch_search if native is None else native.search)(targets, codebooks, codes, beam)
 
 
 def sweep(
@@ -46,13 +37,15 @@ def sweep(
     beam: int,
 ) -> None:
     """See :func:`quanto_hf.fit.aqlm.sweep.sweep`."""
-    run = native_sweep if runs_native(state.device) else torch_sweep
+    native = _native(state.device)
+    run = torch_sweep if native is None else native.sweep
     run(state, weight, follow, lower, to, codebooks, codes, out_group, beam)
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b``, float32 matrices."""
-    return native_product(a, b) if runs_native(a.device) else a @ b
+    native = _native(a.device)
+    return a @ b if native is None else native.product(a, b)
 
 
 def code_sums(
@@ -69,9 +62,8 @@ def code_sums(
     Returns:
         float64, shapes (K, size, values) and (K, size).
     """
-    if runs_native(values.device):
-        return native_code_sums(values, weights, codes, size)
-    return _torch_code_sums(values, weights, codes, size)
+    native = _native(values.device)
+    return (_torch_code_sums if native is None else native.code_sums)(values, weights, codes, size)
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
@@ -99,19 +91,24 @@ def _torch_code_sums(
 
 def runs_native(device: torch.device) -> bool:
     """Whether the loops on this device are the native ones."""
-    return refuses_aqlm_fit(device) is None and NATIVE is not None and why_wrong(NATIVE.level()) is None
+    return _native(device) is not None
 
 
-@cache
-@undisturbed()
-def why_wrong(level: str) -> str | None:
-    """None if the native loops agree with torch on a small random problem, else the sentence that says so.
+def _native(device: torch.device) -> Loops | None:
+    if refuses_loops(device) is not None:
+        return None
+    loops = LOOPS[device.type]
+    return loops if why_wrong(loops.label(), loops) is None else None
+
+
+@checked(lambda label, loops: f"{label} loops of additive codebooks")
+def why_wrong(label: str, loops: Loops) -> list[tuple[float, float]]:
+    """How far the native loops are off those in torch on a small random problem.
 
     Args:
-        level: the instructions in use (results are kept per level).
+        label: the instructions in use (results are kept for each).
     """
-    error = max(_search_error(), _sweep_error(), _sums_error())
-    return None if error <= TOLERANCE else report(f"{level} loops of additive codebooks", error)
+    return [(error, TOLERANCE) for error in (_search_error(loops), _sweep_error(loops), _sums_error(loops))]
 
 
 def _problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -122,17 +119,17 @@ def _problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(37 * 13, 10, generator=generator, dtype=torch.float32), codebooks, codes
 
 
-def _search_error() -> float:
+def _search_error(loops: Loops) -> float:
     targets, codebooks, start = _problem()
     errors = []
-    for run in (torch_search, native_search):
+    for run in (torch_search, loops.search):
         codes = start.reshape(-1, 3).clone()
         run(targets, codebooks, codes, 4)
         errors.append(float((targets - decode(codes, codebooks)).square().sum()))
     return abs(errors[1] / errors[0] - 1)
 
 
-def _sweep_error() -> float:
+def _sweep_error(loops: Loops) -> float:
     _, codebooks, start = _problem()
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(200, 65, generator=generator, dtype=torch.float32)
@@ -144,7 +141,8 @@ def _sweep_error() -> float:
     worst = 0.0
     for ahead in (False, True):
         errors = []
-        for run, multiply in ((torch_sweep, torch.mm), (native_sweep, native_product)):
+        ways: tuple[Any, ...] = ((torch_sweep, torch.mm), (loops.sweep, loops.product))
+        for run, multiply in ways:
             codes = start.clone()
             # what a pass starts from need not mean anything here
             state = multiply(weight - layout.to_weight(decode(codes, codebooks)), hessian)
@@ -155,11 +153,11 @@ def _sweep_error() -> float:
     return worst
 
 
-def _sums_error() -> float:
+def _sums_error(loops: Loops) -> float:
     values, _, codes = _problem()
     codes, weights = (
         codes.reshape(-1, 3),
         torch.rand(37, generator=torch.Generator().manual_seed(2), dtype=torch.float32),
     )
-    made, exact = (run(values, weights, codes, 70) for run in (native_code_sums, _torch_code_sums))
+    made, exact = (run(values, weights, codes, 70) for run in (loops.code_sums, _torch_code_sums))
     return max(float((a - b).abs().nan_to_num(nan=torch.inf).max()) for a, b in zip(made, exact, strict=True))

@@ -8,7 +8,7 @@ import torch
 from quanto_hf.fit.aqlm.layout import Layout, decode, read_codes, stored_codes
 from quanto_hf.fit.aqlm.metric import Metric, large_first
 from quanto_hf.fit.aqlm.state import State
-from quanto_hf.ops.cpu.aqlm_fit import MAX_BEAM
+from quanto_hf.ops.aqlm_loops import MAX_BEAM
 
 # Sets of codes that are kept. Gaussian 2x8g8 after 4 iterations: 0.3052 with 4, 0.3021 with 8, 0.3008 with 16, which
 # takes 1.6 times as long.

@@ -23,7 +23,7 @@ def rounded_inputs(model: nn.Module) -> dict[str, list[str]]:
     """Number type of inputs, or "None" -> the layers that round them to it."""
     found: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedInput):
+        if isinstance(module, QuantizedInput) and module.rounds_inputs:
             found.setdefault(str(module.activations), []).append(name)
     return found
 

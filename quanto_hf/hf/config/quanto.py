@@ -49,7 +49,8 @@ class QuantoConfig(FormatConfig):
         fit: how scales are found: absmax, minmax, mse, mse_gain, hqq. None is the best data-free one of the type.
         overrides: pattern -> values of weights, group_size, symmetric and fit that differ for these modules, such as
             ``{"*.down_proj": {"weights": "int8"}}``; ``{"weights": None}`` leaves them in float. The first pattern
-            that matches counts. One that names a router or a gate itself (``mlp.gate``, not ``mlp``) quantizes it.
+            that matches counts. One that names a router, a gate, an embedding or a convolution itself (``mlp.gate``,
+            not ``mlp``) quantizes it.
         default_skips: False also quantizes output and task heads, routers and gates. Tied weights stay float all the
             same.
         dequantize: load with float weights in plain layers: those of the quantized checkpoint, or, of a float one,
@@ -180,7 +181,9 @@ class QuantoConfig(FormatConfig):
     @classmethod
     def of_layers(cls, layers: Mapping[str, QuantizedWeight]) -> "QuantoConfig":
         """See :class:`FormatConfig`: the scheme of most layers; that of each is in 'schemes'."""
-        rounded = [layer.activations for layer in layers.values() if isinstance(layer, QuantizedInput)]
+        rounded = [
+            layer.activations for layer in layers.values() if isinstance(layer, QuantizedInput) and layer.rounds_inputs
+        ]
         activations = rounded[0].name if rounded and rounded[0] is not None else None
         scheme = Counter(layer.scheme for layer in layers.values()).most_common(1)[0][0]
         return cls(activations=activations, **scheme.asked())

@@ -8,6 +8,7 @@ from torch import nn
 
 from quanto_hf.flow import matches
 from quanto_hf.flow.routers import routers
+from quanto_hf.nn.slots import WEIGHT
 
 # Layers with a weight of a part outside of the base model, up to which the part is a head, and not a network. Of the
 # families of transformers no head has more (Splinter), and no network fewer than 25 (the decoder of VideoMAE).
@@ -28,7 +29,7 @@ def default_skips(model: Any, dtype: torch.dtype, heads: bool = True, asked: Ite
     skips: dict[str, str] = {}
     for target, source in model.all_tied_weights_keys.items():
         for tied, other in ((target, source), (source, target)):
-            skips[tied.removesuffix(".weight")] = f"its weight is tied to {other}"
+            skips[tied.removesuffix(f".{WEIGHT}")] = f"its weight is tied to {other}"
     for pattern in model._get_dtype_plan(dtype):
         for name, _ in model.named_modules():
             if matches(name, pattern):

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from quanto_hf.hf.load.loading import loader_names, quantize_into, split_name
+from quanto_hf.hf.load.loading import quantize_into
+from quanto_hf.hf.load.names import loader_names, split_name
 from quanto_hf.hf.memory.sizes import kept_dtypes, loaded_dtype
 from quanto_hf.hf.memory.skeleton import Skeleton
 from quanto_hf.io import check_tensors, read_headers
@@ -86,7 +87,8 @@ def freeze_empty(skeleton: Skeleton) -> None:
     model = skeleton.model
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
-            module._parameters.pop("weight", None)
+            for slot in module.slots:
+                module._parameters.pop(slot.name, None)
     model._weight_conversions = [entry for entry in skeleton.conversions if entry.was_used()]
     model.hf_quantizer = skeleton.quantizer
     skeleton.quantizer.postprocess_model(model)
@@ -126,7 +128,7 @@ class Reader:
         self.skeleton, self.sources = skeleton, sources
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
-        self._layer, self._stored = "", dict[str, torch.Tensor]()
+        self._weight, self._stored = "", dict[str, torch.Tensor]()
 
     def __enter__(self) -> "Reader":
         return self
@@ -143,13 +145,14 @@ class Reader:
         owner, leaf = split_name(self.skeleton.model, name)
         if not (isinstance(owner, QuantizedWeight) and leaf in owner.kept_names):
             return self._read(name).to(dtype)
-        layer = name.rpartition(".")[0]
-        if layer != self._layer or not self._stored:
-            weight = f"{layer}.weight" if layer else "weight"
+        slot = owner.slot_stored_as(leaf)
+        assert slot is not None
+        weight = slot.full(name.rpartition(".")[0])
+        if weight != self._weight:
             # codes, scales and zeros follow each other, so a layer is quantized once
             parts = quantize_into(owner, self._read(weight).to(self.skeleton.dtype), weight)
-            self._stored = {owner.prefix + part: tensor for part, tensor in parts.items()}
-            self._layer = layer
+            self._stored = {slot.stored(part): tensor for part, tensor in parts.items()}
+            self._weight = weight
         return self._stored[leaf]
 
     def _read(self, name: str) -> torch.Tensor:

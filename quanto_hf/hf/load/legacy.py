@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from quanto_hf.hf.load.loading import split_name, waits_for_weight
+from quanto_hf.hf.load.names import waiting_slot
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import Grouped
 
@@ -32,7 +32,7 @@ class LegacyHooks:
         self, model: Any, param_value: Any, param_name: str, state_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> bool:
         """Whether :meth:`create_quantized_param` is to be called for this parameter."""
-        return waits_for_weight(model, param_name)
+        return waiting_slot(model, param_name) is not None
 
     def create_quantized_param(
         self, model: Any, param_value: torch.Tensor, param_name: str, target_device: Any, *args: Any, **kwargs: Any
@@ -44,12 +44,11 @@ class LegacyHooks:
         """
         from accelerate.utils import set_module_tensor_to_device
 
-        if not waits_for_weight(model, param_name):
+        if (found := waiting_slot(model, param_name)) is None:
             raise ValueError(f"{param_name} is not the float weight of a quantized layer")
         set_module_tensor_to_device(model, param_name, target_device, param_value)
-        layer, _ = split_name(model, param_name)
-        assert isinstance(layer, QuantizedWeight)
-        layer.freeze()
+        layer, slot = found
+        layer.freeze_slot(slot)
 
     def adjust_target_dtype(self, target_dtype: torch.dtype) -> Any:
         """The dtype with the size of a weight, as accelerate counts it for a device map."""

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers.core_model_loading import Concatenate, WeightConverter
 
-from quanto_hf.hf.load.loading import is_quantized_weight
+from quanto_hf.hf.load.names import slot_at
 
 
 class ConcatenateLater(Concatenate):  # type: ignore[misc]
-    """Rows that are put under each other, except those of a quantized layer, which stay a list of pieces: a row is
-    quantized alone, so that the pieces can be quantized first."""
+    """Tensors that are put together along their first dimension, except those of a slot that is to be packed, which
+    stay a list: its rows are quantized each on its own, so that the pieces can be quantized first."""
 
     def convert(
         self,
@@ -25,7 +25,7 @@ class ConcatenateLater(Concatenate):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """The merged tensor, or the list of its pieces in their order."""
         model, name = kwargs.get("model"), kwargs.get("full_layer_name", "")
-        if model is None or not is_quantized_weight(model, name):
+        if model is None or slot_at(model, name) is None:
             merged: dict[str, torch.Tensor] = super().convert(input_dict, source_patterns, target_patterns, **kwargs)
             return merged
         pieces: list[torch.Tensor] = []

@@ -1,39 +1,32 @@
 """The transformers quantizer: empty quantized layers first, then each weight is quantized as it arrives."""
 
 import copy
-import warnings
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
-from quanto_hf.flow import (
-    Choice,
-    Plan,
-    asked_by,
-    dequantize,
-    first_match,
-    make_plan,
-    not_quantizable,
-    warn_of_notes,
-)
+from quanto_hf.flow import Plan, warn_of_notes
 from quanto_hf.hf.config.base import CONFIGS, FormatConfig
 from quanto_hf.hf.config.flags import flags, refuse_mixed
 from quanto_hf.hf.config.quanto import METHOD, QuantoConfig
 from quanto_hf.hf.config.refusals import refuse_optimum_quanto
-from quanto_hf.hf.config.skips import default_skips
 from quanto_hf.hf.load import building
+from quanto_hf.hf.load.assigning import new_plan, saved_plan, warn_of_floats, was_written_from
+from quanto_hf.hf.load.checking import check_before_loading, expect_guards
+from quanto_hf.hf.load.finishing import dequantized, finish_layers, finish_offload
 from quanto_hf.hf.load.finite import refuse_not_finite
 from quanto_hf.hf.load.legacy import LegacyHooks
-from quanto_hf.hf.load.loading import QuantizeWeights, check_before_loading, expect_guards, waits_for_weight
+from quanto_hf.hf.load.loading import QuantizeWeights
 from quanto_hf.hf.load.merging import merge_late
 from quanto_hf.hf.load.model_dtype import know_dtypes
+from quanto_hf.hf.load.names import waiting_slot
+from quanto_hf.hf.load.own_floats import own_floats
 from quanto_hf.hf.load.owner import Owned
 from quanto_hf.hf.load.register import register
-from quanto_hf.hf.load.replace import finish_prepared, replace_by_plan
-from quanto_hf.hf.load.stored_dtypes import take_stored_dtypes
+from quanto_hf.hf.load.replace import replace_by_plan
+from quanto_hf.hf.load.stored_dtypes import kept_tensors, take_stored_dtypes
 from quanto_hf.hf.memory.sizes import (
     Kept,
     Transient,
@@ -43,20 +36,15 @@ from quanto_hf.hf.memory.sizes import (
     lower_by_transient,
 )
 from quanto_hf.hf.offload.deferred import Deferred
-from quanto_hf.hf.offload.hooks import add_to_index, folder_of, offload_hooks, use_in_place, where_it_runs
 from quanto_hf.hf.save.card import TAG
 from quanto_hf.hf.save.other_savers import watch_other_savers
 from quanto_hf.hf.save.own_files import write_own_files
 from quanto_hf.hf.save.saving import given_state, watch_saving
-from quanto_hf.io import CheckpointError, aligned, read_headers
+from quanto_hf.io import CheckpointError, read_headers
 from quanto_hf.io.formats import Format
 from quanto_hf.io.pickled import read_pickled_headers
-from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import TensorSpec
-
-# Share of the weights from which on it is worth a warning that they cannot be quantized.
-LEFT_IN_FLOAT = 0.1
 
 # Bytes up to which a float tensor of a quantized checkpoint is copied from the disk where it does not begin at a cache
 # line: in memory it would. A larger one was left there for its size, and begins at one in the files that we write.
@@ -130,7 +118,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         plan = self._saved_plan(model) if self.pre_quantized else self._new_plan(model)
         if not self.pre_quantized:
-            _warn_of_floats(model, plan)
+            warn_of_floats(model, plan)
             warn_of_notes(model, plan)
         replace_by_plan(model, plan, self.quantization_config, self.pre_quantized, self.format.layer)
         self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
@@ -141,61 +129,18 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             take_stored_dtypes(model, self._headers or {})
         self.kept = kept_dtypes(model, self._dtype)
-        self._stored = {
-            f"{name}.{leaf}" if name else leaf: tensor.dtype
-            for name, module in model.named_modules()
-            if isinstance(module, QuantizedWeight)
-            for leaf in module.kept_names
-            if (tensor := module.held(leaf)) is not None
-        }
+        self._stored = kept_tensors(model)
         self._device_map = kwargs.get("device_map")
         return model
 
     def _new_plan(self, model: Any) -> Plan:
         """How each module of a float model is quantized."""
-        config = self.quantization_config
-        return make_plan(
-            model,
-            config.choice(),
-            exclude=config.modules_to_not_convert or (),
-            skip=default_skips(model, self._dtype, config.default_skips, asked_by(config.overrides)),
-            overrides=config.overrides,
-        )
+        return new_plan(model, self.quantization_config, self._dtype)
 
     def _saved_plan(self, model: Any) -> Plan:
         """The plan that was saved with the checkpoint, with names for this model class."""
-        schemes = self.format.schemes(self.quantization_config.to_dict(), {})
-        known = {name for name, module in model.named_modules() if qmodule_for(module) is not None}
-        prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-        chosen: dict[str, Choice] = {}
-        absent: list[str] = []
-        for saved, scheme in schemes.items():
-            # a head was added or removed: AutoModel loads what AutoModelForCausalLM saved, and the other way round
-            names = (saved, saved.removeprefix(prefix), prefix + saved)
-            name = next((name for name in names if name in known), None)
-            if name is None:
-                absent.append(saved)
-            else:
-                chosen[name] = Choice(scheme, fit=self._saved_fit(saved))
-        if absent and (not chosen or was_written_from(model)):
-            raise ValueError(
-                f"{len(absent)} of the {len(schemes)} quantized modules of the checkpoint are not in "
-                f"{type(model).__name__}; the first one is {absent[0]!r}"
-            )
-        # for the reasons only: an entry of 'schemes' counts more than a default
-        skip = default_skips(model, self._dtype, self.quantization_config.default_skips)
-        skip.update((name, "it was saved in float") for name in known if name not in chosen and name not in skip)
-        left = make_plan(model, self.quantization_config.choice(), skip=skip).left
-        return Plan(chosen, {name: reason for name, reason in left.items() if name not in chosen})
-
-    def _saved_fit(self, name: str) -> str | None:
-        """The fit that goes on finding the scales of a layer in training, by the config; packed weights need none."""
         config = self.quantization_config
-        if not config.qat:
-            return None
-        values = config.overrides.get(first_match(name, config.overrides) or "", {})
-        fit: str | None = config.choice().override(values).fit
-        return fit
+        return saved_plan(model, self.format.schemes(config.to_dict(), {}), config, self._dtype)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The conversions of the model, with pieces of quantized weights merged late. The last hook before the weights
@@ -240,7 +185,8 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether this is the float weight of a quantized layer, or is merged or split and goes to disk."""
         later = self._later()
-        return waits_for_weight(model, param_name) or (later is not None and later.wants(model, param_name))
+        waits = waiting_slot(model, param_name) is not None
+        return waits or (later is not None and later.wants(model, param_name))
 
     def get_quantize_ops(self) -> QuantizeWeights:
         """The operation that quantizes one weight. What goes to disk is made after loading."""
@@ -267,10 +213,10 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         building.tie_as_ever(model)
         if not self.pre_quantized or self.format.copies_floats:
-            _own_floats(model, every=not self.pre_quantized)
+            own_floats(model, every=not self.pre_quantized)
         self._finish_offload(model)
         free()
-        self._finish_layers(model)
+        finish_layers(model, self.quantization_config)
         self.belongs_to(model)
         if self.pre_quantized:
             refuse_not_finite(model)
@@ -294,48 +240,8 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             setattr(config, name, value)
 
     def _finish_offload(self, model: Any) -> None:
-        """Write what goes to disk, and use it, and the checkpoint's own files, in place."""
-        hooks = offload_hooks(model)
-        if self._deferred is not None and self._deferred.taken:
-            folder = folder_of(hooks)
-            if folder is None:
-                raise ValueError(
-                    f"device_map leaves {len(self._deferred.taken)} weights on disk that are quantized or merged now, "
-                    "but no offload_folder says where; give offload_folder=... to from_pretrained, or save the model "
-                    "quantized and load that"
-                )
-            add_to_index(hooks, self._deferred.write(model, folder))
+        finish_offload(model, self._deferred, COPIED if self.pre_quantized and self.format.copies_floats else 0)
         self._deferred, self._conversions = None, []
-        if hooks:
-            use_in_place(model, hooks, COPIED if self.pre_quantized and self.format.copies_floats else 0)
-
-    def _finish_layers(self, model: Any) -> None:
-        absent, config = [], self.quantization_config
-        # only now: until here they said what the checkpoint holds
-        for flag in config.asked:
-            setattr(config, flag, True)
-        for name, module in model.named_modules():
-            if not isinstance(module, QuantizedWeight):
-                continue
-            weight = module._parameters.get("weight")
-            if weight is not None and weight.device.type == "meta":
-                absent.append(f"{name}.weight")
-                continue
-            if config.qat:
-                finish_prepared(module, config)
-                continue
-            # a converter whose first tensor stays float hands the others over as they are
-            module.freeze()
-            if config.static_activations and isinstance(module, QuantizedInput) and not module.is_static:
-                module.make_static(device=where_it_runs(module))
-            for kept in module.kept_names:
-                # the loader marks every float parameter as trainable
-                if (tensor := module.held(kept)) is not None:
-                    tensor.requires_grad_(False)
-        if absent:
-            raise ValueError(
-                "the checkpoint does not fit the model:\n  " + "\n  ".join(f"missing: {name}" for name in absent)
-            )
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Float weights in plain layers. Everything else keeps its dtype unless one is given: transformers would
@@ -347,14 +253,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        places = getattr(model, "hf_device_map", {}).values()
-        if "disk" in places or any(parameter.device.type == "meta" for parameter in model.parameters()):
-            raise ValueError("a model with offloaded weights cannot be dequantized; load it without disk offload first")
-        dequantize(model)
-        if isinstance(dtype, str):
-            # save_pretrained leaves the name of the dtype in the config, from where transformers takes it
-            dtype = getattr(torch, dtype)
-        return model if dtype is None else model.to(dtype)
+        return dequantized(model, dtype)
 
     # ------------------------------------------------------------------------------------------- what it can do
 
@@ -396,61 +295,6 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """True: every op has a fake, so that torch.compile sees one graph."""
         return True
-
-
-def was_written_from(model: Any) -> bool:
-    """Whether the checkpoint was written from the class of this model, so that everything fits or it is damaged."""
-    return type(model).__name__ in (model.config.architectures or [])
-
-
-def _own_floats(model: Any, every: bool) -> None:
-    """Copy floats out of the mapped files. (Weights that go to disk are on meta, and are mapped later.)
-
-    Args:
-        every: of a float checkpoint, which would stay mapped as a whole for the sake of some norms. Of a quantized one
-            only those that do not begin at a cache line, whose products would have other last bits.
-    """
-    stored = {id(t) for m in model.modules() if isinstance(m, QuantizedWeight) for t in m.tensors().values()}
-    # the former ones too, so that no other tensor gets the number of one that is gone
-    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    # tensors of inference mode, in which the caller may be, cannot be trained later
-    with torch.inference_mode(False):
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None and tensor.device.type == "cpu" and id(tensor) not in stored:
-                        if id(tensor) not in made:
-                            made[id(tensor)] = tensor, _owned(tensor, every)
-                        tensors[name] = made[id(tensor)][1]
-
-
-def _owned(tensor: torch.Tensor, always: bool) -> torch.Tensor:
-    """The tensor with memory of its own; a new one in the place of one that was made in inference mode.
-
-    Args:
-        always: False copies only what does not begin at a cache line.
-    """
-    data = tensor.data
-    if not tensor.is_inference():
-        tensor.data = data.clone() if always else aligned(data)
-        return tensor
-    return nn.Parameter(data.clone(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data.clone()
-
-
-def _warn_of_floats(model: Any, plan: Plan) -> None:
-    """Say so when much less is quantized than the user will think."""
-    share, types = not_quantizable(model)
-    if share > LEFT_IN_FLOAT:
-        warnings.warn(
-            f"{share:.0%} of the weights of {type(model).__name__} stay in float, because they are in modules of a "
-            f"type that quanto_hf does not quantize: {', '.join(types[:5])}",
-            stacklevel=2,
-        )
-    elif not plan.chosen:
-        warnings.warn(
-            f"no linear layer of {type(model).__name__} is quantized; call quanto_hf.report(model) for the reasons",
-            stacklevel=2,
-        )
 
 
 # for when this module, and not transformers, was the first one to ask for transformers' quantizers

@@ -1,6 +1,7 @@
 """Replacing modules of a transformers model by empty quantized ones, before the weights come."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from quanto_hf.flow import (
     Choice,
     Plan,
     activation_type,
+    by_module,
     first_match,
     make_plan,
-    quantized,
+    note_reasons,
+    quantized_by,
     refuse_other_dtypes,
     replace_modules,
 )
@@ -23,22 +26,26 @@ from quanto_hf.nn.learned import LearnedScales
 
 
 def empty_module(
-    module: nn.Module, choice: Choice, config: Any, pre_quantized: bool, cls: type[QuantizedWeight] | None = None
+    module: nn.Module,
+    choices: Mapping[str, Choice],
+    config: Any,
+    pre_quantized: bool,
+    cls: type[QuantizedWeight] | None = None,
 ) -> QuantizedWeight:
     """The quantized module of a float one, on meta, with the parameters that a checkpoint fills.
 
     Args:
         module: on meta; it is not changed.
-        choice: how the weight is stored.
+        choices: slot name -> how it is stored.
         config: what happens to inputs, and whether the weight stays float for training.
-        pre_quantized: whether the checkpoint is quantized. Of a float one a float ``weight`` on meta waits for the
-            tensor, and what training or calibration add comes after loading (:func:`finish_prepared`).
+        pre_quantized: whether the checkpoint is quantized. Of a float one a float parameter on meta waits in each
+            slot for the tensor, and what training or calibration add comes after loading (:func:`finish_prepared`).
         cls: class of the module; None is the registered one.
     """
     static = config.static_activations and pre_quantized
     # without accelerate's init_empty_weights, which is one of the process: what other threads make lands on meta too
-    layer = quantized(module, choice.scheme(), activation_type(config.activations), choice.fit, static, cls)
-    weight = torch.empty(layer.weight_shape, dtype=layer.weight_dtype, device="meta")
+    layer = quantized_by(module, choices, activation_type(config.activations), static, cls)
+    empty = {slot.name: torch.empty(slot.shape, dtype=layer.weight_dtype, device="meta") for slot in layer.slots}
     layer.make_empty()
     for name, parameter in layer._parameters.items():
         # of a module that is not on meta itself, and keeps its own
@@ -48,12 +55,12 @@ def empty_module(
         for name in layer.stored_names:
             del layer._parameters[name]
         # first, as in the float module
-        layer._parameters = {"weight": nn.Parameter(weight), **layer._parameters}
+        layer._parameters = {**{name: nn.Parameter(tensor) for name, tensor in empty.items()}, **layer._parameters}
         if config.learn_scales and pre_quantized:
             assert isinstance(layer, LearnedScales)
             layer.expect_learned()
     elif not pre_quantized:
-        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        layer._parameters.update({name: nn.Parameter(tensor, False) for name, tensor in empty.items()})
     # transformers would read, and so dequantize, every weight to initialise it
     layer._is_hf_initialized = True  # type: ignore[assignment]
     return layer
@@ -61,10 +68,10 @@ def empty_module(
 
 def finish_prepared(layer: QuantizedWeight, config: QuantoConfig) -> None:
     """Give a layer whose float weight has been loaded what training needs besides."""
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    weight.requires_grad_(True)
-    if config.static_activations and isinstance(layer, QuantizedInput) and not layer.is_static:
+    for slot in layer.slots:
+        weight = layer.get_parameter(slot.name)
+        weight.requires_grad_(True)
+    if config.static_activations and isinstance(layer, QuantizedInput) and layer.rounds_inputs and not layer.is_static:
         layer.make_static(device=weight.device)
     if config.learn_scales and isinstance(layer, LearnedScales) and not layer.learns:
         layer.learn_scales()
@@ -80,13 +87,11 @@ def replace_by_plan(
     """
     refuse_other_dtypes(model, plan.chosen)
     made: dict[nn.Module, nn.Module] = {}
-    for name, choice in plan.chosen.items():
+    for name, choices in by_module(model, plan.chosen).items():
         module = model.get_submodule(name)
-        made[module] = empty_module(module, choice, config, pre_quantized, cls)
+        made[module] = empty_module(module, choices, config, pre_quantized, cls)
     replace_modules(model, made)
-    for name, reason in plan.left.items():
-        # read by flow.report
-        model.get_submodule(name).quanto_hf_left = reason  # type: ignore[assignment]
+    note_reasons(model, plan)
 
 
 def replace_with_quanto_layers(

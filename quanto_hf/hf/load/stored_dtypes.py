@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from quanto_hf.nn import QuantizedWeight
-from quanto_hf.ops.dequantize import FLOATS
+from quanto_hf.nn.slots import joined
+from quanto_hf.ops.grouped_weight import FLOATS
 from quanto_hf.schemes import TensorSpec
 
 
@@ -20,12 +21,19 @@ def _floats(model: nn.Module) -> Iterator[tuple[QuantizedWeight, str, list[str]]
     """Each layer with tensors in the dtype of the model, what stands before their names, and their names in it."""
     for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight) and module.scheme.float_names:
-            leaves = [module.prefix + part for part in module.scheme.float_names]
+            leaves = [module.slot().stored(part) for part in module.scheme.float_names]
             yield (
                 module,
                 f"{name}." if name else "",
                 [leaf for leaf in leaves if module._parameters.get(leaf) is not None],
             )
+
+
+def kept_tensors(model: nn.Module) -> dict[str, torch.dtype]:
+    """Full name of each tensor of a quantized layer that keeps its dtype -> its dtype."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedWeight))
+    held = {joined(name, leaf): module.held(leaf) for name, module in layers for leaf in module.kept_names}
+    return {name: tensor.dtype for name, tensor in held.items() if tensor is not None}
 
 
 def take_stored_dtypes(model: Any, headers: Mapping[str, TensorSpec]) -> None:

@@ -17,8 +17,8 @@ from quanto_hf.hf.config.base import FormatConfig, quantizer_class
 from quanto_hf.hf.config.quanto import QuantoConfig
 from quanto_hf.hf.config.refusals import refuse_no_config, refuse_optimum_quanto
 from quanto_hf.hf.convert.sources import has_weights, headers_only
-from quanto_hf.hf.load.loading import check_before_loading
-from quanto_hf.hf.load.quantizer import was_written_from
+from quanto_hf.hf.load.assigning import was_written_from
+from quanto_hf.hf.load.checking import check_before_loading
 from quanto_hf.hf.load.replace import replace_by_plan
 from quanto_hf.hf.memory.skeleton import Skeleton, build_skeleton, saved_config, skeleton_of_config
 from quanto_hf.io import CheckpointError

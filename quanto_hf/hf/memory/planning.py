@@ -91,7 +91,8 @@ def plan(
         return found
     others, notes = {}, list(found.notes)
     # integers, which every kernel takes, the most exact first
-    for weights in (kind.name for kind in QTYPES.values() if kind.kind == "int"):
+    integers = sorted((kind for kind in QTYPES.values() if kind.kind == "int"), key=lambda kind: -kind.bits)
+    for weights in (kind.name for kind in integers):
         if weights == empty.config.weights:
             continue
         try:

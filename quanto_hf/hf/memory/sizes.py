@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from quanto_hf.flow import replace_modules
-from quanto_hf.hf.load.loading import split_name, waits_for_weight
+from quanto_hf.hf.load.names import split_name, waiting_slot
 from quanto_hf.nn import QuantizedWeight
+from quanto_hf.nn.slots import joined
 from quanto_hf.nn.stored import bytes_each
 
 Kept = list[tuple[re.Pattern[str], torch.dtype]]
@@ -64,14 +65,13 @@ def loaded_bytes(
 ) -> int:
     """Bytes of a tensor after loading, as :func:`loaded_element_size`."""
     owner, leaf = split_name(model, name)
-    stored = isinstance(owner, QuantizedWeight) and leaf in owner.kept_names
-    if dequantize and stored:
-        assert isinstance(owner, QuantizedWeight)
+    if dequantize and isinstance(owner, QuantizedWeight) and leaf in owner.kept_names:
+        slot = owner.slot_stored_as(leaf)
         # the placeholder of a float checkpoint counts, and the first tensor of a quantized one for the float weight
-        if "weight" in owner._parameters or leaf != owner.stored_names[0]:
+        if slot is None or slot.name in owner._parameters or leaf != slot.names(owner.scheme_of(slot))[0]:
             return 0
-        return torch.Size(owner.weight_shape).numel() * owner.weight_dtype.itemsize
-    if waits_for_weight(model, name) and not dequantize:
+        return slot.numel * owner.weight_dtype.itemsize
+    if waiting_slot(model, name) is not None and not dequantize:
         return 0
     return tensor.shape.numel() * loaded_dtype(model, name, tensor.dtype, kept, pre_quantized).itemsize
 
@@ -102,19 +102,19 @@ def largest_transient(model: nn.Module, dtype: torch.dtype, kept: Kept) -> Trans
         kept: of :func:`kept_dtypes`.
     """
     found, on_cpu = (0, ""), (0, "")
-    for name, module in model.named_modules():
-        if not isinstance(module, QuantizedWeight) or "weight" not in module._parameters:
-            continue
-        weight = f"{name}.weight" if name else "weight"
-        arrives = loaded_dtype(model, weight, dtype, kept)
-        shape = module.matrix_shape
-        scheme, fit = module.scheme, module.fit
-        nbytes = shape[0] * shape[1] * arrives.itemsize + scheme.workspace_bytes(shape, arrives, fit, device="cuda")
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedWeight))
+    waiting = ((name, m, slot) for name, m in layers for slot in m.slots if slot.name in m._parameters)
+    for name, module, slot in waiting:
+        scheme, fit = module.scheme_of(slot), module.fit_of(slot)
+        arrives = loaded_dtype(model, slot.full(name), dtype, kept)
+        *rows, columns = slot.matrix_shape
+        shape = torch.Size(rows).numel(), columns
+        nbytes = slot.numel * arrives.itemsize + scheme.workspace_bytes(shape, arrives, fit, device="cuda")
         if nbytes > found[0]:
-            found = nbytes, name
+            found = nbytes, slot.label(name)
         # as for 16 bits, with a copy in float32: a weight that arrives in float32 is mostly a copy of one in 16 bits
         if (most := scheme.workspace_bytes(shape, torch.bfloat16, fit, device="cpu")) > on_cpu[0]:
-            on_cpu = most, name
+            on_cpu = most, slot.label(name)
     return Transient(*found, *on_cpu)
 
 
@@ -142,12 +142,13 @@ def as_loaded(model: Any, kept: Kept, pre_quantized: bool, dequantize: bool) -> 
         _as_dequantized(model)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight):
-            module._parameters.pop("weight", None)
+            for slot in module.slots:
+                module._parameters.pop(slot.name, None)
         for tensors in (module._parameters, module._buffers):
             for leaf, tensor in tensors.items():
                 if tensor is None:
                     continue
-                dtype = loaded_dtype(model, f"{name}.{leaf}" if name else leaf, tensor.dtype, kept, pre_quantized)
+                dtype = loaded_dtype(model, joined(name, leaf), tensor.dtype, kept, pre_quantized)
                 if dtype != tensor.dtype:
                     empty = torch.empty_like(tensor, dtype=dtype, device="meta")
                     tensors[leaf] = nn.Parameter(empty, False) if tensors is module._parameters else empty
@@ -159,7 +160,5 @@ def _as_dequantized(model: nn.Module) -> None:
     made: dict[nn.Module, nn.Module] = {}
     for layer in model.modules():
         if isinstance(layer, QuantizedWeight):
-            plain = layer.plain(torch.empty(layer.weight_shape, dtype=layer.weight_dtype, device="meta"))
-            plain.quanto_hf_left = "it is dequantized"  # type: ignore[assignment]
-            made[layer] = plain
+            made[layer] = layer.empty_float("it is dequantized")
     replace_modules(model, made)

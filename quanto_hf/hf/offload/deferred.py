@@ -13,17 +13,11 @@ from transformers.core_model_loading import WeightConverter
 from transformers.integrations.accelerate import get_device
 
 from quanto_hf.hf.convert.outfolder import fingerprint
-from quanto_hf.hf.load.loading import (
-    is_quantized_weight,
-    loader_names,
-    quantize_into,
-    split_name,
-    stored_name,
-    targets_of,
-)
+from quanto_hf.hf.load.loading import quantize_into
+from quanto_hf.hf.load.names import loader_names, slot_at, split_name, stored_name, targets_of
 from quanto_hf.hf.offload.identity import identity
 from quanto_hf.io import MappedFiles, OffloadFolder, read_headers
-from quanto_hf.nn import QuantizedWeight
+from quanto_hf.nn.slots import joined
 from quanto_hf.schemes import TensorSpec
 
 
@@ -132,14 +126,16 @@ class Deferred:
         specs: dict[str, TensorSpec] = {}
         weights = {}
         for name, taken in self.taken.items():
-            layer = _layer(model, name)
+            found = slot_at(model, name)
             weights[name] = [str(taken.spec.dtype), origins[taken.first].describe()]
-            if layer is None:
+            if found is None:
                 specs[name] = taken.spec
                 continue
-            weights[name] += [layer.scheme.to_dict(), identity(layer.fit)]
-            parts = layer.scheme.tensors(layer.matrix_shape, taken.spec.dtype)
-            specs.update({stored_name(layer, name, part): spec for part, spec in parts.items()})
+            layer, slot = found
+            weights[name] += [layer.scheme_of(slot).to_dict(), identity(layer.fit_of(slot))]
+            owner = name.rpartition(".")[0]
+            parts = slot.specs(layer.scheme_of(slot), taken.spec.dtype)
+            specs.update({joined(owner, leaf): spec for leaf, spec in parts.items()})
         settings = {"checkpoint": fingerprint([Path(file) for file in self.files]), "weights": weights}
         written = OffloadFolder(folder, settings, specs).fill(partial(self._make, model))
         self.taken = {}
@@ -153,13 +149,13 @@ class Deferred:
                 # what the loader makes together comes together here too
                 made = self._convert(model, taken.first, taken.spec.dtype, mapped)
             value = made.pop(name)
-            layer = _layer(model, name)
-            if layer is None:
+            found = slot_at(model, name)
+            if found is None:
                 # as the loader takes it
                 yield name, value[0] if isinstance(value, list) else value
             else:
-                for part, tensor in quantize_into(layer, value, name).items():
-                    yield stored_name(layer, name, part), tensor
+                for part, tensor in quantize_into(found[0], value, name).items():
+                    yield stored_name(found[1], name, part), tensor
 
     def _convert(self, model: Any, first: str, dtype: torch.dtype, mapped: MappedFiles) -> dict[str, Any]:
         """What the loader makes of an origin, by the names in the model."""
@@ -175,12 +171,3 @@ class Deferred:
             converter.add_tensor(first, key, pattern, partial(read, key))
         found: dict[str, Any] = converter.convert(first, model=model, config=model.config)
         return found
-
-
-def _layer(model: torch.nn.Module, name: str) -> QuantizedWeight | None:
-    """The quantized layer whose weight has this name."""
-    if not is_quantized_weight(model, name):
-        return None
-    layer, _ = split_name(model, name)
-    assert isinstance(layer, QuantizedWeight)
-    return layer

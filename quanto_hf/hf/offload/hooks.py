@@ -15,7 +15,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook, remove_hook_from_
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import nn
 
-from quanto_hf.hf.load.loading import split_name
+from quanto_hf.hf.load.names import split_name
 from quanto_hf.hf.offload.prefetch_hook import prefetch
 from quanto_hf.io import MappedFiles, aligned
 from quanto_hf.schemes import TensorSpec

@@ -10,7 +10,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from accelerate.utils import find_device, named_module_tensors, send_to_device
 from torch import nn
 
-from quanto_hf.hf.load.loading import split_name
+from quanto_hf.hf.load.names import split_name
 from quanto_hf.io.lanes import Lane, lane_to
 from quanto_hf.io.prefetch import Prefetcher
 

@@ -10,7 +10,7 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
-from quanto_hf.hf.load.loading import check_before_loading
+from quanto_hf.hf.load.checking import check_before_loading
 from quanto_hf.io import CheckpointError
 from quanto_hf.schemes import TensorSpec
 

@@ -129,12 +129,13 @@ def _refuse_other_state(model: Any, state: Mapping[str, Any]) -> None:
         return  # the adapter alone is saved
     for name, layer in quantized_layers(model).items():
         prefix = f"{name}." if name else ""
-        names = layer.stored_names if layer.is_frozen else ("weight",)
+        floats = [slot.name for slot in layer.slots]
+        names = layer.stored_names if layer.is_frozen else floats
         missing = [leaf for leaf in names if prefix + leaf not in state]
-        held = state.get(f"{prefix}weight")
         # an empty one is no weight
-        if missing or (layer.is_frozen and held is not None and 0 not in held.shape):
-            wrong = f"has no {prefix}{missing[0]}" if missing else f"has a float {prefix}weight"
+        beside = [leaf for leaf in floats if (held := state.get(prefix + leaf)) is not None and 0 not in held.shape]
+        if missing or (layer.is_frozen and beside):
+            wrong = f"has no {prefix}{missing[0]}" if missing else f"has a float {prefix}{beside[0]}"
             raise ValueError(
                 f"the state_dict given to save_pretrained {wrong}, but {name} is {layer.scheme}; give the one of the "
                 f"quantized model, or none, or call quanto_hf.dequantize(model) before you save float weights"

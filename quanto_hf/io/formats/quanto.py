@@ -60,7 +60,8 @@ def describe_modules(model: nn.Module) -> list[dict[str, Any]]:
     entries: dict[Scheme, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight):
-            entries.setdefault(module.scheme, []).append(name)
+            for slot in module.slots:
+                entries.setdefault(module.scheme_of(slot), []).append(slot.label(name))
     return [{"scheme": scheme.to_dict(), "modules": names} for scheme, names in entries.items()]
 
 

@@ -1,11 +1,13 @@
-"""Calls of the native library with tensors: the last step, after every check."""
+"""Calls of the native library with tensors: the last step, after every check. All tensors are contiguous and on the
+CPU, and outlive the call."""
 
 from functools import cache
 
 import torch
 
 from quanto_hf.ops.cpu.library import NATIVE
-from quanto_hf.ops.dequantize import symmetric_offset
+from quanto_hf.ops.grouped_weight import symmetric_offset
+from quanto_hf.ops.weight import AqlmWeight, GroupedWeight, Weight
 from quanto_hf.qtypes import QTYPES
 
 # The numbers of csrc/common.h.
@@ -29,11 +31,24 @@ def value_table(qtype: str, asymmetric: bool) -> torch.Tensor:
     return table
 
 
-def weight_arguments(
-    packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, qtype: str, group_size: int, in_features: int
-) -> tuple[int, ...]:
-    """A weight, or that of expert 0, as csrc/module.cpp reads it; the tensors are contiguous and outlive the call."""
-    code = QTYPES[qtype].native
+def arguments(weight: Weight) -> tuple[int, ...]:
+    """A weight, or that of expert 0, as csrc/module.cpp reads it."""
+    if isinstance(weight, AqlmWeight):
+        codes, codebooks, scales = weight
+        count, size, out_group, in_group = codebooks.shape
+        return (
+            *(tensor.data_ptr() for tensor in weight),
+            *weight.shape,
+            count,
+            out_group,
+            in_group,
+            size.bit_length() - 1,
+            codes.dtype.itemsize,
+            FLOAT_TYPES[codebooks.dtype],
+            FLOAT_TYPES[scales.dtype],
+        )
+    packed, scale, zero, qtype, group_size, in_features = weight
+    code = weight.type.native
     assert code is not None
     return (
         packed.data_ptr(),
@@ -48,64 +63,53 @@ def weight_arguments(
     )
 
 
-def native_dequantize(
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    qtype: str,
-    group_size: int,
-    out: torch.Tensor,
-    rows: torch.Tensor | None = None,
-) -> torch.Tensor:
+def native_dequantize(weight: Weight, out: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
     """Dequantize into ``out``, shape (rows, in_features): all rows of the weight, or those that ``rows`` names.
 
     Args:
-        rows: None or int64, contiguous.
+        rows: None or int64, of a :class:`GroupedWeight`.
 
     Raises:
         IndexError: there is no such row. Nothing but the row numbers has been read then.
     """
     assert NATIVE is not None
-    weight = weight_arguments(packed, scale, zero, qtype, group_size, out.shape[1])
-    index, count = (0, packed.shape[0]) if rows is None else (rows.data_ptr(), rows.numel())
     # one row of an embedding is done before a second thread is awake
-    threads = min(torch.get_num_threads(), 1 + out.numel() // THREAD_VALUES)
-    found: bool = NATIVE.dequantize(*weight, index, count, out.data_ptr(), FLOAT_TYPES[out.dtype], threads)
-    if not found:
-        raise IndexError(f"a row number is not one of 0 to {packed.shape[0] - 1}")
+    last = (out.data_ptr(), FLOAT_TYPES[out.dtype], min(torch.get_num_threads(), 1 + out.numel() // THREAD_VALUES))
+    if isinstance(weight, AqlmWeight):
+        NATIVE.aqlm_dequantize(*arguments(weight), *last)
+        return out
+    index, count = (0, weight.shape[0]) if rows is None else (rows.data_ptr(), rows.numel())
+    if not NATIVE.dequantize(*arguments(weight), index, count, *last):
+        raise IndexError(f"a row number is not one of 0 to {weight.shape[0] - 1}")
     return out
 
 
-def linear_name(qtype: str, activations: str | None) -> str:
+def linear_name(weight: Weight, activations: str | None = None) -> str:
     """The native function that multiplies such weights."""
+    if isinstance(weight, AqlmWeight):
+        return "aqlm_linear"
     if activations is None:
         return "linear"
-    return "linear_int8" if qtype == "int8" else "linear_int8_groups"
+    return "linear_int8" if weight.qtype == "int8" else "linear_int8_groups"
 
 
 def native_linear(
     x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    qtype: str,
-    group_size: int,
+    weight: Weight,
+    bias: torch.Tensor | None = None,
     activations: str | None = None,
     x_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x @ weight.T + bias``; every tensor is contiguous and on the CPU.
+    """``x @ weight.T + bias``.
 
     Args:
         activations: "int8" rounds x first (``ops/activation.py``); for weights that ``refuses_int8`` takes.
         x_scale: with activations, the scale of all of x, one float32 number; None: scales are found from x.
     """
-    assert NATIVE is not None
-    columns = x.shape[-1]
-    out = x.new_empty((*x.shape[:-1], packed.shape[0]))
-    run = getattr(NATIVE, linear_name(qtype, activations))
-    run(
-        *weight_arguments(packed, scale, zero, qtype, group_size, columns),
+    rows, columns = weight.shape
+    out = x.new_empty((*x.shape[:-1], rows))
+    getattr(NATIVE, linear_name(weight, activations))(
+        *arguments(weight),
         x.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
@@ -118,31 +122,25 @@ def native_linear(
 
 
 def scale_argument(activations: str | None, x_scale: torch.Tensor | None) -> tuple[int, ...]:
-    """What the functions of :func:`linear_name` take behind the arguments of ``linear``."""
+    """What the functions with rounded x take behind the arguments of ``linear``."""
     if activations is None:
         return ()
     return (0 if x_scale is None else x_scale.data_ptr(),)
 
 
 def native_expert_linear(
-    x: torch.Tensor,
-    experts: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    qtype: str,
-    group_size: int,
+    x: torch.Tensor, experts: torch.Tensor, weight: GroupedWeight, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Rows of x times the weights of their experts; every tensor is contiguous and on the CPU.
+    """Rows of x times the weights of their experts.
 
     Raises:
         IndexError: an id is out of range. Nothing but the ids has been read then: they are counted first.
     """
     assert NATIVE is not None
-    out = x.new_empty((x.shape[0], packed.shape[1]))
+    count, rows, _ = weight.shape
+    out = x.new_empty((x.shape[0], rows))
     found: bool = NATIVE.expert_linear(
-        *weight_arguments(packed, scale, zero, qtype, group_size, x.shape[1]),
+        *arguments(weight),
         x.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
@@ -150,8 +148,8 @@ def native_expert_linear(
         FLOAT_TYPES[x.dtype],
         torch.get_num_threads(),
         experts.data_ptr(),
-        packed.shape[0],
+        count,
     )
     if not found:
-        raise IndexError(f"an expert id is not one of 0 to {packed.shape[0] - 1}")
+        raise IndexError(f"an expert id is not one of 0 to {count - 1}")
     return out

@@ -4,6 +4,9 @@ import logging
 import os
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
+
+from quanto_hf.ops.registry import DEVICES, REFUSED
 
 logger = logging.getLogger("quanto_hf")
 
@@ -57,5 +60,25 @@ try:
     NATIVE, REASON = _load()
 except ValueError as error:
     NATIVE, REASON, WRONG_LEVEL = None, str(error), str(error)
+    REFUSED.append(WRONG_LEVEL)
 if NATIVE is None and WRONG_LEVEL is None:
     logger.info("quanto_hf runs without native CPU kernels: %s", REASON)
+
+
+def label() -> str:
+    """Names native kernels in a warning: their results depend on the level."""
+    assert NATIVE is not None
+    return f"native {NATIVE.level()}"
+
+
+def describe() -> dict[str, Any]:
+    """Whether there are native kernels, or why not, and the levels of instructions."""
+    return {
+        "native": NATIVE is not None,
+        "why_not": None if NATIVE else REASON,
+        "level": NATIVE.level() if NATIVE else None,
+        "levels": NATIVE.levels() if NATIVE else [],
+    }
+
+
+DEVICES["cpu"] = describe

@@ -9,7 +9,7 @@ from native_weights import needs_native
 from quanto_hf.fit.aqlm.layout import decode
 from quanto_hf.fit.aqlm.loops import search
 from quanto_hf.fit.aqlm.search import search as torch_search
-from quanto_hf.ops.cpu.aqlm_fit import native_search
+from quanto_hf.ops.cpu.aqlm_loops import native_search
 from quanto_hf.ops.cpu.library import NATIVE
 
 # groups, codebooks, vectors, values, beam

@@ -8,7 +8,7 @@ from native_weights import needs_native
 from quanto_hf.fit.aqlm.layout import Layout, decode
 from quanto_hf.fit.aqlm.metric import Metric
 from quanto_hf.fit.aqlm.sweep import sweep as torch_sweep
-from quanto_hf.ops.cpu.aqlm_fit import native_sweep
+from quanto_hf.ops.cpu.aqlm_loops import native_sweep
 
 # layout, rows, columns
 CASES = [

@@ -23,7 +23,7 @@ from quanto_hf import Calibration, QLinear, QuantoConfig
 from quanto_hf.hf.offload import hooks as offload
 from quanto_hf.hf.offload.prefetch_hook import PrefetchHook, prefetch
 from quanto_hf.io.lanes import PlainLane
-from quanto_hf.schemes.grouped import Affine
+from quanto_hf.schemes import Affine
 
 LAYERS = 3
 MAPS = {

@@ -62,7 +62,7 @@ def test_names_that_do_not_load_either_way_are_refused_before_anything_is_writte
     monkeypatch.setattr("quanto_hf.hf.save.saved_names.get_model_conversion_mapping", lambda model: [lost])
     # as if this were the name in the model of a name in the file
     monkeypatch.setattr(
-        "quanto_hf.hf.load.loading.rename_source_key",
+        "quanto_hf.hf.load.names.rename_source_key",
         lambda key, renamings, *rest: (key.replace("up_proj", "lost") if renamings else key.replace("up", "l"), None),
     )
     with pytest.raises(CheckpointError, match=r"(?s)LlamaForCausalLM is not saved.*up_proj\.weight_packed"):

@@ -5,7 +5,7 @@ import torch
 from native_weights import every_float, needs_native
 
 from quanto_hf.nn import QuantizedLinear
-from quanto_hf.ops import aqlm_linear, bind_aqlm
+from quanto_hf.ops import AqlmWeight, linear, linear_op
 
 pytestmark = needs_native
 
@@ -15,15 +15,15 @@ def weight():
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-128, 128, (24, 20, 2), generator=generator).to(torch.int8)
     books = torch.randn((2, 256, 1, 8), generator=generator).half()
-    return codes, books, torch.rand((24, 1, 1, 1), generator=generator).half()
+    return AqlmWeight(codes, books, torch.rand((24, 1, 1, 1), generator=generator).half())
 
 
 @every_float
 @pytest.mark.parametrize("shape", [(160,), (1, 160), (2, 3, 160), (8, 160), (9, 160), (20, 160)], ids=str)
 def test_it_gives_the_bits_of_the_op(weight, dtype, shape):
-    x, bias, call = torch.randn(shape).to(dtype), torch.randn(24).to(dtype), bind_aqlm(*weight)
-    assert torch.equal(call(x, bias), aqlm_linear(x, *weight, bias))
-    assert torch.equal(call(x, None), aqlm_linear(x, *weight, None))
+    x, bias, call = torch.randn(shape).to(dtype), torch.randn(24).to(dtype), linear_op.bind(weight)
+    assert torch.equal(call(x, bias), linear(x, weight, bias))
+    assert torch.equal(call(x, None), linear(x, weight, None))
 
 
 ASIDE = {
@@ -40,7 +40,7 @@ ASIDE = {
 
 @pytest.mark.parametrize("change, bias", ASIDE.values(), ids=ASIDE)
 def test_it_steps_aside(weight, change, bias):
-    assert bind_aqlm(*weight)(change(torch.randn(3, 160)), bias) is None
+    assert linear_op.bind(weight)(change(torch.randn(3, 160)), bias) is None
 
 
 def test_a_layer_follows_a_weight_that_was_moved(weight):
@@ -55,15 +55,15 @@ def test_a_layer_follows_a_weight_that_was_moved(weight):
 
 def test_there_is_none_for_a_weight_without_rows_and_for_the_reference(weight, monkeypatch):
     codes, books, scales = weight
-    assert bind_aqlm(codes[:0], books, scales[:0]) is None
-    assert bind_aqlm(codes[::2], books, scales[::2]) is None
+    assert linear_op.bind(AqlmWeight(codes[:0], books, scales[:0])) is None
+    assert linear_op.bind(AqlmWeight(codes[::2], books, scales[::2])) is None
     monkeypatch.setenv("QUANTO_HF_REFERENCE", "1")
-    assert bind_aqlm(*weight) is None
+    assert linear_op.bind(weight) is None
 
 
 def test_it_steps_aside_when_the_same_memory_is_read_another_way(weight):
     scales = weight[2]
-    call, x = bind_aqlm(*weight), torch.randn(3, 160)
+    call, x = linear_op.bind(weight), torch.randn(3, 160)
     assert call(x, None) is not None
     scales.data = scales.data.view(torch.bfloat16)
     assert call(x, None) is None

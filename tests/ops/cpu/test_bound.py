@@ -17,8 +17,9 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from quanto_hf.nn import QLinear
-from quanto_hf.ops import linear
-from quanto_hf.ops.cpu import bound, call, selfcheck
+from quanto_hf.ops import linear, linear_op
+from quanto_hf.ops.cpu import call
+from quanto_hf.ops.registry import why_kernel_wrong
 from quanto_hf.schemes import make_scheme
 
 pytestmark = needs_native
@@ -67,7 +68,7 @@ def check_close(made: torch.Tensor, layer: QLinear, x: torch.Tensor) -> None:
 @every_float
 def test_the_prepared_call_gives_what_the_op_gives(level: str, kind: Kind, dtype: torch.dtype):
     weight, bias = make_weight(kind, N, K), torch.randn(N).to(dtype)
-    run = bound.bind(*weight.rest())
+    run = linear_op.bind(*weight.rest())
     for lead in [(), (1,), (8,), (9,), (2, 3), (2, 1, 9), (70,)]:
         x = make_x(*lead, K, dtype=dtype)
         for b in (bias, None):
@@ -407,7 +408,7 @@ def test_a_layer_made_of_fake_tensors():
 def test_the_default_device_does_not_matter(device: str):
     layer, x = make_layer(), make_x()
     call.value_table.cache_clear()
-    selfcheck.why_wrong.cache_clear()
+    why_kernel_wrong.cache_clear()
     with torch.device(device):
         made = layer(x)
         assert served(layer, x)
@@ -423,7 +424,7 @@ def test_the_default_dtype_does_not_matter(weights: str, default: torch.dtype, r
     expected = layer(x)
     layer = copied(layer)
     call.value_table.cache_clear()
-    selfcheck.why_wrong.cache_clear()
+    why_kernel_wrong.cache_clear()
     torch.set_default_dtype(default)
     try:
         made = layer(x)
@@ -435,9 +436,9 @@ def test_the_default_dtype_does_not_matter(weights: str, default: torch.dtype, r
 
 def test_the_self_check_does_not_mind_autocast(recwarn):
     weight, x = make_weight(Kind("int4", 64, True), N, K), make_x(dtype=torch.float32)
-    selfcheck.why_wrong.cache_clear()
+    why_kernel_wrong.cache_clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        run = bound.bind(*weight.rest())
+        run = linear_op.bind(*weight.rest())
         assert run(x, None) is not None
     assert not [warning for warning in recwarn if warning.category is RuntimeWarning]
 
@@ -445,34 +446,35 @@ def test_the_self_check_does_not_mind_autocast(recwarn):
 # ---------------------------------------------------------------------------------------------------- what is bound
 
 
-def spoiled(weight: Weight) -> dict[str, tuple[Any, ...]]:
-    packed, scale, zero, *rest = weight.rest()
+def spoiled(weight: Weight) -> dict[str, Any]:
+    (value,) = weight.rest()
+    packed, scale, zero = value.stored
     return {
-        "packed one row short": (packed[1:], scale, zero, *rest),
-        "packed of another width": (packed[:, 1:], scale, zero, *rest),
-        "packed of another dtype": (packed.to(torch.int8), scale, zero, *rest),
-        "scale transposed": (packed, scale.T, zero, *rest),
-        "scale in float64": (packed, scale.double(), zero, *rest),
-        "scale on another device": (packed, scale.to("meta"), zero, *rest),
-        "zero one row short": (packed, scale, zero[1:], *rest),
-        "zero of another dtype": (packed, scale, zero.float(), *rest),
-        "a number type that is none": (packed, scale, zero, "int3", 64, K),
+        "packed one row short": value._replace(packed=packed[1:]),
+        "packed of another width": value._replace(packed=packed[:, 1:]),
+        "packed of another dtype": value._replace(packed=packed.to(torch.int8)),
+        "scale transposed": value._replace(scale=scale.T),
+        "scale in float64": value._replace(scale=scale.double()),
+        "scale on another device": value._replace(scale=scale.to("meta")),
+        "zero one row short": value._replace(zero=zero[1:]),
+        "zero of another dtype": value._replace(zero=zero.float()),
+        "a number type that is none": value._replace(qtype="int3"),
     }
 
 
 def test_tensors_that_do_not_fit_are_not_bound():
-    for case, args in spoiled(make_weight(Kind("int4", 64, True), N, K)).items():
+    for case, value in spoiled(make_weight(Kind("int4", 64, True), N, K)).items():
         with pytest.raises(ValueError):
-            bound.bind(*args)
+            linear_op.bind(value)
             pytest.fail(f"no error for {case}")
 
 
 def test_weights_that_are_not_plain_memory_have_no_prepared_call(monkeypatch):
-    packed, scale, zero, *rest = make_weight(Kind("int4", 64, True), N, K).rest()
-    assert bound.bind(packed, scale, zero, *rest) is not None
-    assert bound.bind(packed.T.contiguous().T, scale, zero, *rest) is None
-    assert bound.bind(packed, scale.T.contiguous().T, zero, *rest) is None
-    assert bound.bind(packed, scale, zero.as_subclass(type("Tagged", (torch.Tensor,), {})), *rest) is None
-    assert bound.bind(packed.to("meta"), scale.to("meta"), zero.to("meta"), *rest) is None
+    (value,) = make_weight(Kind("int4", 64, True), N, K).rest()
+    assert linear_op.bind(value) is not None
+    assert linear_op.bind(value._replace(packed=value.packed.T.contiguous().T)) is None
+    assert linear_op.bind(value._replace(scale=value.scale.T.contiguous().T)) is None
+    assert linear_op.bind(value._replace(zero=value.zero.as_subclass(type("Tagged", (torch.Tensor,), {})))) is None
+    assert linear_op.bind(value.map(lambda tensor: tensor.to("meta"))) is None
     monkeypatch.setenv("QUANTO_HF_REFERENCE", "1")
-    assert bound.bind(packed, scale, zero, *rest) is None
+    assert linear_op.bind(value) is None

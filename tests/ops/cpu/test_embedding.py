@@ -4,9 +4,10 @@ import pytest
 import torch
 from native_weights import Kind, every_float, make_weight, native, needs_native
 
-from quanto_hf.ops import dequantize, embedding, embedding_op
-from quanto_hf.ops.cpu import call, selfcheck
+from quanto_hf.ops import dequantize_op, embedding, embedding_op
+from quanto_hf.ops.cpu import call
 from quanto_hf.ops.cpu.library import NATIVE
+from quanto_hf.ops.registry import why_kernel_wrong
 
 pytestmark = needs_native
 
@@ -20,7 +21,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (17, 200), (33, 513), (96, 1000)], ids=str)
 def test_rows_have_the_bits_of_dequantize(level: str, kind: Kind, dtype: torch.dtype, shape: tuple[int, int]):
     weight = make_weight(kind, *shape).rest()
-    whole = native(dequantize)(*weight, dtype)
+    whole = native(dequantize_op)(*weight, dtype)
     for count in (1, 2, 100):
         index = torch.randint(0, shape[0], (count,))
         made = []
@@ -38,10 +39,10 @@ def test_no_index_is_nothing_to_do(level: str):
 
 @pytest.mark.parametrize("wrong", [-1, 5, 2**40, -(2**63)])
 def test_the_library_refuses_a_row_that_python_did_not_see(level: str, wrong: int):
-    packed, scale, zero, *rest, columns = make_weight(KINDS[2], 5, 40).rest()
-    out = torch.full((3, columns), 7.0)
+    (weight,) = make_weight(KINDS[2], 5, 40).rest()
+    out = torch.full((3, 40), 7.0)
     with pytest.raises(IndexError, match="a row number is not one of 0 to 4"):
-        call.native_dequantize(packed, scale, zero, *rest, out, torch.tensor([1, wrong, 0]))
+        call.native_dequantize(weight, out, torch.tensor([1, wrong, 0]))
     # before anything is written
     assert (out == 7).all()
 
@@ -53,9 +54,9 @@ def test_a_library_that_takes_other_rows_is_found(level: str, monkeypatch):
         return right(*args[:9], 0, *args[10:])  # the first rows, whichever were asked for
 
     monkeypatch.setattr(NATIVE, "dequantize", spoiled)
-    selfcheck.why_wrong.cache_clear()
+    why_kernel_wrong.cache_clear()
     args = (torch.tensor([4, 0]), *make_weight(KINDS[2], 5, 200).rest(), torch.float32)
     with pytest.warns(RuntimeWarning, match="disagrees"):
         made = embedding(*args)
-    selfcheck.why_wrong.cache_clear()
+    why_kernel_wrong.cache_clear()
     torch.testing.assert_close(made, embedding_op.reference(*args))

@@ -7,7 +7,7 @@ import torch
 from native_weights import Kind, Weight, every_float, make_weight, needs_native
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from quanto_hf.ops import bind_embedding, embedding
+from quanto_hf.ops import embedding, embedding_op
 
 pytestmark = needs_native
 
@@ -26,7 +26,7 @@ def weight() -> Weight:
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3), (600,)], ids=str)
 def test_it_gives_the_bits_of_the_op(kind: Kind, dtype: torch.dtype, shape: tuple[int, ...]):
     args, index = make_weight(kind, ROWS, K).rest(), torch.randint(0, ROWS, shape)
-    made = bind_embedding(*args)(index, dtype)
+    made = embedding_op.bind(*args)(index, dtype)
     assert made.shape == (*shape, K) and torch.equal(made, embedding(index, *args, dtype))
 
 
@@ -47,20 +47,20 @@ ASIDE = {
 
 @pytest.mark.parametrize("index", ASIDE.values(), ids=ASIDE)
 def test_it_steps_aside_for_another_index(weight: Weight, index: torch.Tensor):
-    call = bind_embedding(*weight.rest())
+    call = embedding_op.bind(*weight.rest())
     assert call(INDEX, torch.float32) is not None and call(index, torch.float32) is None
 
 
 def test_an_index_may_lie_at_any_address(weight: Weight):
     odd = torch.frombuffer(bytearray(b"-" + INDEX.numpy().tobytes()), dtype=torch.int64, offset=1)
     assert odd.data_ptr() % 8
-    made = bind_embedding(*weight.rest())(odd, torch.float32)
+    made = embedding_op.bind(*weight.rest())(odd, torch.float32)
     assert torch.equal(made, embedding(INDEX, *weight.rest(), torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8], ids=str)
 def test_it_steps_aside_for_another_dtype(weight: Weight, dtype: torch.dtype):
-    assert bind_embedding(*weight.rest())(INDEX, dtype) is None
+    assert embedding_op.bind(*weight.rest())(INDEX, dtype) is None
 
 
 MOVES = {
@@ -76,7 +76,7 @@ MOVES = {
 @pytest.mark.parametrize("name", ["packed", "scale", "zero"])
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
 def test_it_steps_aside_once_the_weight_is_other_memory(weight: Weight, name: str, move: Any):
-    call = bind_embedding(*weight.rest())
+    call = embedding_op.bind(*weight.rest())
     assert call(INDEX, torch.float32) is not None
     tensor = getattr(weight, name)
     kept = tensor.data
@@ -87,7 +87,7 @@ def test_it_steps_aside_once_the_weight_is_other_memory(weight: Weight, name: st
 
 
 def test_it_steps_aside_where_torch_looks_on(weight: Weight):
-    call = bind_embedding(*weight.rest())
+    call = embedding_op.bind(*weight.rest())
     call(INDEX, torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert call(INDEX, torch.float32) is None
@@ -101,11 +101,11 @@ def test_it_steps_aside_where_torch_looks_on(weight: Weight):
 
 
 def test_there_is_none_for_a_weight_that_is_not_plain_memory_and_for_the_reference(weight: Weight, monkeypatch):
-    packed, scale, zero, *rest = weight.rest()
-    assert bind_embedding(packed[:0], scale[:0], zero[:0], *rest) is None
-    assert bind_embedding(packed[::2], scale[::2], zero[::2], *rest) is None
-    assert bind_embedding(*(t.to("meta") for t in (packed, scale, zero)), *rest) is None
+    (value,) = weight.rest()
+    assert embedding_op.bind(value.rows(slice(0, 0))) is None
+    assert embedding_op.bind(value.rows(slice(0, None, 2))) is None
+    assert embedding_op.bind(value.map(lambda t: t.to("meta"))) is None
     with pytest.raises(ValueError, match="scale"):
-        bind_embedding(packed, scale[1:], zero, *rest)
+        embedding_op.bind(value._replace(scale=value.scale[1:]))
     monkeypatch.setenv("QUANTO_HF_REFERENCE", "1")
-    assert bind_embedding(packed, scale, zero, *rest) is None
+    assert embedding_op.bind(value) is None

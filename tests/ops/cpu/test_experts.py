@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_weights import FLOATS, LEVELS, Kind, every_float, make_weight, native, needs_native
 
-from quanto_hf.ops import expert_linear, expert_linear_op
-from quanto_hf.ops.cpu import call, selfcheck
+from quanto_hf.ops import GroupedWeight, expert_linear, expert_linear_op
+from quanto_hf.ops.cpu import call
 from quanto_hf.ops.cpu.library import NATIVE
+from quanto_hf.ops.registry import why_kernel_wrong
 
 pytestmark = needs_native
 
@@ -27,19 +28,19 @@ def case(kind: Kind, ids: torch.Tensor, dtype: torch.dtype, n: int = 33, k: int 
     """Arguments of the op, with a bias where the number of rows is odd."""
     each = [make_weight(kind, n, k, seed=i) for i in range(EXPERTS)]
     zero = torch.stack([w.offset() for w in each]) if kind.asymmetric else None
-    weight = (torch.stack([w.packed for w in each]), torch.stack([w.scale for w in each]), zero)
+    packed, scale = torch.stack([w.packed for w in each]), torch.stack([w.scale for w in each])
+    weight = GroupedWeight(packed, scale, zero, kind.qtype, kind.group_size, k)
     x = torch.randn(len(ids), k).to(dtype)
     bias = torch.randn(EXPERTS, n).to(dtype) if len(ids) % 2 else None
-    return (x, ids, *weight, bias, kind.qtype, kind.group_size)
+    return (x, ids, weight, bias)
 
 
 def one_by_one(args: tuple[Any, ...]) -> torch.Tensor:
     """What native ``linear`` gives for the rows of each expert."""
-    x, ids, packed, scale, zero, bias, *rest = args
-    out = x.new_empty(len(x), packed.shape[1])
+    x, ids, weight, bias = args
+    out = x.new_empty(len(x), weight.shape[1])
     for e in ids.unique().tolist():
-        weight = (packed[e], scale[e], None if zero is None else zero[e])
-        out[ids == e] = native()(x[ids == e], *weight, None if bias is None else bias[e], *rest)
+        out[ids == e] = native()(x[ids == e], weight.rows(e), None if bias is None else bias[e])
     return out
 
 
@@ -64,12 +65,10 @@ def test_many_rows_of_an_expert_are_copied_in_parts(level: str, dtype: torch.dty
     ids = torch.zeros(m + 2, dtype=torch.int64)
     ids[3], ids[77] = 1, 2  # those of expert 0 do not lie side by side
     args = case(KINDS[2], ids, dtype)
-    x, _, packed, scale, zero, bias, *rest = args
+    x, _, weight, bias = args
     made, mine = native(expert_linear_op)(*args), ids == 0
-    parts = [
-        native()(part, packed[0], scale[0], zero[0], None if bias is None else bias[0], *rest)
-        for part in x[mine].split(512)
-    ]
+    first = None if bias is None else bias[0]
+    parts = [native()(part, weight.rows(0), first) for part in x[mine].split(512)]
     assert torch.equal(made[mine], torch.cat(parts))
 
 
@@ -129,9 +128,9 @@ def test_an_empty_batch_has_nothing_to_multiply(level: str):
 
 @pytest.fixture
 def _nothing_is_known():
-    selfcheck.why_experts_wrong.cache_clear()
+    why_kernel_wrong.cache_clear()
     yield
-    selfcheck.why_experts_wrong.cache_clear()
+    why_kernel_wrong.cache_clear()
 
 
 @pytest.mark.usefixtures("_nothing_is_known")
@@ -149,4 +148,8 @@ def test_a_library_that_mixes_experts_up_is_reported_once_and_never_used(level: 
 
 @pytest.mark.usefixtures("_nothing_is_known")
 def test_no_library_mixes_experts_up_on_this_machine(level: str):
-    assert selfcheck.why_experts_wrong(level) is None
+    kernel = expert_linear_op.kernels[0]
+    for kind in KINDS:
+        for dtype in FLOATS.values():
+            args = case(kind, torch.tensor([0, 3, 1]), dtype)
+            assert expert_linear_op.why_wrong(kernel, expert_linear_op.case(*args)) is None

@@ -8,8 +8,7 @@ from native_weights import Kind, every_float, make_weight, needs_native
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from quanto_hf.ops import bind_experts, expert_linear
-from quanto_hf.ops.cpu import experts_bound
+from quanto_hf.ops import GroupedWeight, expert_linear, expert_linear_op
 from quanto_hf.ops.cpu.library import NATIVE
 
 pytestmark = needs_native
@@ -29,12 +28,13 @@ class Stack:
         self.kind = kind
 
     def bind(self) -> Any:
-        return bind_experts(self.packed, self.scale, self.zero, self.kind.qtype, self.kind.group_size, K)
+        return expert_linear_op.bind(self.weight())
+
+    def weight(self) -> GroupedWeight:
+        return GroupedWeight(self.packed, self.scale, self.zero, self.kind.qtype, self.kind.group_size, K)
 
     def op(self, x: torch.Tensor, experts: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return expert_linear(
-            x, experts, self.packed, self.scale, self.zero, bias, self.kind.qtype, self.kind.group_size
-        )
+        return expert_linear(x, experts, self.weight(), bias)
 
 
 @every_kind
@@ -149,7 +149,7 @@ def test_it_steps_aside_where_torch_looks_on():
 def test_a_library_that_is_wrong_here_is_not_called(monkeypatch):
     calls: list[Any] = []
     monkeypatch.setattr(NATIVE, "expert_linear", lambda *args: calls.append(args))
-    monkeypatch.setattr(experts_bound, "refuses_experts", lambda *args: "it disagrees with the reference")
+    monkeypatch.setattr(expert_linear_op, "why_wrong", lambda *args: "it disagrees with the reference")
     assert Stack().bind()(X, IDS, None) is None and not calls
 
 

@@ -8,10 +8,12 @@ from native_weights import FLOATS, LEVELS, Kind, Weight, every_float, make_weigh
 
 from quanto_hf.nn import QLinear
 from quanto_hf.nn.bound_call import BoundCall
-from quanto_hf.ops import ACTIVATION_GROUP, round_activations
-from quanto_hf.ops.cpu import bound, int8, selfcheck
+from quanto_hf.ops import ACTIVATION_GROUP, linear_rounded_op, round_activations
 from quanto_hf.ops.cpu.call import linear_name, native_linear
 from quanto_hf.ops.cpu.library import NATIVE
+from quanto_hf.ops.cpu.products import refuses_int8
+from quanto_hf.ops.registry import why_kernel_wrong
+from quanto_hf.ops.selfcheck import TOLERANCE
 from quanto_hf.qtypes import qint8
 from quanto_hf.schemes import make_scheme
 
@@ -47,12 +49,11 @@ def run(
 ) -> torch.Tensor:
     kind = weight.kind
     skip_without(kind)
-    stored = (weight.packed, weight.scale, weight.zero)
-    return native_linear(x, *stored, bias, kind.qtype, kind.group_size, activations="int8", x_scale=x_scale)
+    return native_linear(x, *weight.rest(), bias, activations="int8", x_scale=x_scale)
 
 
 def skip_without(kind: Kind) -> None:
-    if not NATIVE.has_kernel(linear_name(kind.qtype, "int8")):
+    if not NATIVE.has_kernel(linear_name(*make_weight(kind, 1, 64).rest(), "int8")):
         pytest.skip(f"level {NATIVE.level()} has no product of {kind.qtype} and int8")
 
 
@@ -237,12 +238,12 @@ def test_a_prepared_call_with_a_given_scale_gives_the_product_of_the_definition(
 ):
     skip_without(kind)
     weight, x_scale = make_weight(kind, 33, 200), torch.tensor(0.02)
-    call = bound.bind(*weight.rest(), activations="int8", x_scale=x_scale)
+    call = linear_rounded_op.bind(*weight.rest(), "int8", x_scale)
     for batch in (1, 3, 20):
         x = torch.randn(batch, 200).to(dtype)
         exact = round_activations(x, qint8, scale=x_scale) @ weight.dense().float().T
         error = (call(x, None).float() - exact).abs() / (x.float().abs() @ weight.dense().float().abs().T)
-        assert error.max() <= selfcheck.TOLERANCE[dtype]
+        assert error.max() <= TOLERANCE[dtype]
     x_scale.mul_(2)
     check(call(x, None), x, weight, None, x_scale)
 
@@ -251,7 +252,7 @@ def test_a_prepared_call_with_a_given_scale_gives_the_product_of_the_definition(
 def test_a_prepared_call_steps_aside_when_its_scale_has_moved(level: str, kind: Kind):
     skip_without(kind)
     weight, x, x_scale = make_weight(kind, 33, 200), torch.randn(3, 200), torch.tensor([0.02])
-    call = bound.bind(*weight.rest(), activations="int8", x_scale=x_scale)
+    call = linear_rounded_op.bind(*weight.rest(), "int8", x_scale)
     assert call(x, None) is not None
     x_scale.data = torch.tensor([0.02])
     assert call(x, None) is None
@@ -262,13 +263,13 @@ def test_a_prepared_call_steps_aside_when_its_scale_has_moved(level: str, kind: 
     [
         (torch.ones(2), "int8", r"one float32 number, not shape \(2,\)"),
         (torch.ones((), dtype=torch.bfloat16), "int8", "one float32 number, not shape .* torch.bfloat16"),
-        (torch.ones(()), None, "activations=None rounds none"),
+        (torch.ones(()), None, "rounded to int8 or an 8-bit float, not to None"),
     ],
     ids=["two", "bfloat16", "no activations"],
 )
 def test_what_cannot_be_the_scale_of_x_is_an_error(x_scale, activations, said):
     with pytest.raises(ValueError, match=said):
-        bound.bind(*make_weight(INT8, 5, 64).rest(), activations=activations, x_scale=x_scale)
+        linear_rounded_op.bind(*make_weight(INT8, 5, 64).rest(), activations, x_scale)
 
 
 # ---------------------------------------------------------------------------------------------------- who is served
@@ -316,9 +317,14 @@ def test_a_layer_gives_what_the_definition_gives_with_and_without_the_kernel(
 def test_what_no_kernel_takes_has_a_sentence(arguments, said):
     skip_without(INT8)
     skip_without(Kind("int4", 64))
-    assert said in int8.refuses_int8(*arguments)
-    assert int8.refuses_int8("int8", -1, False, 65536, "int8") is None
-    assert int8.refuses_int8("int4", 24, False, 20, "int8") is None  # one group
+    assert said in refuses(*arguments)
+    assert refuses("int8", -1, False, 65536, "int8") is None
+    assert refuses("int4", 24, False, 20, "int8") is None  # one group
+
+
+def refuses(qtype: str, group_size: int, asymmetric: bool, columns: int, activations: str) -> str | None:
+    (weight,) = make_weight(Kind(qtype, group_size, asymmetric), 1, columns).rest()
+    return refuses_int8(weight, activations)
 
 
 @some_kinds
@@ -326,8 +332,8 @@ def test_a_level_without_the_kernel_says_so(level: str, kind: Kind, monkeypatch)
     monkeypatch.setattr(NATIVE, "has_kernel", lambda name: False)
     weight = make_weight(kind, 5, 64)
     arguments = (kind.qtype, kind.group_size, kind.asymmetric, 64, "int8")
-    assert int8.refuses_int8(*arguments) == f"level {level} has no product of {kind.qtype} and int8"
-    assert bound.bind(*weight.rest(), "int8") is None
+    assert refuses(*arguments) == f"level {level} has no product of {kind.qtype} and int8"
+    assert linear_rounded_op.bind(*weight.rest(), "int8", None) is None
 
 
 @every_kind
@@ -335,18 +341,20 @@ def test_a_level_without_the_kernel_says_so(level: str, kind: Kind, monkeypatch)
 def test_no_kernel_is_wrong_on_this_machine(level: str, dtype: torch.dtype, kind: Kind):
     skip_without(kind)
     for many in (False, True):
-        key = (kind.qtype, kind.group_size, kind.asymmetric, make_weight(kind, 1, 64).scale.dtype, dtype, many)
-        assert int8.why_int8_wrong(level, *key) is None
+        key = make_weight(kind, 1, 64).rest()[0].key
+        assert linear_rounded_op.why_wrong(linear_rounded_op.kernels[0], (key, dtype, many, "int8")) is None
 
 
 @every_float
 @pytest.mark.parametrize("group_size", [16, 64, 256])
 def test_a_layer_as_narrow_as_a_group_has_the_kernel_of_whole_rows(level: str, dtype: torch.dtype, group_size: int):
     """Such a layer was checked with rows of several groups, for which there is no kernel."""
-    if int8.refuses_int8("int8", group_size, False, group_size, "int8") is not None:
+    if refuses("int8", group_size, False, group_size, "int8") is not None:
         pytest.skip("this level has no product of int8 and int8")
-    for many in (False, True):
-        assert int8.why_not_int8("int8", group_size, False, torch.bfloat16, group_size, dtype, many, "int8") is None
+    (weight,) = make_weight(Kind("int8", group_size), 5, group_size).rest()
+    for rows in (1, 20):
+        x = torch.ones(rows, group_size, dtype=dtype)
+        assert linear_rounded_op.explain(x, weight, None, "int8", None)[0] == ("native_int8", "runs")
 
 
 @pytest.mark.parametrize("columns", [1, 16, 40, 64])
@@ -365,7 +373,7 @@ def test_a_layer_narrower_than_a_group_gives_the_product_of_the_definition(level
 @pytest.mark.parametrize("rows", [1, 3, 19])
 def test_a_wrong_kernel_is_reported_once_and_never_used(level: str, rows: int, kind: Kind, monkeypatch):
     skip_without(kind)
-    name = linear_name(kind.qtype, "int8")
+    name = linear_name(*make_weight(kind, 1, 64).rest(), "int8")
     right = getattr(NATIVE, name)
 
     def wrong(packed: int, *rest: int) -> None:
@@ -373,9 +381,9 @@ def test_a_wrong_kernel_is_reported_once_and_never_used(level: str, rows: int, k
         right(packed + (rest[11] == rows), *rest)
 
     monkeypatch.setattr(NATIVE, name, wrong)
-    int8.why_int8_wrong.cache_clear()
+    why_kernel_wrong.cache_clear()
     weight, x = make_weight(kind, 17, 200), torch.randn(rows, 200)
-    call = bound.bind(*weight.rest(), "int8")
+    call = linear_rounded_op.bind(*weight.rest(), "int8", None)
     with pytest.warns(RuntimeWarning) as caught:
         assert call(x, None) is None and call(x, None) is None
     (warning,) = caught
@@ -383,6 +391,6 @@ def test_a_wrong_kernel_is_reported_once_and_never_used(level: str, rows: int, k
         assert part in str(warning.message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        key = (kind.qtype, kind.group_size, kind.asymmetric, weight.scale.dtype, 200, torch.float32, rows > 8)
-        assert "disagrees" in int8.why_not_int8(*key, "int8")
-    int8.why_int8_wrong.cache_clear()
+        said = dict(linear_rounded_op.explain(x, *weight.rest(), None, "int8", None))
+        assert "disagrees" in said["native_int8"] and said["rounding, linear"] == "runs"
+    why_kernel_wrong.cache_clear()

@@ -13,7 +13,7 @@ from native_weights import FLOATS, LEVELS, Exact, Kind, Weight, classes, every_f
 from torch import nn
 
 from quanto_hf.nn import QLinear
-from quanto_hf.ops import dequantize, groups, linear, linear_grad_input, linear_op, pack
+from quanto_hf.ops import GroupedWeight, dequantize_op, groups, linear, linear_grad_input, linear_op, pack
 from quanto_hf.ops.cpu.library import NATIVE
 from quanto_hf.qtypes import QTYPES
 from quanto_hf.schemes import make_scheme
@@ -140,7 +140,7 @@ def test_whatever_is_asked_the_product_is_that_of_float64(
         weight, x = make_weight(kind, n, k, scale_dtype=scale_dtype), random_x(m, k, dtype)
         bias = random_x(1, n, dtype)[0] if biased else None
         Exact.of(x, weight, bias).check(native()(*weight.linear(x, bias)))
-        assert torch.equal(native(dequantize)(*weight.rest(), dtype), dequantize.reference(*weight.rest(), dtype))
+        assert torch.equal(native(dequantize_op)(*weight.rest(), dtype), dequantize_op.reference(*weight.rest(), dtype))
     finally:
         NATIVE.use_level(before)
 
@@ -260,7 +260,7 @@ def test_a_product_beyond_the_dtype_is_an_infinity_of_its_sign_as_in_torch(level
 
 
 def check_classes(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-    dense = dequantize.reference(*weight.rest(), torch.float32)
+    dense = weight.rest()[0].dense(torch.float32)
     expected = classes(x.double() @ dense.double().T + (0 if bias is None else bias.double()))
     # torch agrees, so that this is no opinion of ours
     assert torch.equal(classes(F.linear(x, dense.to(x.dtype), bias)), expected)
@@ -339,7 +339,7 @@ def test_all_256_codes_of_a_float8_are_decoded_nan_and_infinity_too(
     codes = torch.arange(256, dtype=torch.uint8).repeat(5, 1)
     weight = Weight(codes, torch.ones(5, groups(256, group_size)), None, kind, 256)
     expected = codes.view(QTYPES[qtype].float_dtype).to(dtype)
-    made = native(dequantize)(*weight.rest(), dtype)
+    made = native(dequantize_op)(*weight.rest(), dtype)
     assert torch.equal(made.nan_to_num(12345.0), expected.nan_to_num(12345.0))
     assert torch.equal(classes(made), classes(expected))
     assert (classes(made) != 0).any()
@@ -408,7 +408,7 @@ def test_tensors_may_start_anywhere(level: str, kind: Kind, dtype: torch.dtype):
     for m in (1, 2, 5, 17):
         expected = native()(*weight.linear(x[:m], bias))
         assert torch.equal(native()(*moved.linear(shifted(x[:m], offset), shifted(bias, offset))), expected)
-    assert torch.equal(native(dequantize)(*moved.rest(), dtype), native(dequantize)(*weight.rest(), dtype))
+    assert torch.equal(native(dequantize_op)(*moved.rest(), dtype), native(dequantize_op)(*weight.rest(), dtype))
 
 
 def strided(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -427,7 +427,7 @@ def test_tensors_need_not_be_contiguous(level: str, kind: Kind, dtype: torch.dty
         parts = [None if t is None else strided(t)[i] for t in (weight.packed, weight.scale, weight.zero)]
         other = Weight(*parts, kind, 200)
         assert torch.equal(native()(*other.linear(strided(x)[i], strided(bias[None])[i][0])), expected)
-        assert torch.equal(native(dequantize)(*other.rest(), dtype), native(dequantize)(*weight.rest(), dtype))
+        assert torch.equal(native(dequantize_op)(*other.rest(), dtype), native(dequantize_op)(*weight.rest(), dtype))
 
 
 def test_a_view_with_the_negative_bit_is_read_as_what_it_says(level: str):
@@ -439,33 +439,34 @@ def test_a_view_with_the_negative_bit_is_read_as_what_it_says(level: str):
 
 def spoiled(weight: Weight) -> dict[str, tuple[Any, ...]]:
     """Arguments of ``linear`` that no kernel may see, each by the name of what is wrong."""
-    x, packed, scale, zero, bias, *rest = weight.linear(random_x(3, 200, torch.float32), torch.randn(17))
+    x, value, bias = weight.linear(random_x(3, 200, torch.float32), torch.randn(17))
+    packed, scale, zero = value.stored
     other = torch.int8 if packed.dtype is torch.uint8 else torch.uint8
     cases = {
-        "packed one row short": (x, packed[1:], scale, zero, bias, *rest),
-        "packed one byte short": (x, packed[:, 1:].contiguous(), scale, zero, bias, *rest),
-        "packed of three dimensions": (x, packed[None], scale, zero, bias, *rest),
-        "packed of one dimension": (x, packed.flatten(), scale, zero, bias, *rest),
-        "packed of another dtype": (x, packed.to(other), scale, zero, bias, *rest),
-        "packed as wider numbers": (x, packed.to(torch.int32), scale, zero, bias, *rest),
-        "scale one row short": (x, packed, scale[1:], zero, bias, *rest),
-        "scale transposed": (x, packed, scale.T, zero, bias, *rest),
-        "scale flat": (x, packed, scale.flatten(), zero, bias, *rest),
-        "scale in float64": (x, packed, scale.double(), zero, bias, *rest),
-        "scale of integers": (x, packed, scale.int(), zero, bias, *rest),
-        "bias one number short": (x, packed, scale, zero, bias[1:], *rest),
-        "bias of another dtype": (x, packed, scale, zero, bias.half(), *rest),
-        "bias of two dimensions": (x, packed, scale, zero, bias[None], *rest),
-        "input two columns short": (x[:, 2:], packed, scale, zero, bias, *rest),
-        "input in float64": (x.double(), packed, scale, zero, bias, *rest),
-        "input of complex numbers": (x.to(torch.complex64), packed, scale, zero, bias, *rest),
-        "input without dimensions": (x[0, 0], packed, scale, zero, bias, *rest),
+        "packed one row short": (x, value._replace(packed=packed[1:]), bias),
+        "packed one byte short": (x, value._replace(packed=packed[:, 1:].contiguous()), bias),
+        "packed of three dimensions": (x, value._replace(packed=packed[None]), bias),
+        "packed of one dimension": (x, value._replace(packed=packed.flatten()), bias),
+        "packed of another dtype": (x, value._replace(packed=packed.to(other)), bias),
+        "packed as wider numbers": (x, value._replace(packed=packed.to(torch.int32)), bias),
+        "scale one row short": (x, value._replace(scale=scale[1:]), bias),
+        "scale transposed": (x, value._replace(scale=scale.T), bias),
+        "scale flat": (x, value._replace(scale=scale.flatten()), bias),
+        "scale in float64": (x, value._replace(scale=scale.double()), bias),
+        "scale of integers": (x, value._replace(scale=scale.int()), bias),
+        "bias one number short": (x, value, bias[1:]),
+        "bias of another dtype": (x, value, bias.half()),
+        "bias of two dimensions": (x, value, bias[None]),
+        "input two columns short": (x[:, 2:], value, bias),
+        "input in float64": (x.double(), value, bias),
+        "input of complex numbers": (x.to(torch.complex64), value, bias),
+        "input without dimensions": (x[0, 0], value, bias),
     }
     if zero is not None:
         cases |= {
-            "zero one row short": (x, packed, scale, zero[1:], bias, *rest),
-            "zero of another dtype than scale": (x, packed, scale, zero.float(), bias, *rest),
-            "zero in float64": (x, packed, scale, zero.double(), bias, *rest),
+            "zero one row short": (x, value._replace(zero=zero[1:]), bias),
+            "zero of another dtype than scale": (x, value._replace(zero=zero.float()), bias),
+            "zero in float64": (x, value._replace(zero=zero.double()), bias),
         }
     return cases
 
@@ -477,8 +478,8 @@ def test_tensors_that_do_not_fit_are_an_error_before_a_kernel_sees_them(kind: Ki
         monkeypatch.setattr(NATIVE, name, lambda *args: ran.append(args))
     for case, args in cases.items():
         if case == "packed one byte short" and QTYPES[kind.qtype].bits == 8:
-            assert args[1].shape[1] != args[0].shape[1]
-        for op in (linear, linear_op, linear_op.torch_op):
+            assert args[1].packed.shape[1] != args[0].shape[1]
+        for op in (linear, linear_op, linear_op.in_graph):
             with pytest.raises(ValueError):
                 op(*args)
                 pytest.fail(f"no error for {case}")
@@ -487,9 +488,12 @@ def test_tensors_that_do_not_fit_are_an_error_before_a_kernel_sees_them(kind: Ki
 
 @pytest.mark.parametrize("which", range(5), ids=["x", "packed", "scale", "zero", "bias"])
 def test_a_tensor_on_another_device_is_never_read_as_memory(which: int):
-    args = list(make_weight(Kind("int4", 64, True), 17, 200).linear(random_x(3, 200, torch.float32), torch.randn(17)))
-    args[which] = args[which].to("meta")
-    assert linear_op.kernels[0].refuses(*args) == "it runs on CPU only"
+    x, weight, bias = make_weight(Kind("int4", 64, True), 17, 200).linear(
+        random_x(3, 200, torch.float32), torch.randn(17)
+    )
+    tensors = [x, *weight.stored, bias]
+    tensors[which] = tensors[which].to("meta")
+    args = (tensors[0], GroupedWeight(*tensors[1:4], *weight[3:]), tensors[4])
     # through torch's dispatcher a meta tensor chooses the fake, which reads nothing
     for op in (linear, linear_op):
         with pytest.raises(ValueError, match=r"meta.*cpu|cpu.*meta"):
@@ -507,7 +511,7 @@ def test_a_weight_is_dequantized_to_the_bit(level: str, kind: Kind, dtype: torch
     for i in range(3 * order, 3 * order + 3):
         scale_dtype = list(FLOATS.values())[(i + number) % 3]
         weight = make_weight(kind, *SHAPES[(i + number) % 8], scale_dtype=scale_dtype)
-        assert torch.equal(native(dequantize)(*weight.rest(), dtype), dequantize.reference(*weight.rest(), dtype))
+        assert torch.equal(native(dequantize_op)(*weight.rest(), dtype), dequantize_op.reference(*weight.rest(), dtype))
 
 
 @every_kind
@@ -515,7 +519,7 @@ def test_a_weight_is_dequantized_to_the_bit(level: str, kind: Kind, dtype: torch
 def test_tiny_and_huge_weights_are_dequantized_to_the_bit(level: str, kind: Kind, dtype: torch.dtype):
     for size in (2.0**-145, 2.0**-128, 2.0**-20, 2.0**127):
         weight = make_weight(kind, 17, 200, size=size, scale_dtype=torch.float32)
-        made, expected = native(dequantize)(*weight.rest(), dtype), dequantize.reference(*weight.rest(), dtype)
+        made, expected = native(dequantize_op)(*weight.rest(), dtype), dequantize_op.reference(*weight.rest(), dtype)
         assert torch.equal(classes(made), classes(expected))
         assert torch.equal(made.nan_to_num(0.0), expected.nan_to_num(0.0))
 

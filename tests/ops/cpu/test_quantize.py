@@ -1,11 +1,15 @@
 """The native quantizer against the same in plain torch, for every level of instructions that this processor has."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from quanto_hf.fit import Grid, Hqq, Mse, fit_by_name, native_fit
 from quanto_hf.fit.grid import CELLS, lookup_tables
 from quanto_hf.fit.native import native_table
+from quanto_hf.ops import linear, linear_op, quantize_op
+from quanto_hf.ops.cpu import call
 from quanto_hf.ops.cpu import quantize as module
 from quanto_hf.ops.cpu.library import NATIVE
 from quanto_hf.qtypes import QTYPES
@@ -258,12 +262,34 @@ def test_the_table_has_the_nearest_number_of_every_cell(name):
 
 
 def test_what_is_not_taken_says_why(monkeypatch):
-    rows, out = torch.randn(4, 64), {"packed": torch.empty(4, 64), "scale": torch.empty(4, 1)}
-    assert module.refuses_quantize(rows, out, -1) is None
-    assert "16" in module.refuses_quantize(rows, out, 24)
-    assert "CPU" in module.refuses_quantize(rows.to("meta"), out, -1)
-    assert "plain" in module.refuses_quantize(torch.nn.Parameter(rows), out, -1)
+    rows, out, recipe = quantize_op.samples(0)[0]
+    kernel = quantize_op.kernels[0]
+    assert kernel.refuses(rows, out, recipe) is None
+    assert "16" in kernel.refuses(rows, out._replace(group_size=24), recipe)
+    assert "CPU" in kernel.refuses(rows.to("meta"), out.map(lambda tensor: tensor.to("meta")), recipe)
+    assert "plain" in kernel.refuses(torch.nn.Parameter(rows), out, recipe)
+    assert "fit" in kernel.refuses(rows, out, replace(recipe, native=None))
+    # a number type that C++ does not know is quantized in torch
+    monkeypatch.delitem(call.CODES, "int8")
+    assert "int8" in kernel.refuses(rows, out, recipe)
+    assert dict(quantize_op.explain(rows, out, recipe))["reference"] == "runs"
+    monkeypatch.undo()
     monkeypatch.setenv("QUANTO_HF_REFERENCE", "1")
-    assert "QUANTO_HF_REFERENCE" in module.refuses_quantize(rows, out, -1)
+    assert dict(quantize_op.explain(rows, out, recipe))["native"] == "QUANTO_HF_REFERENCE is set"
     monkeypatch.setattr(module, "NATIVE", None)
-    assert module.refuses_quantize(rows, out, -1) == module.REASON
+    assert kernel.refuses(rows, out, recipe) == module.REASON
+
+
+def test_a_number_type_without_native_code_is_multiplied_in_torch(monkeypatch):
+    scheme = make_scheme("int4")
+    weight, x = scheme.weight(scheme.quantize(torch.randn(8, 96)), 96), torch.randn(3, 96)
+    expected = linear(x, weight)
+    monkeypatch.delitem(call.CODES, "int4")
+    assert dict(linear_op.explain(x, weight, None)) == {
+        "native": "there is no native code for int4 weights",
+        "torch_int8pack": "it multiplies symmetric per-channel int8 weights only",
+        "torch_blocks": "runs",
+        "reference": "a kernel before it runs",
+    }
+    assert linear_op.bind(weight) is None
+    torch.testing.assert_close(linear(x, weight), expected, rtol=1e-4, atol=1e-4)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from native_weights import FLOATS, LEVELS, Exact, Kind, make_weight, needs_native
 
-from quanto_hf.ops import dequantize, linear, linear_op
-from quanto_hf.ops.cpu import bound, selfcheck
+from quanto_hf.ops import GroupedWeight, dequantize, dequantize_op, linear, linear_op
 from quanto_hf.ops.cpu.library import NATIVE
+from quanto_hf.ops.registry import why_kernel_wrong
+from quanto_hf.ops.selfcheck import FEW_ROWS
 from quanto_hf.qtypes import QTYPES
 
 pytestmark = needs_native
@@ -22,9 +23,9 @@ ROWS = 12
 
 @pytest.fixture(autouse=True)
 def _nothing_is_known():
-    selfcheck.why_wrong.cache_clear()
+    why_kernel_wrong.cache_clear()
     yield
-    selfcheck.why_wrong.cache_clear()
+    why_kernel_wrong.cache_clear()
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_a_wrong_kernel_is_reported_once_and_never_used(level: str, kind: Kind, 
     for part in (level, kind.qtype, "disagrees with the reference", "slower kernels are used", "report", "quanto-hf"):
         assert part in said
     # the prepared call asks the same
-    assert bound.bind(*args[1:4], *args[5:], 200)(args[0], None) is None
+    assert linear_op.bind(args[1])(args[0], None) is None
 
 
 @every_kind
@@ -88,13 +89,13 @@ def test_a_wrong_dequantize_is_found_too(level: str, kind: Kind, wrong):
     wrong("dequantize")
     with pytest.warns(RuntimeWarning, match="disagrees"):
         made = dequantize(*args)
-    torch.testing.assert_close(made, dequantize.reference(*args))
+    torch.testing.assert_close(made, dequantize_op.reference(*args))
 
 
 def test_only_the_calls_that_are_wrong_are_slower(level: str, wrong):
     few, exact_few = case(Kind("int4", 64, True), 3)
     many, exact_many = case(Kind("int4", 64, True), 20)
-    wrong("linear", rows=2 * selfcheck.GEMV_ROWS + 3)
+    wrong("linear", rows=2 * FEW_ROWS + 3)
     assert not warned(lambda: exact_few.check(linear(*few)))
     with pytest.warns(RuntimeWarning):
         exact_many.check(linear(*many))
@@ -114,14 +115,13 @@ def test_no_kernel_is_wrong_on_this_machine(level: str, qtype: str):
     for dtype in FLOATS.values():
         for group_size in (-1, 32, 64, 100, 128):
             for many in (False, True):
-                args = (level, qtype, group_size, False, torch.bfloat16, dtype, many)
-                assert selfcheck.why_wrong(*args) is None
+                key = (GroupedWeight, qtype, group_size, False, torch.bfloat16)
+                assert linear_op.why_wrong(linear_op.kernels[0], (key, dtype, many)) is None
 
 
 @pytest.mark.parametrize("qtype", QTYPES)
 def test_the_sample_has_every_kind_of_code(qtype: str):
-    packed, scale, *_ = selfcheck.sample(qtype, -1, False, 37, 560)
-    numbers = dequantize.reference(packed, scale, None, qtype, -1, 560, torch.float32)
+    numbers = GroupedWeight.random((GroupedWeight, qtype, -1, False, torch.float32)).dense(torch.float32)
     assert numbers.isfinite().all()
     assert (numbers > 0).any() and (numbers < 0).any()
 
@@ -134,4 +134,4 @@ def test_results_are_kept_for_each_level():
             linear(*case(Kind("int4", 64, True))[0])
     finally:
         NATIVE.use_level(before)
-    assert selfcheck.why_wrong.cache_info().currsize == len(LEVELS)
+    assert why_kernel_wrong.cache_info().currsize == len(LEVELS)

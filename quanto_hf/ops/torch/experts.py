@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from quanto_hf.ops.expert_linear import expert_linear_grad_input, expert_linear_op
+from quanto_hf.ops.grouped_weight import GroupedWeight
 from quanto_hf.ops.index import check_index
 from quanto_hf.ops.linear import linear_grad_input, linear_op
 from quanto_hf.ops.watched import watched
@@ -33,38 +34,21 @@ def used_experts(experts: torch.Tensor, count: int) -> Iterator[tuple[int, torch
 
 @expert_linear_op.kernel("each_expert", _reads_ids)
 def _each_expert(
-    x: torch.Tensor,
-    experts: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    qtype: str,
-    group_size: int,
+    x: torch.Tensor, experts: torch.Tensor, weight: GroupedWeight, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """The rows of an expert are gathered, multiplied by the best kernel of ``linear``, and scattered."""
-    out = x.new_empty((x.shape[0], packed.shape[1]))
-    for e, rows in used_experts(experts, packed.shape[0]):
-        zeros, biases = None if zero is None else zero[e], None if bias is None else bias[e]
-        args = (x[rows], packed[e], scale[e], zeros, biases, qtype, group_size)
+    out = x.new_empty((x.shape[0], weight.shape[1]))
+    for e, rows in used_experts(experts, weight.shape[0]):
+        args = (x[rows], weight.rows(e), None if bias is None else bias[e])
         out[rows] = linear_op.choose(*args)(*args)
     return out
 
 
 @expert_linear_grad_input.kernel("each_expert", _reads_ids)
-def _each_expert_grad(
-    grad: torch.Tensor,
-    experts: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    qtype: str,
-    group_size: int,
-    in_features: int,
-) -> torch.Tensor:
+def _each_expert_grad(grad: torch.Tensor, experts: torch.Tensor, weight: GroupedWeight) -> torch.Tensor:
     """The same with the kernels of ``linear_grad_input``."""
-    out = grad.new_empty((grad.shape[0], in_features))
-    for e, rows in used_experts(experts, packed.shape[0]):
-        args = (grad[rows], packed[e], scale[e], None if zero is None else zero[e], qtype, group_size, in_features)
+    out = grad.new_empty((grad.shape[0], weight.shape[2]))
+    for e, rows in used_experts(experts, weight.shape[0]):
+        args = (grad[rows], weight.rows(e))
         out[rows] = linear_grad_input.choose(*args)(*args)
     return out

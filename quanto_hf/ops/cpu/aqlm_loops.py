@@ -6,23 +6,8 @@ not lie side by side, are refused: the loops see addresses only, and would read 
 
 import torch
 
-from quanto_hf.ops.cpu.library import NATIVE, REASON
-from quanto_hf.ops.registry import reference_only
-
-# csrc/aqlm_fit.h
-MAX_BEAM = 64
-
-
-def refuses_aqlm_fit(device: torch.device) -> str | None:
-    """Why additive codebooks are not made natively for tensors of this device, or None."""
-    asked = reference_only()  # raises where QUANTO_HF_CPU is wrong, and nothing is native then
-    if NATIVE is None:
-        return REASON
-    if asked:
-        return "QUANTO_HF_REFERENCE is set"
-    if device.type != "cpu":
-        return "it runs on CPU only"
-    return None
+from quanto_hf.ops.aqlm_loops import LOOPS, Loops
+from quanto_hf.ops.cpu.library import NATIVE, REASON, label
 
 
 def _address(tensor: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> int:
@@ -149,3 +134,8 @@ def native_code_sums(
         torch.get_num_threads(),
     )
     return sums, totals
+
+
+LOOPS["cpu"] = Loops(
+    lambda: REASON if NATIVE is None else None, label, native_search, native_sweep, native_product, native_code_sums
+)

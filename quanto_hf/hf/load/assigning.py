@@ -1,0 +1,104 @@
+"""Which slot of a model is quantized how while it loads: by the config, or by what a checkpoint says of itself."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from quanto_hf.flow import Choice, Plan, asked_by, first_match, make_plan, not_quantizable
+from quanto_hf.hf.config.skips import default_skips
+from quanto_hf.nn import qmodule_for
+from quanto_hf.nn.slots import label
+from quanto_hf.schemes import Scheme
+
+# Warn when more than this share of the weights stays in float.
+LEFT_IN_FLOAT = 0.1
+
+
+def new_plan(model: Any, config: Any, dtype: torch.dtype) -> Plan:
+    """How each slot of a float model is quantized.
+
+    Args:
+        model: on meta.
+        config: what was asked for.
+        dtype: in which the model is loaded.
+    """
+    return make_plan(
+        model,
+        config.choice(),
+        exclude=config.modules_to_not_convert or (),
+        skip=default_skips(model, dtype, config.default_skips, asked_by(config.overrides)),
+        overrides=config.overrides,
+    )
+
+
+def saved_plan(model: Any, schemes: Mapping[str, Scheme], config: Any, dtype: torch.dtype) -> Plan:
+    """The plan that was saved with a checkpoint, with names for this model class.
+
+    Args:
+        model: on meta.
+        schemes: name of a slot, as it was saved -> how it is stored.
+        config: of the checkpoint.
+        dtype: in which the model is loaded.
+
+    Raises:
+        ValueError: the model does not have a slot of the checkpoint.
+    """
+    known = {
+        label(name, leaf)
+        for name, module in model.named_modules()
+        if (cls := qmodule_for(module)) is not None
+        for leaf in cls.slot_names
+    }
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    chosen: dict[str, Choice] = {}
+    absent: list[str] = []
+    for saved, scheme in schemes.items():
+        # a head was added or removed: AutoModel loads what AutoModelForCausalLM saved, and the other way round
+        names = (saved, saved.removeprefix(prefix), prefix + saved)
+        name = next((name for name in names if name in known), None)
+        if name is None:
+            absent.append(saved)
+        else:
+            chosen[name] = Choice(scheme, fit=_saved_fit(config, saved))
+    if absent and (not chosen or was_written_from(model)):
+        raise ValueError(
+            f"{len(absent)} of the {len(schemes)} quantized modules of the checkpoint are not in "
+            f"{type(model).__name__}; the first one is {absent[0]!r}"
+        )
+    # for the reasons only: an entry of 'schemes' counts more than a default
+    skip = default_skips(model, dtype, config.default_skips)
+    skip.update((name, "it was saved in float") for name in known if name not in chosen and name not in skip)
+    left = make_plan(model, config.choice(), skip=skip).left
+    return Plan(chosen, {name: reason for name, reason in left.items() if name not in chosen})
+
+
+def _saved_fit(config: Any, name: str) -> str | None:
+    """The fit that goes on finding the scales of a layer in training, by the config; packed weights need none."""
+    if not config.qat:
+        return None
+    values = config.overrides.get(first_match(name, config.overrides) or "", {})
+    fit: str | None = config.choice().override(values).fit
+    return fit
+
+
+def was_written_from(model: Any) -> bool:
+    """Whether the checkpoint was written from the class of this model, so that everything fits or it is damaged."""
+    return type(model).__name__ in (model.config.architectures or [])
+
+
+def warn_of_floats(model: Any, plan: Plan) -> None:
+    """Say so when much less is quantized than the user will think."""
+    share, types = not_quantizable(model, plan.chosen)
+    if share > LEFT_IN_FLOAT:
+        warnings.warn(
+            f"{share:.0%} of the weights of {type(model).__name__} stay in float, because they are in modules of a "
+            f"type that quanto_hf does not quantize, or only where a pattern names them: {', '.join(types[:5])}",
+            stacklevel=2,
+        )
+    elif not plan.chosen:
+        warnings.warn(
+            f"no linear layer of {type(model).__name__} is quantized; call quanto_hf.report(model) for the reasons",
+            stacklevel=2,
+        )

@@ -1,0 +1,1 @@
+"""Kernels of all ops in plain torch, for every device and for machines without native kernels."""
