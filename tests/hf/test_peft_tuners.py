@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from tiny_models import build, relative, tokens
+from turns import in_turn
 
 from quanto_hf import QLinear, QuantoConfig
 
@@ -133,8 +134,9 @@ def forward_and_gradients(model, kind: str):
     return out.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("kind", [kind.value for kind in KINDS if kind not in REFUSED_BY_PEFT])
+@pytest.mark.parametrize(
+    "kind, weights", in_turn([kind.value for kind in KINDS if kind not in REFUSED_BY_PEFT], ["int8", "int4"], 1)
+)
 def test_every_adapter_computes_and_learns_what_it_does_on_the_dequantized_model(
     kind, weights, folder, adapters, tmp_path
 ):

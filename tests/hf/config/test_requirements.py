@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked import Program, run_all
 
 from quanto_hf.hf.config.requirements import TRANSFORMERS, check_transformers
 
@@ -14,9 +13,10 @@ from quanto_hf.hf.config.requirements import TRANSFORMERS, check_transformers
 MISSING = "quanto_hf.hf.offload.deferred"
 
 
-def run(code, path):
-    path = os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+def run(code, path=None):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(path), environment.get("PYTHONPATH", "")])
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
 
 
@@ -65,15 +65,8 @@ except ImportError as error:
 """
 
 
-@pytest.fixture(scope="module")
-def done():
-    """What became of the two programs, each in a process of its own."""
-    programs = [Program(OLD), Program(LACKING)]
-    return run_all(programs, environment={**os.environ, "HF_HUB_OFFLINE": "1"})
-
-
-def test_the_import_says_which_version_is_needed_and_transformers_still_works(done):
-    done = done[0]
+def test_the_import_says_which_version_is_needed_and_transformers_still_works():
+    done = run(OLD)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.startswith("quanto_hf needs transformers 5.21 or later, and 4.57.1 is installed: pip install")
@@ -91,7 +84,7 @@ def test_an_old_transformers_without_what_we_import_gives_the_same_sentence(tmp_
     )
 
 
-def test_a_transformers_that_lacks_a_module_we_need_still_imports_its_models(done):
-    done = done[1]
+def test_a_transformers_that_lacks_a_module_we_need_still_imports_its_models():
+    done = run(LACKING)
     assert done.returncode == 0, done.stderr
     assert "quanto_hf cannot quantize with this transformers" in done.stdout and MISSING in done.stdout
