@@ -16,6 +16,8 @@ PACKAGE = ROOT / "quanto_hf"
 ROOMS = {
     "assets": 0, "qtypes": 0, "ops": 1, "fit": 2, "schemes": 3, "nn": 4, "io": 5, "flow": 6, "eager": 7, "hf": 8,
     "cli": 9, "__main__": 10,
+    # names of the rooms for a user; they stand above hf, as the package does
+    "aqlm": 9, "compat": 9,
 }  # fmt: skip
 FOREIGN = ("optimum", "torch.ao", "torchao", "bitsandbytes")
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -136,7 +136,7 @@ def _folder(path: str | None) -> str:
     from quanto_hf.hf.convert.sources import local_folder
 
     if path is None:
-        return tiny_lm()
+        return str(tiny_lm())
     try:
         found = local_folder(path)
     except ValueError as error:

@@ -37,7 +37,7 @@ def read_text(file: Path | None) -> str:
         ValueError: the file cannot be read as text.
     """
     if file is None:
-        return heldout_text()
+        return str(heldout_text())
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:

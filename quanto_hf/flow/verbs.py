@@ -60,6 +60,17 @@ def as_patterns(patterns: str | Iterable[str] | None) -> list[str] | None:
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
+def either(name: str, value: Any, older: str, older_value: Any) -> Any:
+    """The value of an argument that has two names.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if value is not None and older_value is not None:
+        raise ValueError(f"{older}={older_value!r} means the same as {name}={value!r}; give {name} alone")
+    return older_value if value is None else value
+
+
 def quantize(
     model: nn.Module,
     weights: str | QType = "int8",
@@ -69,10 +80,12 @@ def quantize(
     learn_scales: bool = False,
     group_size: int | None = None,
     symmetric: bool | None = None,
-    optimizer: Fit | str | None = None,
+    fit: Fit | str | None = None,
     include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = None,
+    modules_to_not_convert: str | Iterable[str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    optimizer: Fit | str | None = None,
+    exclude: str | Iterable[str] | None = None,
 ) -> nn.Module:
     """Replace the linear layers and convolutions of a model by quantized ones, in place.
 
@@ -90,12 +103,15 @@ def quantize(
         learn_scales: train scales (and zeros) of weights, and static ones of inputs, together with the weights.
         group_size: columns that share a scale, -1 for whole rows; None is the default of the type.
         symmetric: None is the default of the type.
-        optimizer: the fit: "absmax", "minmax", "mse", "hqq" or a :class:`quanto_hf.fit.Fit`; None is the default.
+        fit: what finds the scales: "absmax", "minmax", "mse", "hqq" or a :class:`quanto_hf.fit.Fit`; None is the
+            default of the type.
         include: patterns of modules to quantize (whole name segments or globs); None means all. A router or gate, an
             embedding or a transposed convolution is quantized if a pattern, here or of ``overrides``, names it itself,
             and not only a module that it is in.
-        exclude: patterns of modules that stay float.
+        modules_to_not_convert: patterns of modules that stay float.
         overrides: pattern -> values that differ there, such as ``{"*.down_proj": {"weights": "int8"}}``.
+        optimizer: optimum-quanto's word for ``fit``.
+        exclude: optimum-quanto's word for ``modules_to_not_convert``.
 
     Returns:
         The model itself.
@@ -107,10 +123,12 @@ def quantize(
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
-        >>> freeze(quantize(model, weights="int4", exclude="2"))[0].scheme
+        >>> freeze(quantize(model, weights="int4", modules_to_not_convert="2"))[0].scheme
         Affine(qtype='int4', group_size=64, symmetric=False)
     """
-    choice = Choice(weights, group_size, symmetric, optimizer)
+    fit = either("fit", fit, "optimizer", optimizer)
+    modules_to_not_convert = either("modules_to_not_convert", modules_to_not_convert, "exclude", exclude)
+    choice = Choice(weights, group_size, symmetric, fit)
     if (reason := choice.refusal(learn_scales)) is not None:
         raise ValueError(reason)
     kind = activation_type(activations)
@@ -128,7 +146,7 @@ def quantize(
         choice,
         verb=QUANTIZE,
         include=as_patterns(include),
-        exclude=as_patterns(exclude) or (),
+        exclude=as_patterns(modules_to_not_convert) or (),
         skip=skip,
         overrides=overrides,
         learn=learn_scales,
@@ -136,7 +154,7 @@ def quantize(
     refuse_other_dtypes(model, plan.chosen)
     refuse_quantized(
         model,
-        _quantized_again(model, choice, skip, include, exclude, overrides),
+        _quantized_again(model, choice, skip, include, modules_to_not_convert, overrides),
         kind,
         static_activations,
         learn_scales,

@@ -10,7 +10,6 @@ from quanto_hf.qtypes import weight_names
 
 # keyword of another tool -> of a QuantoConfig, for those that mean the same
 SAME = {
-    "exclude": ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules", "ignore", "modules_to_skip"),
     "modules_to_not_convert": (
         "llm_int8_skip_modules", "skip_modules", "modules_to_skip", "exclude", "ignore", "ignored_layers",
         "exclude_modules", "linear_weights_not_to_quantize", "not_convert", "skip",
@@ -18,7 +17,6 @@ SAME = {
     "group_size": ("q_group_size", "block_size", "blocksize", "groupsize", "bnb_4bit_blocksize", "in_group_size"),
     "symmetric": ("sym", "zero_point", "use_zero_point", "asymmetric"),
     "fit": ("optimizer",),
-    "optimizer": ("fit",),
     "activations": ("activation", "activation_scheme", "abits", "a_bits", "a_bit", "act_bits"),
     "overrides": ("dynamic_config", "dynamic", "config_groups", "modules", "layer_config"),
 }  # fmt: skip
@@ -63,7 +61,7 @@ def instead(keyword: str, value: Any, known: Iterable[str]) -> str | None:
         return ELSEWHERE[keyword]
     for own, foreign in SAME.items():
         if keyword in foreign and own in known:
-            same = type(value) in (int, list, tuple) or own in ("fit", "optimizer")
+            same = type(value) in (int, list, tuple) or own == "fit"
             return f"{own}={SHORT.repr(value)}" if same and own != "activations" else own
     near = difflib.get_close_matches(keyword, list(known), n=1, cutoff=0.75)
     return f"{near[0]}={SHORT.repr(value)}" if near else None

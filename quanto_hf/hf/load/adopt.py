@@ -66,12 +66,16 @@ def _config(weights: Any, activations: Any, kwargs: dict[str, Any]) -> QuantoCon
     return QuantoConfig(
         weights=_name(weights),
         activations=_name(activations),
-        modules_to_not_convert=flow.as_patterns(kwargs.get("exclude")),
+        modules_to_not_convert=flow.as_patterns(_either(kwargs, "modules_to_not_convert", "exclude")),
         group_size=kwargs.get("group_size"),
         symmetric=kwargs.get("symmetric"),
-        fit=_name(kwargs.get("optimizer")),
+        fit=_name(_either(kwargs, "fit", "optimizer")),
         overrides=overrides,
     )
+
+
+def _either(kwargs: dict[str, Any], name: str, older: str) -> Any:
+    return flow.either(name, kwargs.get(name), older, kwargs.get(older))
 
 
 def _name(value: Any) -> Any:

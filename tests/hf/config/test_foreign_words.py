@@ -92,8 +92,8 @@ def test_quantize_says_it_for_its_own_arguments():
     net = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(TypeError, match=r'quantize does not take bits=4: write weights="int4" in place of bits=4'):
         quanto_hf.quantize(net, bits=4)
-    with pytest.raises(TypeError, match=r"exclude=\['a'\] in place of modules_to_not_convert=\['a'\]; optimizer='hqq'"):
-        quanto_hf.quantize(net, modules_to_not_convert=["a"], fit="hqq")
+    with pytest.raises(TypeError, match=r"modules_to_not_convert=\['a'\] in place of skip_modules=\['a'\]"):
+        quanto_hf.quantize(net, skip_modules=["a"], fit="hqq")
     assert type(net[0]) is nn.Linear
 
 
