@@ -149,10 +149,10 @@ def test_the_reader_of_imports_sees_all_forms(tmp_path, monkeypatch):
         "def f():\n    from quanto_hf.cli import main\n"
     )
     assert sorted(name for _, name in imports(file)) == [
-        "quanto_hf.cli.main", "quanto_hf.flow.plan", "quanto_hf.hf", "quanto_hf.nn.registry", "torch.ao.quantization",
+        "quanto_hf.cli.main", "quanto_hf.flow.assign", "quanto_hf.hf", "quanto_hf.nn.registry", "torch.ao.quantization",
     ]  # fmt: skip
     assert [found.partition(" imports ")[2] for found in upward(file)] == [
-        "quanto_hf.hf", "quanto_hf.flow.plan", "quanto_hf.cli.main",
+        "quanto_hf.hf", "quanto_hf.flow.assign", "quanto_hf.cli.main",
     ]  # fmt: skip
     assert [found.partition(" imports ")[2] for found in foreign(file)] == ["torch.ao.quantization"]
 
@@ -226,7 +226,7 @@ def made_by_default(text):
         id(node)
         for function in ast.walk(tree)
         if isinstance(function, ast.FunctionDef) and _decorators(function) & KEEPING
-        if "undisturbed" not in _decorators(function)
+        if "neutral_settings" not in _decorators(function)
         for node in ast.walk(function)
     }
     for node in ast.walk(tree):
@@ -274,7 +274,7 @@ def d():
     return torch.ones(2, dtype=torch.int8), torch.ones(2, dtype=torch.int8, device="cpu")
 
 @cache
-@undisturbed()
+@neutral_settings()
 def e():
     return torch.ones(2, dtype=torch.int8)
 """

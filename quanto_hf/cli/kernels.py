@@ -149,7 +149,7 @@ def chosen_kernel(op: "Op", arguments: tuple[Any, ...]) -> str:
 def check(scheme: "Scheme", dtype: "torch.dtype", shape: tuple[int, int]) -> dict[str, Any] | None:
     """The self-checks of all kernels of a scheme that have one, for few rows of x and for many. Errors are None where
     there is no such kernel. None if there is none at all."""
-    from quanto_hf.ops.selfcheck import FEW_ROWS, TOLERANCE, undisturbed
+    from quanto_hf.ops.selfcheck import FEW_ROWS, TOLERANCE, neutral_settings
 
     said: list[str] = []
     worst: dict[str, float | None] = dict.fromkeys(("dequantize", "few_rows", "many_rows", "int8_activations"))
@@ -163,7 +163,7 @@ def check(scheme: "Scheme", dtype: "torch.dtype", shape: tuple[int, int]) -> dic
                 if (sentence := op.why_wrong(kernel, case)) is not None and sentence not in said:
                     said.append(sentence)
                 if (name := columns.get(op.name)) is not None:
-                    with undisturbed():
+                    with neutral_settings():
                         worst[name] = max(worst[name] or 0.0, *(error for error, _ in op.errors(kernel.run, *case)))
     if not said and all(error is None for error in worst.values()):
         return None

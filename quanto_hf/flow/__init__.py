@@ -3,8 +3,9 @@
 Imports: ``io`` and everything below it. Never: transformers.
 """
 
-from quanto_hf.flow.applying import apply_plan, by_module, note_reasons, quantized, quantized_by, replace_modules
+from quanto_hf.flow.applying import apply_assignment, by_module, note_reasons, quantized, quantized_by, replace_modules
 from quanto_hf.flow.aqlm import freeze_aqlm
+from quanto_hf.flow.assign import OVERRIDABLE, Assignment, Choice, asked_by, assign
 from quanto_hf.flow.calibration import Calibration, calibrate
 from quanto_hf.flow.compare import compare
 from quanto_hf.flow.comparison import Comparison, LayerRow
@@ -12,7 +13,6 @@ from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
 from quanto_hf.flow.moments import collect_moments
 from quanto_hf.flow.notes import notes_of, warn_of_notes
 from quanto_hf.flow.patterns import first_match, matches
-from quanto_hf.flow.plan import OVERRIDABLE, Choice, Plan, asked_by, make_plan
 from quanto_hf.flow.refuse import refuse_other_dtypes
 from quanto_hf.flow.report import Report, Row, not_quantizable, report
 from quanto_hf.flow.smooth import Fold, Smoothing, smooth
@@ -31,21 +31,22 @@ from quanto_hf.flow.verbs import (
 
 __all__ = [
     "OVERRIDABLE",
+    "Assignment",
     "Calibration",
     "Choice",
     "Comparison",
     "Evaluation",
     "Fold",
     "LayerRow",
-    "Plan",
     "Report",
     "Row",
     "Smoothing",
     "activation_names",
     "activation_type",
-    "apply_plan",
+    "apply_assignment",
     "as_patterns",
     "asked_by",
+    "assign",
     "by_module",
     "calibrate",
     "collect_moments",
@@ -56,7 +57,6 @@ __all__ = [
     "first_match",
     "freeze",
     "freeze_aqlm",
-    "make_plan",
     "matches",
     "not_quantizable",
     "note_reasons",

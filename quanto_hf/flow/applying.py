@@ -1,12 +1,12 @@
-"""Quantized modules in the places where a plan wants them."""
+"""Quantized modules in the places where a assignment wants them."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from quanto_hf.flow.assign import Assignment, Choice
 from quanto_hf.flow.holders import replace_everywhere
-from quanto_hf.flow.plan import Choice, Plan
 from quanto_hf.nn import QuantizedWeight, qmodule_for
 from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.nn.registry import entry_of
@@ -16,16 +16,20 @@ from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
 
 
-def apply_plan(
-    model: nn.Module, plan: Plan, activations: QType | None = None, static: bool = False, learn: bool = False
+def apply_assignment(
+    model: nn.Module,
+    assignment: Assignment,
+    activations: QType | None = None,
+    static: bool = False,
+    learn: bool = False,
 ) -> None:
     """Replace each chosen module by its quantized one in state PREPARED, sharing the parameters. In place.
 
     A module that is reachable by two names stays one module.
 
     Args:
-        model: the model of the plan.
-        plan: which modules, and how.
+        model: the model of the assignment.
+        assignment: which modules, and how.
         activations: number type to which their inputs are rounded, or None.
         static: whether these are rounded with one scale that calibration finds.
         learn: whether scales are trained.
@@ -34,7 +38,7 @@ def apply_plan(
         ValueError: a module cannot be quantized so; the text names it, and nothing has been changed.
     """
     made: dict[nn.Module, nn.Module] = {}
-    for name, choices in by_module(model, plan.chosen).items():
+    for name, choices in by_module(model, assignment.chosen).items():
         module = model.get_submodule(name)
         try:
             made[module] = layer = quantized_by(module, choices, activations, static)
@@ -44,12 +48,12 @@ def apply_plan(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     replace_modules(model, made)
-    note_reasons(model, plan)
+    note_reasons(model, assignment)
 
 
-def note_reasons(model: nn.Module, plan: Plan) -> None:
+def note_reasons(model: nn.Module, assignment: Assignment) -> None:
     """Let the modules know why slots of them stay float, for the report."""
-    for name, reason in plan.left.items():
+    for name, reason in assignment.left.items():
         owner, leaf = find(model, name)
         note_left(model.get_submodule(owner), leaf, reason)
 

@@ -4,7 +4,7 @@ import warnings
 
 from torch import nn
 
-from quanto_hf.flow.plan import Plan
+from quanto_hf.flow.assign import Assignment
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.nn.registry import slots_of
 from quanto_hf.nn.slots import find
@@ -24,10 +24,10 @@ def notes_of(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def warn_of_notes(model: nn.Module, plan: Plan) -> None:
-    """Warn of what schemes have to say about the layers of a plan."""
+def warn_of_notes(model: nn.Module, assignment: Assignment) -> None:
+    """Warn of what schemes have to say about the layers of a assignment."""
     layers = {}
-    for name, choice in plan.chosen.items():
+    for name, choice in assignment.chosen.items():
         (owner, leaf), scheme = find(model, name), choice.scheme()
         module = model.get_submodule(owner)
         layers[name] = scheme, scheme.tensors(slots_of(module)[leaf].matrix_shape, getattr(module, leaf).dtype)

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from quanto_hf.fit import Fit
-from quanto_hf.flow.applying import apply_plan, by_module, quantized, replace_modules
+from quanto_hf.flow.applying import apply_assignment, by_module, quantized, replace_modules
+from quanto_hf.flow.assign import Choice, asked_by, assign
 from quanto_hf.flow.making import MOMENT_BYTES, make_layers, waiting_layers
 from quanto_hf.flow.notes import warn_of_notes
 from quanto_hf.flow.patterns import any_names, first_match
-from quanto_hf.flow.plan import Choice, asked_by, make_plan
 from quanto_hf.flow.refuse import refuse_other_dtypes, refuse_quantized
 from quanto_hf.flow.routers import routers
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
@@ -141,7 +141,7 @@ def quantize(
     }
     asked = [*(as_patterns(include) or ()), *asked_by(overrides)]
     skip.update(routers(model, getattr(model, "config", None), asked))
-    plan = make_plan(
+    assignment = assign(
         model,
         choice,
         verb=QUANTIZE,
@@ -151,7 +151,7 @@ def quantize(
         overrides=overrides,
         learn=learn_scales,
     )
-    refuse_other_dtypes(model, plan.chosen)
+    refuse_other_dtypes(model, assignment.chosen)
     refuse_quantized(
         model,
         _quantized_again(model, choice, skip, include, modules_to_not_convert, overrides),
@@ -159,8 +159,8 @@ def quantize(
         static_activations,
         learn_scales,
     )
-    warn_of_notes(model, plan)
-    apply_plan(model, plan, kind, static_activations, learn_scales)
+    warn_of_notes(model, assignment)
+    apply_assignment(model, assignment, kind, static_activations, learn_scales)
     # the search for scales to learn has filled them
     free()
     return model

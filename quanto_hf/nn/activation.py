@@ -14,7 +14,9 @@ INPUT_SCALE = "input_scale"
 INPUT_OBSERVER = "input_observer"
 
 
-def fake_quantize(x: torch.Tensor, qtype: QType, group: int = TOKEN, scale: torch.Tensor | None = None) -> torch.Tensor:
+def fake_quantize_input(
+    x: torch.Tensor, qtype: QType, group: int = TOKEN, scale: torch.Tensor | None = None
+) -> torch.Tensor:
     """Round activations to the numbers that ``qtype`` can hold.
 
     The numbers are exactly those of a quantized product; memory and speed are those of the float one. The gradient
@@ -86,7 +88,7 @@ class QuantizedInput(nn.Module):
     observed: bool = False
     # the scale that was found to be calibrated, and its version then: looking at it costs a wait for a GPU
     _checked: tuple[torch.Tensor, int] | None = None
-    # a prepared call, which must not outlive a change of how inputs are rounded
+    # a bound call, which must not outlive a change of how inputs are rounded
     _bound: BoundCall | None
 
     @property

@@ -1,4 +1,4 @@
-"""A call that was prepared for stored tensors, and whether a module still holds these."""
+"""A call that is bound to stored tensors, and whether a module still holds these."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What a layer of experts multiplies with: their weights, and the call that is prepared for them."""
+"""What a layer of experts multiplies with: their weights, and the call that is bound to them."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ class ExpertProduct:
 
     A module has one for each of its stacked weights, and calls it with its own ``_parameters``. What
     :func:`quanto_hf.ops.expert_linear` looks up at each call (20 us) is looked up once, and again when other tensors
-    are held; whatever the prepared call does not serve takes that way. Results, gradients and errors are those of the
+    are held; whatever the bound call does not serve takes that way. Results, gradients and errors are those of the
     op, but that a wrong width of the input is always seen: the op cannot tell 199 columns from 200. Autocast is left
-    to the module. A module that is copied or pickled takes it along, without the prepared call.
+    to the module. A module that is copied or pickled takes it along, without the bound call.
 
     Args:
         scheme: how the weights are stored.
@@ -83,5 +83,5 @@ class ExpertProduct:
         return BoundCall(call, BoundCall.holding(self._names(), parameters))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the prepared call, which knows addresses in memory."""
+        """Everything but the bound call, which knows addresses in memory."""
         return {**self.__dict__, "_bound": None}

@@ -165,23 +165,23 @@ class HoldsStored(nn.Module):
     # ------------------------------------------------------------------------------------------------ the bound call
 
     def bound_call(self) -> Call | None:
-        """The call that is prepared for the stored tensors that are held, or None where there is none."""
+        """The call that is bound to the stored tensors that are held, or None where there is none."""
         bound, scale = self._bound, self._buffers.get(INPUT_SCALE)
         if bound is None or bound.input_scale is not scale or not bound.fits(self._parameters):
             tensors = self.tensors()
-            call = self._prepare(tensors) if tensors else None
+            call = self._bind_stored(tensors) if tensors else None
             held = BoundCall.holding(self.stored_names, self._parameters)
             bound = self._bound = BoundCall(call, held, scale)
         return bound.call
 
-    def _prepare(self, tensors: Mapping[str, torch.Tensor]) -> Call | None:
+    def _bind_stored(self, tensors: Mapping[str, torch.Tensor]) -> Call | None:
         """What :meth:`bound_call` keeps for these stored tensors; a module type that has such a call makes it here."""
         return None
 
     # ------------------------------------------------------------------------------------------------ nn.Module
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the prepared call, which knows addresses in memory."""
+        """Everything but the bound call, which knows addresses in memory."""
         return {**self.__dict__, "_bound": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -193,7 +193,7 @@ class HoldsStored(nn.Module):
     def _apply(self: H, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> H:
         """Moves everything; converts the dtype of the bias and of ``weight``, never that of the stored tensors."""
         kept = {id(self.held(name)) for name in self.kept_names}
-        # what a prepared call knows may be elsewhere now
+        # what a bound call knows may be elsewhere now
         self._bound = None
 
         def guarded(tensor: torch.Tensor) -> torch.Tensor:

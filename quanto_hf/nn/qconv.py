@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quanto_hf.nn.activation import fake_quantize
+from quanto_hf.nn.activation import fake_quantize_input
 from quanto_hf.nn.registry import QUANTIZE, register_qmodule
 from quanto_hf.nn.rounded import RoundedModule
 from quanto_hf.nn.slots import WEIGHT, Slot
@@ -65,7 +65,7 @@ class QuantizedConv(RoundedModule):
             return x
         self._check_calibrated()
         flat = items(x, len(self.kernel_size))
-        return fake_quantize(flat, self.activations, scale=self.static_scale).view_as(x)
+        return fake_quantize_input(flat, self.activations, scale=self.static_scale).view_as(x)
 
 
 class QuantizedConvTranspose(QuantizedConv):

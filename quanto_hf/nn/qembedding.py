@@ -68,7 +68,7 @@ class QuantizedTable(RoundedModule):
                 return out
         return self.scheme.rows(self.tensors(), index, self.embedding_dim, self.weight_dtype)
 
-    def _prepare(self, tensors: Mapping[str, torch.Tensor]) -> Call | None:
+    def _bind_stored(self, tensors: Mapping[str, torch.Tensor]) -> Call | None:
         """The call that reads rows of these stored tensors, or None where there is none."""
         return self.scheme.bind_rows(tensors, self.embedding_dim)
 

@@ -163,7 +163,7 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
         parameters = self._parameters
         return call(x, parameters["bias"] if "bias" in parameters else self.bias)
 
-    def _prepare(self, tensors: Mapping[str, torch.Tensor]) -> Call | None:
+    def _bind_stored(self, tensors: Mapping[str, torch.Tensor]) -> Call | None:
         """The call for these stored tensors, with x rounded as the layer says, or None where there is none."""
         if self.activations is None:
             return self.scheme.bind(tensors, self.in_features)

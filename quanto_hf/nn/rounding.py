@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from quanto_hf.fit import NO_CONTEXT, Context, Fit
-from quanto_hf.nn.activation import INPUT_SCALE, check_calibrated, fake_quantize
+from quanto_hf.nn.activation import INPUT_SCALE, check_calibrated, fake_quantize_input
 from quanto_hf.nn.slots import WEIGHT
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
@@ -74,7 +74,7 @@ class Rounding(NamedTuple):
         """
         if self.activations is None:
             return x
-        return fake_quantize(x, self.activations, self.scheme.activation_group(self.activations), scale)
+        return fake_quantize_input(x, self.activations, self.scheme.activation_group(self.activations), scale)
 
     def multiply(
         self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], bias: Maybe, scale: Maybe = None

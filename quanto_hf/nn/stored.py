@@ -37,7 +37,7 @@ class StoredParameter(nn.Parameter):
 
     # what numel() answers; a class attribute, since accelerate makes parameters anew by their type
     weights: ClassVar[int | None] = None
-    # another one whenever other memory is put behind this tensor; a prepared call asks for it
+    # another one whenever other memory is put behind this tensor; a bound call asks for it
     place: object = None
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> "StoredParameter":

@@ -34,7 +34,7 @@ class WhyWrong(Protocol):
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def neutral_settings() -> Iterator[None]:
     """The first call may stand under autocast, or another default device. Another default dtype, which belongs to the
     whole process, cannot be put aside here: whatever is made for a check names its dtype."""
     with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.no_grad():
@@ -55,7 +55,7 @@ def checked(what: Callable[..., str]) -> Callable[[Callable[..., list[tuple[floa
 
     def decorate(errors: Callable[..., list[tuple[float, float]]]) -> Any:
         @cache
-        @undisturbed()
+        @neutral_settings()
         @wraps(errors)
         def why_wrong(*key: Hashable) -> str | None:
             for error, allowed in errors(*key):

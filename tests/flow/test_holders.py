@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from quanto_hf import QLinear, dequantize, freeze, quantize
-from quanto_hf.flow import Choice, make_plan
+from quanto_hf.flow import Choice, assign
 
 Pair = namedtuple("Pair", "layer other")
 
@@ -186,4 +186,4 @@ OWNERS = {
 @pytest.mark.parametrize(("hold", "place"), OWNERS.values(), ids=OWNERS)
 def test_a_weight_that_something_else_holds_too_stays_float(hold, place):
     net = Tied(hold)
-    assert make_plan(net, Choice("int8")).left == {"layer": f"its weight is tied to {place}"}
+    assert assign(net, Choice("int8")).left == {"layer": f"its weight is tied to {place}"}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from quanto_hf.nn import QLinear
-from quanto_hf.nn.activation import fake_quantize
+from quanto_hf.nn.activation import fake_quantize_input
 from quanto_hf.qtypes import QType, qfloat8_e4m3fn, qfloat8_e5m2, qint8
 from quanto_hf.schemes import make_scheme
 
@@ -35,7 +35,7 @@ def test_a_value_is_off_by_half_a_step_at_most(kind: QType, token: list[float], 
         bound = torch.maximum(x.double().abs() * relative, smallest * step)
     # float32 rounds the scale, the quotient and the product; below 1e-38 it has fewer digits
     slack = 4 * 2**-24 * x.double().abs().max() + 1e-38
-    assert ((fake_quantize(x, kind).double() - x.double()).abs() <= bound + slack).all()
+    assert ((fake_quantize_input(x, kind).double() - x.double()).abs() <= bound + slack).all()
 
 
 @every_type
@@ -44,7 +44,7 @@ def test_a_value_is_off_by_half_a_step_at_most(kind: QType, token: list[float], 
 def test_shape_and_dtype_stay(kind: QType, dtype: torch.dtype, shape: tuple[int, ...]):
     x = torch.randn(shape).to(dtype)
     kept = x.clone()
-    made = fake_quantize(x, kind)
+    made = fake_quantize_input(x, kind)
     assert made.shape == x.shape and made.dtype == dtype
     assert torch.equal(x, kept)
 
@@ -53,12 +53,12 @@ def test_shape_and_dtype_stay(kind: QType, dtype: torch.dtype, shape: tuple[int,
 @every_float
 def test_16_bit_results_are_the_rounded_ones_of_float32(kind: QType, dtype: torch.dtype):
     x = torch.randn(5, 64).to(dtype)
-    assert torch.equal(fake_quantize(x, kind), fake_quantize(x.float(), kind).to(dtype))
+    assert torch.equal(fake_quantize_input(x, kind), fake_quantize_input(x.float(), kind).to(dtype))
 
 
 def test_int8_uses_whole_steps_and_its_largest_code():
     x = torch.randn(5, 64)
-    steps = fake_quantize(x, qint8) / (x.abs().amax(-1, keepdim=True) / 127)
+    steps = fake_quantize_input(x, qint8) / (x.abs().amax(-1, keepdim=True) / 127)
     assert torch.allclose(steps, steps.round(), atol=1e-4)
     assert torch.equal(steps.abs().amax(-1).round(), torch.full((5,), 127.0))
 
@@ -66,8 +66,8 @@ def test_int8_uses_whole_steps_and_its_largest_code():
 @every_type
 def test_each_token_has_its_own_scale(kind: QType):
     x = torch.randn(5, 64) * torch.logspace(-6, 6, 5)[:, None]
-    together = fake_quantize(x, kind)
-    assert all(torch.equal(together[i], fake_quantize(x[i], kind)) for i in range(5))
+    together = fake_quantize_input(x, kind)
+    assert all(torch.equal(together[i], fake_quantize_input(x[i], kind)) for i in range(5))
 
 
 @every_type
@@ -75,7 +75,7 @@ def test_each_token_has_its_own_scale(kind: QType):
 def test_a_token_of_zeros_stays_zero(kind: QType, dtype: torch.dtype):
     x = torch.randn(3, 16).to(dtype)
     x[1] = 0
-    made = fake_quantize(x, kind)
+    made = fake_quantize_input(x, kind)
     assert not made[1].any() and made[0].any() and made[2].any()
 
 
@@ -83,18 +83,18 @@ def test_a_token_of_zeros_stays_zero(kind: QType, dtype: torch.dtype):
 def test_a_value_that_is_no_number_is_not_hidden_and_spoils_its_token_only(kind: QType):
     x = torch.randn(3, 16)
     x[1, 5] = torch.nan
-    made = fake_quantize(x, kind)
+    made = fake_quantize_input(x, kind)
     assert made[1].isnan().all() and made[[0, 2]].isfinite().all()
 
 
 @every_type
 def test_the_gradient_passes_straight_through(kind: QType):
     x, grad = torch.randn(3, 16, requires_grad=True), torch.randn(3, 16)
-    made = fake_quantize(x, kind)
+    made = fake_quantize_input(x, kind)
     made.backward(grad)
     assert torch.equal(x.grad, grad)
     # and is no reason for another number
-    assert torch.equal(made, fake_quantize(x.detach(), kind))
+    assert torch.equal(made, fake_quantize_input(x.detach(), kind))
 
 
 @every_type
@@ -102,17 +102,17 @@ def test_the_gradient_passes_straight_through(kind: QType):
 @pytest.mark.parametrize("features", [1, 31, 32, 33, 64, 100])
 def test_each_group_of_columns_has_its_own_scale(kind: QType, dtype: torch.dtype, features: int):
     x = (torch.randn(3, features) * torch.logspace(-3, 3, features)).to(dtype)
-    together = fake_quantize(x, kind, 32)
+    together = fake_quantize_input(x, kind, 32)
     assert together.shape == x.shape and together.dtype == dtype
     for start in range(0, features, 32):
         cut = slice(start, start + 32)
-        assert torch.equal(together[:, cut], fake_quantize(x[:, cut], kind))
+        assert torch.equal(together[:, cut], fake_quantize_input(x[:, cut], kind))
 
 
 def test_an_outlier_costs_digits_in_its_own_group_only():
     x = torch.randn(4, 128)
     x[:, 3] = 1000
-    per_token, per_group = (fake_quantize(x, qint8, group) for group in (-1, 32))
+    per_token, per_group = (fake_quantize_input(x, qint8, group) for group in (-1, 32))
     assert (per_token[:, 32:] == 0).float().mean() > 0.9
     # half a step of 4 / 127
     assert (per_group[:, 32:] - x[:, 32:]).abs().max() < 0.02
@@ -121,14 +121,14 @@ def test_an_outlier_costs_digits_in_its_own_group_only():
 def test_a_value_that_is_no_number_spoils_its_group_and_no_other():
     x = torch.randn(2, 96)
     x[1, 40] = torch.nan
-    made = fake_quantize(x, qint8, 32)
+    made = fake_quantize_input(x, qint8, 32)
     assert made[1, 32:64].isnan().all()
     assert made[0].isfinite().all() and made[1, :32].isfinite().all() and made[1, 64:].isfinite().all()
 
 
 def test_the_gradient_passes_straight_through_groups():
     x, grad = torch.randn(3, 50, requires_grad=True), torch.randn(3, 50)
-    fake_quantize(x, qint8, 32).backward(grad)
+    fake_quantize_input(x, qint8, 32).backward(grad)
     assert torch.equal(x.grad, grad)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from quanto_hf.nn import QLinear, State
-from quanto_hf.nn.activation import fake_quantize
+from quanto_hf.nn.activation import fake_quantize_input
 from quanto_hf.qtypes import QTYPES, qtype
 from quanto_hf.schemes import make_scheme
 
@@ -121,7 +121,7 @@ def surrogate(layer: QLinear, x: torch.Tensor, grad: torch.Tensor) -> dict[str, 
     """Gradients of the float64 product of the rounded numbers, through which they pass straight."""
     kind = layer.activations
     scale = layer.static_scale
-    rounded = x if kind is None else fake_quantize(x, kind, layer.scheme.activation_group(kind), scale)
+    rounded = x if kind is None else fake_quantize_input(x, kind, layer.scheme.activation_group(kind), scale)
     inside = torch.ones_like(x) if scale is None else ((x.float() / scale).abs() <= kind.qmax).to(x.dtype)
     weight = frozen(layer).weight.double()
     flat = grad.double().reshape(-1, N)

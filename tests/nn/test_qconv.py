@@ -10,7 +10,7 @@ from torch import nn
 
 from quanto_hf import dequantize, freeze, quantization_map, quantize, report, requantize
 from quanto_hf.nn import State, qmodule_for
-from quanto_hf.nn.activation import fake_quantize
+from quanto_hf.nn.activation import fake_quantize_input
 from quanto_hf.qtypes import QTYPES, qint8, qtype
 from quanto_hf.schemes import make_scheme
 
@@ -93,7 +93,7 @@ def test_gradients_pass_straight_through_both_roundings(make, shape, activations
     plain, value = frozen(layer).to_float(), x.detach()
     if activations is not None:
         static = None if scale is None else torch.tensor([scale])
-        value = fake_quantize(value.flatten(1), qint8, scale=static).view_as(value)
+        value = fake_quantize_input(value.flatten(1), qint8, scale=static).view_as(value)
     value.requires_grad_()
     plain(value).backward(grad)
     inside = 1.0 if scale is None else (x.detach().abs() / scale <= 127).float()

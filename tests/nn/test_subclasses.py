@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from quanto_hf import QLinear, QuantoConfig, dequantize, freeze, quantize, replace_with_quanto_layers, report
-from quanto_hf.flow import Choice, make_plan, not_quantizable
+from quanto_hf.flow import Choice, assign, not_quantizable
 from quanto_hf.nn import qmodule_for, why_no_qmodule
 
 
@@ -190,8 +190,8 @@ def plain(layer):
 @pytest.mark.parametrize(("kind", "reason"), OTHERS.items(), ids=lambda value: getattr(value, "__name__", None))
 def test_any_other_subclass_stays_float_and_says_why(kind, reason):
     model = nn.Sequential(kind(64, 16), nn.Linear(16, 16))
-    plan = make_plan(model, Choice("int8"))
-    assert list(plan.chosen) == (["0.lora", "1"] if kind is Lora else ["1"])
+    assignment = assign(model, Choice("int8"))
+    assert list(assignment.chosen) == (["0.lora", "1"] if kind is Lora else ["1"])
     quantize(model, "int8")
     assert type(model[0]) is kind
     row = next(row for row in report(model).rows if row.name == "0.weight")
@@ -265,7 +265,7 @@ def test_a_state_dict_and_the_compiler_see_a_quantized_linear_layer():
 def test_a_layer_whose_forward_is_replaced_stays_float():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[0].forward = functools.partial(torch.mul, torch.ones(8))
-    assert make_plan(model, Choice("int8")).left == {"0": "its forward is replaced, by an attribute of the module"}
+    assert assign(model, Choice("int8")).left == {"0": "its forward is replaced, by an attribute of the module"}
 
 
 def test_a_parametrized_weight_and_a_parametrized_bias_stay_float():
@@ -276,16 +276,16 @@ def test_a_parametrized_weight_and_a_parametrized_bias_stay_float():
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8), Falcon(8, 8))
     parametrize.register_parametrization(model[1], "bias", Double())
     parametrize.register_parametrization(model[2], "weight", Double())
-    plan = make_plan(model, Choice("int8"))
-    assert not plan.chosen and list(plan.left) == ["0", "1", "2"]
-    assert "computed from other parameters" in plan.left["0"] and "parametrizations" in plan.left["1"]
+    assignment = assign(model, Choice("int8"))
+    assert not assignment.chosen and list(assignment.left) == ["0", "1", "2"]
+    assert "computed from other parameters" in assignment.left["0"] and "parametrizations" in assignment.left["1"]
 
 
 def test_the_projection_of_torchs_attention_and_a_lazy_layer_stay_float():
     model = nn.Sequential(nn.MultiheadAttention(16, 2), nn.LazyLinear(4))
-    plan = make_plan(model, Choice("int8"))
-    assert not plan.chosen
-    assert "reads it by its weight" in plan.left["0.out_proj"] and "not known" in plan.left["1"]
+    assignment = assign(model, Choice("int8"))
+    assert not assignment.chosen
+    assert "reads it by its weight" in assignment.left["0.out_proj"] and "not known" in assignment.left["1"]
 
 
 def test_a_convolution_subclass_is_quantized_if_it_inherits_its_forward():

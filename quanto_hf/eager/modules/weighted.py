@@ -16,7 +16,7 @@ from quanto_hf.eager.modules.stored_weights import (
     scale_axis,
     weight_observer,
 )
-from quanto_hf.nn.activation import fake_quantize
+from quanto_hf.nn.activation import fake_quantize_input
 from quanto_hf.nn.observers import is_memoryless
 from quanto_hf.nn.qconv import items
 from quanto_hf.qtypes import qint8
@@ -90,7 +90,7 @@ class Stored(OnGrid, StoredWeights):
         if self.is_dynamic and self.how("weight").dtype != "float16":
             # an image is rounded as a whole, as in the modules of quanto_hf
             flat = input if isinstance(self, nn.Linear) else items(input, len(self.kernel_size))  # type: ignore[arg-type]
-            input = fake_quantize(flat, qint8).view_as(input)
+            input = fake_quantize_input(flat, qint8).view_as(input)
         out = self.product(input, self.weight_of("weight", input.dtype), bias, *args, **kwargs)
         return self.on_grid(out.relu() if self.relu else out)
 

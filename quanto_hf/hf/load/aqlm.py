@@ -5,17 +5,17 @@ from typing import Any
 
 from torch import nn
 
-from quanto_hf.flow import Choice, Plan, first_match, make_plan
+from quanto_hf.flow import Assignment, Choice, assign, first_match
 from quanto_hf.hf.config.aqlm import AqlmConfig
 from quanto_hf.hf.config.skips import default_skips
 from quanto_hf.hf.load.quantizer import QuantoHfQuantizer
-from quanto_hf.hf.load.replace import replace_by_plan
+from quanto_hf.hf.load.replace import replace_by_assignment
 from quanto_hf.nn import QuantizedLinear
 
 
-def read_plan(
+def read_assignment(
     model: nn.Module, config: AqlmConfig, names: list[str], prefixes: tuple[str, ...] = ("",), skip: Any = None
-) -> Plan:
+) -> Assignment:
     """Which linear layers have codes in a model that is made in this format, or read.
 
     Args:
@@ -29,16 +29,16 @@ def read_plan(
         ValueError: the weight of a layer cannot be cut into blocks; the text names the layer.
     """
     # the same layers for every layout: what can be read is more than what can be made
-    plan = make_plan(model, Choice("int8"), skip={**(skip or {}), **_named(model, names, prefixes)})
+    assignment = assign(model, Choice("int8"), skip={**(skip or {}), **_named(model, names, prefixes)})
     problems = []
-    for name in plan.chosen:
-        layer, plan.chosen[name] = model.get_submodule(name), config.choice()
+    for name in assignment.chosen:
+        layer, assignment.chosen[name] = model.get_submodule(name), config.choice()
         assert isinstance(layer, nn.Linear)
         if (reason := config.scheme().refuses((layer.out_features, layer.in_features))) is not None:
             problems.append(f"{name}: {reason}")
     if problems:
         raise ValueError("the model cannot have AQLM weights of this layout:\n  " + "\n  ".join(problems))
-    return plan
+    return assignment
 
 
 def _named(model: nn.Module, names: list[str], prefixes: tuple[str, ...]) -> dict[str, str]:
@@ -81,11 +81,11 @@ def replace_with_aqlm_linear(
     """
     config = AqlmConfig.of(quantization_config if quantization_config is not None else AqlmConfig())
     names = [*(linear_weights_not_to_quantize or []), *(config.linear_weights_not_to_quantize or [])]
-    plan = read_plan(model, config, names, ("".join(f"{segment}." for segment in current_key_name or []),))
-    replace_by_plan(model, plan, config, True, QuantizedLinear)
-    for name in plan.chosen:
+    assignment = read_assignment(model, config, names, ("".join(f"{segment}." for segment in current_key_name or []),))
+    replace_by_assignment(model, assignment, config, True, QuantizedLinear)
+    for name in assignment.chosen:
         model.get_submodule(name).requires_grad_(False)
-    if not plan.chosen:
+    if not assignment.chosen:
         warnings.warn("no linear layer of this model has been replaced by an AQLM one", stacklevel=2)
         return model, has_been_replaced
     return model, True
@@ -100,14 +100,14 @@ class AqlmQuantizer(QuantoHfQuantizer):
         pre_quantized: whether the checkpoint is quantized.
     """
 
-    def _saved_plan(self, model: Any) -> Plan:
+    def _saved_assignment(self, model: Any) -> Assignment:
         names, skips = self.quantization_config.linear_weights_not_to_quantize, default_skips(model, self._dtype, False)
-        return read_plan(model, self.quantization_config, names, _prefixes(model), skips)
+        return read_assignment(model, self.quantization_config, names, _prefixes(model), skips)
 
-    def _new_plan(self, model: Any) -> Plan:
+    def _new_assignment(self, model: Any) -> Assignment:
         config = self.quantization_config
         named = _named(model, config.linear_weights_not_to_quantize, _prefixes(model))
-        return make_plan(model, config.choice(), skip={**default_skips(model, self._dtype), **named})
+        return assign(model, config.choice(), skip={**default_skips(model, self._dtype), **named})
 
 
 def _prefixes(model: Any) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from quanto_hf.flow import Choice, Plan, asked_by, first_match, make_plan, not_quantizable
+from quanto_hf.flow import Assignment, Choice, asked_by, assign, first_match, not_quantizable
 from quanto_hf.hf.config.skips import default_skips
 from quanto_hf.nn import qmodule_for
 from quanto_hf.nn.slots import label
@@ -16,7 +16,7 @@ from quanto_hf.schemes import Scheme
 LEFT_IN_FLOAT = 0.1
 
 
-def new_plan(model: Any, config: Any, dtype: torch.dtype) -> Plan:
+def new_assignment(model: Any, config: Any, dtype: torch.dtype) -> Assignment:
     """How each slot of a float model is quantized.
 
     Args:
@@ -24,7 +24,7 @@ def new_plan(model: Any, config: Any, dtype: torch.dtype) -> Plan:
         config: what was asked for.
         dtype: in which the model is loaded.
     """
-    return make_plan(
+    return assign(
         model,
         config.choice(),
         exclude=config.modules_to_not_convert or (),
@@ -33,8 +33,8 @@ def new_plan(model: Any, config: Any, dtype: torch.dtype) -> Plan:
     )
 
 
-def saved_plan(model: Any, schemes: Mapping[str, Scheme], config: Any, dtype: torch.dtype) -> Plan:
-    """The plan that was saved with a checkpoint, with names for this model class.
+def saved_assignment(model: Any, schemes: Mapping[str, Scheme], config: Any, dtype: torch.dtype) -> Assignment:
+    """The assignment that was saved with a checkpoint, with names for this model class.
 
     Args:
         model: on meta.
@@ -70,8 +70,8 @@ def saved_plan(model: Any, schemes: Mapping[str, Scheme], config: Any, dtype: to
     # for the reasons only: an entry of 'schemes' counts more than a default
     skip = default_skips(model, dtype, config.default_skips)
     skip.update((name, "it was saved in float") for name in known if name not in chosen and name not in skip)
-    left = make_plan(model, config.choice(), skip=skip).left
-    return Plan(chosen, {name: reason for name, reason in left.items() if name not in chosen})
+    left = assign(model, config.choice(), skip=skip).left
+    return Assignment(chosen, {name: reason for name, reason in left.items() if name not in chosen})
 
 
 def _saved_fit(config: Any, name: str) -> str | None:
@@ -88,16 +88,16 @@ def was_written_from(model: Any) -> bool:
     return type(model).__name__ in (model.config.architectures or [])
 
 
-def warn_of_floats(model: Any, plan: Plan) -> None:
+def warn_of_floats(model: Any, assignment: Assignment) -> None:
     """Say so when much less is quantized than the user will think."""
-    share, types = not_quantizable(model, plan.chosen)
+    share, types = not_quantizable(model, assignment.chosen)
     if share > LEFT_IN_FLOAT:
         warnings.warn(
             f"{share:.0%} of the weights of {type(model).__name__} stay in float, because they are in modules of a "
             f"type that quanto_hf does not quantize, or only where a pattern names them: {', '.join(types[:5])}",
             stacklevel=2,
         )
-    elif not plan.chosen:
+    elif not assignment.chosen:
         warnings.warn(
             f"no linear layer of {type(model).__name__} is quantized; call quanto_hf.report(model) for the reasons",
             stacklevel=2,

@@ -7,14 +7,14 @@ import torch
 from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
-from quanto_hf.flow import Plan, warn_of_notes
+from quanto_hf.flow import Assignment, warn_of_notes
 from quanto_hf.flow.refuse import DTYPES
 from quanto_hf.hf.config.base import CONFIGS, FormatConfig
 from quanto_hf.hf.config.flags import flags, refuse_mixed
 from quanto_hf.hf.config.quanto import METHOD, QuantoConfig
 from quanto_hf.hf.config.refusals import refuse_optimum_quanto
 from quanto_hf.hf.load import building
-from quanto_hf.hf.load.assigning import new_plan, saved_plan, warn_of_floats, was_written_from
+from quanto_hf.hf.load.assigning import new_assignment, saved_assignment, warn_of_floats, was_written_from
 from quanto_hf.hf.load.checking import check_before_loading, expect_guards
 from quanto_hf.hf.load.finishing import dequantized, finish_layers, finish_offload
 from quanto_hf.hf.load.finite import refuse_not_finite
@@ -26,7 +26,7 @@ from quanto_hf.hf.load.names import waiting_slot
 from quanto_hf.hf.load.own_floats import own_floats
 from quanto_hf.hf.load.owner import Owned
 from quanto_hf.hf.load.register import register
-from quanto_hf.hf.load.replace import replace_by_plan
+from quanto_hf.hf.load.replace import replace_by_assignment
 from quanto_hf.hf.load.stored_dtypes import kept_tensors, take_stored_dtypes
 from quanto_hf.hf.memory.sizes import (
     Kept,
@@ -115,11 +115,11 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         return dtype
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        plan = self._saved_plan(model) if self.pre_quantized else self._new_plan(model)
+        assignment = self._saved_assignment(model) if self.pre_quantized else self._new_assignment(model)
         if not self.pre_quantized:
-            warn_of_floats(model, plan)
-            warn_of_notes(model, plan)
-        replace_by_plan(model, plan, self.quantization_config, self.pre_quantized, self.format.layer)
+            warn_of_floats(model, assignment)
+            warn_of_notes(model, assignment)
+        replace_by_assignment(model, assignment, self.quantization_config, self.pre_quantized, self.format.layer)
         self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
         if files:
             safe = all(file.endswith(".safetensors") for file in files)
@@ -132,14 +132,14 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self._device_map = kwargs.get("device_map")
         return model
 
-    def _new_plan(self, model: Any) -> Plan:
+    def _new_assignment(self, model: Any) -> Assignment:
         """How each module of a float model is quantized."""
-        return new_plan(model, self.quantization_config, self._dtype)
+        return new_assignment(model, self.quantization_config, self._dtype)
 
-    def _saved_plan(self, model: Any) -> Plan:
-        """The plan that was saved with the checkpoint, with names for this model class."""
+    def _saved_assignment(self, model: Any) -> Assignment:
+        """The assignment that was saved with the checkpoint, with names for this model class."""
         config = self.quantization_config
-        return saved_plan(model, self.format.schemes(config.to_dict(), {}), config, self._dtype)
+        return saved_assignment(model, self.format.schemes(config.to_dict(), {}), config, self._dtype)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The conversions of the model, with pieces of quantized weights merged late. The last hook before the weights

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from quanto_hf.flow import (
+    Assignment,
     Choice,
-    Plan,
     activation_type,
+    assign,
     by_module,
     first_match,
-    make_plan,
     note_reasons,
     quantized_by,
     refuse_other_dtypes,
@@ -77,21 +77,21 @@ def finish_prepared(layer: QuantizedWeight, config: QuantoConfig) -> None:
         layer.learn_scales()
 
 
-def replace_by_plan(
-    model: nn.Module, plan: Plan, config: Any, pre_quantized: bool, cls: type[QuantizedWeight] | None = None
+def replace_by_assignment(
+    model: nn.Module, assignment: Assignment, config: Any, pre_quantized: bool, cls: type[QuantizedWeight] | None = None
 ) -> None:
-    """Put empty quantized modules where a plan wants them. In place.
+    """Put empty quantized modules where a assignment wants them. In place.
 
     Raises:
         ValueError: a weight is in float64 or another dtype that cannot be quantized. Nothing has been changed then.
     """
-    refuse_other_dtypes(model, plan.chosen)
+    refuse_other_dtypes(model, assignment.chosen)
     made: dict[nn.Module, nn.Module] = {}
-    for name, choices in by_module(model, plan.chosen).items():
+    for name, choices in by_module(model, assignment.chosen).items():
         module = model.get_submodule(name)
         made[module] = empty_module(module, choices, config, pre_quantized, cls)
     replace_modules(model, made)
-    note_reasons(model, plan)
+    note_reasons(model, assignment)
 
 
 def replace_with_quanto_layers(
@@ -132,9 +132,9 @@ def replace_with_quanto_layers(
             if (pattern := first_match(prefix + name, exclude)) is not None:
                 skip[name] = f"it matches {pattern!r} of the modules not to convert"
         exclude = []
-    plan = make_plan(model, config.choice(), exclude=exclude, skip=skip, overrides=config.overrides)
-    replace_by_plan(model, plan, config, pre_quantized=False)
-    if not plan.chosen:
+    assignment = assign(model, config.choice(), exclude=exclude, skip=skip, overrides=config.overrides)
+    replace_by_assignment(model, assignment, config, pre_quantized=False)
+    if not assignment.chosen:
         warnings.warn("no linear layer of this model has been replaced by a quantized one", stacklevel=2)
         return model, has_been_replaced
     return model, True

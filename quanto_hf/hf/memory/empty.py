@@ -12,14 +12,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig
 
-from quanto_hf.flow import make_plan
+from quanto_hf.flow import assign
 from quanto_hf.hf.config.base import FormatConfig, quantizer_class
 from quanto_hf.hf.config.quanto import QuantoConfig
 from quanto_hf.hf.config.refusals import refuse_no_config, refuse_optimum_quanto
 from quanto_hf.hf.convert.sources import has_weights, headers_only
 from quanto_hf.hf.load.assigning import was_written_from
 from quanto_hf.hf.load.checking import check_before_loading
-from quanto_hf.hf.load.replace import replace_by_plan
+from quanto_hf.hf.load.replace import replace_by_assignment
 from quanto_hf.hf.memory.skeleton import Skeleton, build_skeleton, saved_config, skeleton_of_config
 from quanto_hf.io import CheckpointError
 from quanto_hf.nn import QuantizedWeight
@@ -170,8 +170,8 @@ def _of_float(model: nn.Module, config: FormatConfig) -> Empty:
         quantizer.update_weight_conversions([], copied)
     else:
         exclude = config.modules_to_not_convert or ()
-        plan = make_plan(copied, config.choice(), exclude=exclude, overrides=config.overrides)
-        replace_by_plan(_plain(copied), plan, config, pre_quantized=False)
+        assignment = assign(copied, config.choice(), exclude=exclude, overrides=config.overrides)
+        replace_by_assignment(_plain(copied), assignment, config, pre_quantized=False)
         quantizer.measure(copied)
     return Empty(Skeleton(copied, quantizer, [], [], dtype), False, quantizer.quantization_config, model)
 

@@ -300,11 +300,11 @@ def test_b10_bits_per_weight_count_codebooks_and_scales_in_report_plan_and_confi
 
 @pytest.mark.parametrize("size, warned", [((4096, 4096), False), ((1024, 1024), True)], ids=["as-published", "small"])
 def test_b10_codebooks_that_cost_more_than_half_a_bit_are_warned_of(size, warned, recwarn):
-    from quanto_hf.flow import Choice, Plan, warn_of_notes
+    from quanto_hf.flow import Assignment, Choice, warn_of_notes
 
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(*size, dtype=torch.float16))
-    warn_of_notes(model, Plan({"0": Choice("aqlm-1x16")}))
+    warn_of_notes(model, Assignment({"0": Choice("aqlm-1x16")}))
     said = [str(warning.message) for warning in recwarn]
     assert len(said) == warned
     assert not warned or "at most 8.0 (0: 10.02 bits in all)" in said[0]

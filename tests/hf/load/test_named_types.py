@@ -110,10 +110,10 @@ def test_an_embedding_that_is_tied_to_the_head_stays_float_with_its_reason(tmp_p
 
 
 def test_an_embedding_that_renormalises_is_left_with_its_reason(tmp_path):
-    from quanto_hf.flow import Choice, make_plan
+    from quanto_hf.flow import Choice, assign
 
     model = nn.ModuleDict({"embed": nn.Embedding(8, 64, max_norm=1.0)})
-    assert "max_norm" in make_plan(model, Choice("int8"), include=["embed"]).left["embed"]
+    assert "max_norm" in assign(model, Choice("int8"), include=["embed"]).left["embed"]
 
 
 def test_rounded_activations_do_not_concern_embeddings(folders, tmp_path):

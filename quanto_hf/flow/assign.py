@@ -61,8 +61,8 @@ OVERRIDABLE = tuple(field.name for field in fields(Choice))
 
 
 @dataclass
-class Plan:
-    """What :func:`make_plan` decided.
+class Assignment:
+    """What :func:`assign` decided.
 
     Args:
         chosen: name of a slot -> how it is quantized. A slot is named as patterns name it
@@ -75,7 +75,7 @@ class Plan:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def make_plan(
+def assign(
     model: nn.Module,
     choice: Choice,
     *,
@@ -85,7 +85,7 @@ def make_plan(
     skip: Mapping[str, str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     learn: bool = False,
-) -> Plan:
+) -> Assignment:
     """Decide for every slot of a model. Changes nothing.
 
     Args:
@@ -119,7 +119,7 @@ def make_plan(
     for sentence in unmatched(names, [*exclude, *(include or []), *overrides]):
         warnings.warn(sentence, stacklevel=2)
     asked, shared = [*(include or ()), *asked_by(overrides)], shared_weights(model)
-    plan = Plan()
+    found = Assignment()
     for name, owner in slots.items():
         module, quantized_class = named[owner], entries[owner].quantized
         if verb not in quantized_class.by_default and not any_names({name, owner}, asked):
@@ -141,14 +141,14 @@ def make_plan(
                 raise ValueError(f"{name}: {problem}")
             reason = chosen.scheme().refuses(slots_of(module)[find(model, name)[1]].matrix_shape)
         if reason is None:
-            plan.chosen[name] = chosen
+            found.chosen[name] = chosen
         else:
-            plan.left[name] = reason
+            found.left[name] = reason
     for pattern, values in overrides.items():
         # those that no module got
         if values.get("weights", "") is not None and (problem := choice.override(values).refusal(learn)) is not None:
             raise ValueError(f"overrides[{pattern!r}]: {problem}")
-    return plan
+    return found
 
 
 def check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> None:
