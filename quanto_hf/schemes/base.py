@@ -25,7 +25,8 @@ from quanto_hf.ops import (
     linear_rounded_op,
     round_activations,
 )
-from quanto_hf.ops.registry import Call, Op
+from quanto_hf.ops.kernel import Call
+from quanto_hf.ops.registry import Op
 from quanto_hf.ops.watched import sizes
 from quanto_hf.qtypes import QType, common_names
 from quanto_hf.schemes.stored import Tensors, TensorSpec, Trainable
