@@ -18,7 +18,7 @@ def main() -> None:
         print(NEEDS, file=sys.stderr)
         raise SystemExit(1) from None
     from quanto_hf.cli.app import app
-    from quanto_hf.ops.registry import REFUSED
+    from quanto_hf.ops.kernel import REFUSED
 
     if REFUSED:
         print(f"error: {REFUSED[0]}", file=sys.stderr)

@@ -14,11 +14,12 @@ from quanto_hf.ops.embedding import embedding, embedding_op
 from quanto_hf.ops.expert_linear import expert_linear, expert_linear_grad_input, expert_linear_op
 from quanto_hf.ops.grouped_weight import groups
 from quanto_hf.ops.index import check_index
+from quanto_hf.ops.kernel import DEVICES
 from quanto_hf.ops.linear import linear, linear_grad_input, linear_op
 from quanto_hf.ops.linear_rounded import linear_rounded, linear_rounded_op
 from quanto_hf.ops.packing import pack, packed_width, row_lengths, unpack
 from quanto_hf.ops.quantize import quantize_op
-from quanto_hf.ops.registry import DEVICES, OPS
+from quanto_hf.ops.registry import OPS
 from quanto_hf.ops.straight_through import scale_gradient
 from quanto_hf.ops.weight import AqlmWeight, GroupedWeight, Weight
 

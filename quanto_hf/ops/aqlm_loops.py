@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quanto_hf.ops.registry import reference_only
+from quanto_hf.ops.kernel import reference_only
 
 # Sets of codes that a search keeps at most (csrc/aqlm_fit.h).
 MAX_BEAM = 64

@@ -20,7 +20,8 @@ from quanto_hf.ops import (
     linear_rounded_op,
     round_activations,
 )
-from quanto_hf.ops.registry import Call, Op
+from quanto_hf.ops.kernel import Call
+from quanto_hf.ops.registry import Op
 from quanto_hf.ops.watched import sizes
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes.making import with_scales

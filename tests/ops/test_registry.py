@@ -8,7 +8,8 @@ import torch
 
 from quanto_hf.ops import OPS
 from quanto_hf.ops.cpu.library import NATIVE, REASON
-from quanto_hf.ops.registry import Kernel, Op, reference_only
+from quanto_hf.ops.kernel import Kernel, reference_only
+from quanto_hf.ops.registry import Op
 from quanto_hf.ops.weight import KINDS, AqlmWeight, GroupedWeight
 from quanto_hf.qtypes import QTYPES
 

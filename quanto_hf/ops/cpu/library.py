@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from quanto_hf.ops.registry import DEVICES, REFUSED
+from quanto_hf.ops.kernel import DEVICES, REFUSED
 
 logger = logging.getLogger("quanto_hf")
 

@@ -16,9 +16,9 @@ from quanto_hf.ops.cpu.call import (
 from quanto_hf.ops.cpu.library import NATIVE, REASON, label
 from quanto_hf.ops.dequantize import dequantize_op
 from quanto_hf.ops.grouped_weight import block_rows, groups
+from quanto_hf.ops.kernel import Call
 from quanto_hf.ops.linear import linear_grad_input, linear_op
 from quanto_hf.ops.linear_rounded import linear_rounded_op
-from quanto_hf.ops.registry import Call
 from quanto_hf.ops.scratch import scratch
 from quanto_hf.ops.selfcheck import FEW_ROWS
 from quanto_hf.ops.watched import watched

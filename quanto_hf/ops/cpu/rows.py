@@ -11,7 +11,7 @@ from quanto_hf.ops.cpu.library import NATIVE, label
 from quanto_hf.ops.cpu.products import lies_in_memory, optional, plain, refuses_weight
 from quanto_hf.ops.embedding import embedding_op
 from quanto_hf.ops.expert_linear import expert_linear_op
-from quanto_hf.ops.registry import Call
+from quanto_hf.ops.kernel import Call
 from quanto_hf.ops.selfcheck import FEW_ROWS
 from quanto_hf.ops.weight import GroupedWeight
 
