@@ -212,6 +212,8 @@ class Op:
         Raises:
             ValueError: the weight, or what is bound with it, is not what it must be.
         """
+        if type(weight) not in self.kinds:
+            return None
         self.check_bound(weight, *rest)
         stored = (*weight.stored, *(arg for arg in rest if isinstance(arg, torch.Tensor)))
         if reference_only() or watched():

@@ -21,7 +21,7 @@ TOLERANCE = 1e-4
 
 def search(targets: torch.Tensor, codebooks: torch.Tensor, codes: torch.Tensor, beam: int) -> None:
     """See :func:`quanto_hf.fit.aqlm.search.search`."""
-    native = _native(targets.device)
+    native = _loops(targets.device)
     (torch_search if native is None else native.search)(targets, codebooks, codes, beam)
 
 
@@ -37,14 +37,14 @@ def sweep(
     beam: int,
 ) -> None:
     """See :func:`quanto_hf.fit.aqlm.sweep.sweep`."""
-    native = _native(state.device)
+    native = _loops(state.device)
     run = torch_sweep if native is None else native.sweep
     run(state, weight, follow, lower, to, codebooks, codes, out_group, beam)
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b``, float32 matrices."""
-    native = _native(a.device)
+    native = _loops(a.device)
     return a @ b if native is None else native.product(a, b)
 
 
@@ -62,7 +62,7 @@ def code_sums(
     Returns:
         float64, shapes (K, size, values) and (K, size).
     """
-    native = _native(values.device)
+    native = _loops(values.device)
     return (_torch_code_sums if native is None else native.code_sums)(values, weights, codes, size)
 
 
@@ -91,14 +91,14 @@ def _torch_code_sums(
 
 def runs_native(device: torch.device) -> bool:
     """Whether the loops on this device are the native ones."""
-    return _native(device) is not None
-
-
-def _native(device: torch.device) -> Loops | None:
     if refuses_loops(device) is not None:
-        return None
+        return False
     loops = LOOPS[device.type]
-    return loops if why_wrong(loops.label(), loops) is None else None
+    return why_wrong(loops.label(), loops) is None
+
+
+def _loops(device: torch.device) -> Loops | None:
+    return LOOPS[device.type] if runs_native(device) else None
 
 
 @checked(lambda label, loops: f"{label} loops of additive codebooks")

@@ -32,8 +32,7 @@ for name in ("int8", "int4", "float8"):
             torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
         layer(x).sum().backward()
         torch.testing.assert_close(x.grad, layer.dequantized().sum(0).expand(rows, -1), rtol=1e-4, atol=1e-4)
-tensors = layer.tensors()
-rows = linear_op.explain(x.detach(), tensors["packed"], tensors["scale"], None, None, "float8_e4m3fn", -1)
+rows = linear_op.explain(x.detach(), layer.scheme.weight(layer.tensors(), 200), None)
 print(NATIVE and NATIVE.level(), "|", REASON, "|", dict(rows)["native"])
 """
 LOGGED = "import logging\nlogging.basicConfig(level=logging.INFO, format='%(levelname)s %(name)s %(message)s')\n"

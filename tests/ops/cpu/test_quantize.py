@@ -9,7 +9,6 @@ from quanto_hf.fit import Grid, Hqq, Mse, fit_by_name, native_fit
 from quanto_hf.fit.grid import CELLS, lookup_tables
 from quanto_hf.fit.native import native_table
 from quanto_hf.ops import linear, linear_op, quantize_op
-from quanto_hf.ops.cpu import call
 from quanto_hf.ops.cpu import quantize as module
 from quanto_hf.ops.cpu.library import NATIVE
 from quanto_hf.qtypes import QTYPES
@@ -270,7 +269,7 @@ def test_what_is_not_taken_says_why(monkeypatch):
     assert "plain" in kernel.refuses(torch.nn.Parameter(rows), out, recipe)
     assert "fit" in kernel.refuses(rows, out, replace(recipe, native=None))
     # a number type that C++ does not know is quantized in torch
-    monkeypatch.delitem(call.CODES, "int8")
+    monkeypatch.setitem(QTYPES, "int8", replace(QTYPES["int8"], native=None))
     assert "int8" in kernel.refuses(rows, out, recipe)
     assert dict(quantize_op.explain(rows, out, recipe))["reference"] == "runs"
     monkeypatch.undo()
@@ -284,7 +283,7 @@ def test_a_number_type_without_native_code_is_multiplied_in_torch(monkeypatch):
     scheme = make_scheme("int4")
     weight, x = scheme.weight(scheme.quantize(torch.randn(8, 96)), 96), torch.randn(3, 96)
     expected = linear(x, weight)
-    monkeypatch.delitem(call.CODES, "int4")
+    monkeypatch.setitem(QTYPES, "int4", replace(QTYPES["int4"], native=None))
     assert dict(linear_op.explain(x, weight, None)) == {
         "native": "there is no native code for int4 weights",
         "torch_int8pack": "it multiplies symmetric per-channel int8 weights only",
