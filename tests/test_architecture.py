@@ -174,6 +174,11 @@ def test_the_public_names_are_sorted_and_unique():
     assert quanto_hf.__all__ == sorted(set(quanto_hf.__all__))
 
 
+def test_no_file_is_longer_than_300_lines():
+    long = {str(file.relative_to(ROOT)): text.count("\n") for file in FILES if (text := file.read_text("utf-8"))}
+    assert {name: lines for name, lines in long.items() if lines > 300} == {}
+
+
 def test_every_module_says_what_it_is():
     assert [str(file) for file in FILES if not ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))] == []
 

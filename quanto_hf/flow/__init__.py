@@ -15,6 +15,7 @@ from quanto_hf.flow.notes import notes_of, warn_of_notes
 from quanto_hf.flow.patterns import first_match, matches
 from quanto_hf.flow.refuse import refuse_other_dtypes
 from quanto_hf.flow.report import Report, Row, not_quantizable, report
+from quanto_hf.flow.requantizing import quantization_map, requantize
 from quanto_hf.flow.smooth import Fold, Smoothing, smooth
 from quanto_hf.flow.tuning import tune_blocks, tune_codebooks, tune_end_to_end
 from quanto_hf.flow.verbs import (
@@ -24,9 +25,7 @@ from quanto_hf.flow.verbs import (
     dequantize,
     either,
     freeze,
-    quantization_map,
     quantize,
-    requantize,
 )
 
 __all__ = [
