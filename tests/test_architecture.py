@@ -145,7 +145,7 @@ def test_the_reader_of_imports_sees_all_forms(tmp_path, monkeypatch):
     file = tmp_path / "quanto_hf" / "nn" / "example.py"
     file.parent.mkdir(parents=True)
     file.write_text(
-        "import torch.ao.quantization\nfrom quanto_hf import hf\nfrom ..flow import plan\nfrom . import registry\n"
+        "import torch.ao.quantization\nfrom quanto_hf import hf\nfrom ..flow import assign\nfrom . import registry\n"
         "def f():\n    from quanto_hf.cli import main\n"
     )
     assert sorted(name for _, name in imports(file)) == [
