@@ -118,7 +118,9 @@ class Op:
             ctx.save_for_backward(*kept, *weight.stored)
 
         def backward_of_flat(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-            kept, stored = ctx.saved_tensors[: ctx.kept], ctx.saved_tensors[ctx.kept :]
+            # once: checkpointing computes them anew for each time that they are asked for
+            tensors = ctx.saved_tensors
+            kept, stored = tensors[: ctx.kept], tensors[ctx.kept :]
             asked = ctx.needs_input_grad
             needs = [*asked[:at], False, *asked[at + count :]]
             needs = [need and has for need, has in zip(needs, ctx.has, strict=True)]
