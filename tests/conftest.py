@@ -26,3 +26,14 @@ def ao():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield torch_quantization()
+
+
+@pytest.fixture
+def transformers_speaks_again():
+    """For commands that run in this process, which silence transformers for good."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()

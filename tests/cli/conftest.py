@@ -4,7 +4,6 @@ need a process of their own share one that has torch."""
 import subprocess
 
 import pytest
-import transformers
 from forked import Program, run_all
 
 MODULE = "import runpy; runpy.run_module('quanto_hf', run_name='__main__', alter_sys=True)"
@@ -32,8 +31,5 @@ def done() -> dict[str, subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(autouse=True)
-def _transformers_speaks_again():
-    verbosity = transformers.utils.logging.get_verbosity()
-    yield
-    transformers.utils.logging.set_verbosity(verbosity)
-    transformers.utils.logging.enable_progress_bar()
+def _every_command(transformers_speaks_again):
+    """See the fixture that it asks for."""

@@ -101,7 +101,7 @@ def test_layers_that_hold_blocks_are_refused_with_what_to_do(folder):
     assert not qlinears(model)
 
 
-def test_the_command_converts_it_with_its_tokenizer(folder, tmp_path):
+def test_the_command_converts_it_with_its_tokenizer(folder, tmp_path, transformers_speaks_again):
     words = ["quantize", str(folder / NAME), str(tmp_path / "out"), "--weights", "int4"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.stderr
