@@ -1,6 +1,7 @@
 """The stored tensors of a module as torch sees them: Parameters that are moved, saved and loaded, never converted."""
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -128,7 +129,7 @@ class HoldsStored(nn.Module):
         self._bound = None
         slot = self.slot(name)
         for part, tensor in tensors.items():
-            self._parameters[slot.stored(part)] = self.as_stored(slot.stored(part), tensor)
+            self._parameters[slot.stored(part)] = self.as_stored(slot.stored(part), tensor, slot)
         # the others last, as in a module that was made frozen
         stored = self.stored_names
         for other in [other for other in self._parameters if other not in stored]:
@@ -142,18 +143,18 @@ class HoldsStored(nn.Module):
             empty = {part: torch.empty(s.shape, dtype=s.dtype, device=device) for part, s in specs.items()}
             self.set_tensors(empty, slot.name)
 
-    def as_stored(self, name: str, tensor: torch.Tensor) -> nn.Parameter:
-        """A tensor as the parameter that holds it under one of :attr:`stored_names`."""
+    def as_stored(self, name: str, tensor: torch.Tensor, slot: Slot | None = None) -> nn.Parameter:
+        """A tensor as the parameter that holds it under one of :attr:`stored_names`.
+
+        Args:
+            slot: that it is of; None: it is looked up.
+        """
         if isinstance(tensor, StoredParameter):
             return tensor
-        slot = self.slot_stored_as(name)
+        slot = self.slot_stored_as(name) if slot is None else slot
         assert slot is not None
-        first, *others = slot.specs(self.scheme_of(slot), self.weight_dtype).items()
-        if name != first[0]:
-            return stored_parameter(tensor, like=tensor)
-        # scales and zeros count themselves: together they are as many as the weights, unless these are fewer
-        count = slot.numel - sum(torch.Size(spec.shape).numel() for _, spec in others)
-        return stored_parameter(tensor, count if count > 0 else None, like=tensor)
+        first, count = _first_stored(slot, self.scheme_of(slot), self.weight_dtype)
+        return stored_parameter(tensor, count if name == first else None, like=tensor)
 
     def _hold_stored(self) -> None:
         """Make what torch has put in place of stored tensors stored tensors again."""
@@ -242,6 +243,15 @@ class HoldsStored(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *args)
         # torch may have swapped them
         self._hold_stored()
+
+
+@lru_cache(maxsize=1024)
+def _first_stored(slot: Slot, scheme: Scheme, dtype: torch.dtype) -> tuple[str, int | None]:
+    """Name of the first stored tensor of a slot, and how many numbers it counts: scales and zeros count themselves, so
+    that together they are as many as the weights, unless these are fewer."""
+    (first, _), *others = slot.specs(scheme, dtype).items()
+    count = slot.numel - sum(torch.Size(spec.shape).numel() for _, spec in others)
+    return first, count if count > 0 else None
 
 
 def as_tensor(tensor: torch.Tensor) -> torch.Tensor:

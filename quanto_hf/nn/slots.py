@@ -1,6 +1,7 @@
 """What is quantized: a slot, which is a parameter of a module together with its view as a matrix."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,7 +45,7 @@ class Slot:
 
     def of(self, shape: tuple[int, ...]) -> "Slot":
         """The same slot of a parameter of this shape, or of a piece of it."""
-        return replace(self, shape=tuple(shape))
+        return _slot_of(self, tuple(shape))
 
     # ------------------------------------------------------------------------------------------------ as a matrix
 
@@ -115,6 +116,12 @@ class Slot:
     def label(self, owner: str) -> str:
         """What patterns, plans and saved schemes call the slot; see :func:`label`."""
         return label(owner, self.name)
+
+
+@lru_cache(maxsize=1024)
+def _slot_of(slot: Slot, shape: tuple[int, ...]) -> Slot:
+    # Kept: a layer is asked for its slots 30 times while it is loaded, and a model has few shapes.
+    return replace(slot, shape=shape)
 
 
 def joined(owner: str, leaf: str) -> str:
