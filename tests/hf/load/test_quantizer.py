@@ -7,10 +7,8 @@ import torch
 import transformers
 from safetensors import safe_open
 from tiny_models import TINY, output, qlinears, relative, save
-from transformers.quantizers.base import HfQuantizer
 
 from quanto_hf import QuantoConfig, QuantoHfQuantizer, report
-from quanto_hf.hf.load.loading import QuantizeWeights
 from quanto_hf.io import FORMAT_VERSION, read_headers, without_guards
 
 
@@ -22,21 +20,6 @@ def llama(tmp_path_factory):
 def load(folder, config=None, **kwargs):
     config = {"quantization_config": config} if config else {}
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **config, **kwargs)
-
-
-def test_what_the_quantizer_says_about_itself():
-    quantizer = QuantoHfQuantizer(QuantoConfig(), pre_quantized=False)
-    assert isinstance(quantizer, HfQuantizer)
-    assert quantizer.is_serializable() is quantizer.is_serializable(safe_serialization=True) is True
-    assert (quantizer.is_trainable, quantizer.is_qat_trainable, quantizer.is_compileable) == (True, False, True)
-    assert quantizer.requires_calibration is False
-    assert isinstance(quantizer.get_quantize_ops(), QuantizeWeights)
-
-
-@pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}, {"a": "cpu", "b": "disk"}], ids=str)
-def test_every_device_map_is_fine(device_map):
-    quantizer = QuantoHfQuantizer(QuantoConfig(activations="int8"), pre_quantized=False)
-    quantizer.validate_environment(device_map=device_map, weights_only=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8], ids=str)
