@@ -52,6 +52,16 @@ class AqlmWeight(NamedTuple):
     scales: torch.Tensor
 
     @property
+    def what(self) -> str:
+        """How errors name such weights."""
+        return "AQLM"
+
+    @property
+    def has_native_code(self) -> bool:
+        """Whether kernels may know its codes: all kinds of codes are read alike."""
+        return True
+
+    @property
     def stored(self) -> tuple[torch.Tensor | None, ...]:
         """The stored tensors; they are the first fields."""
         return (self.codes, self.codebooks, self.scales)

@@ -59,6 +59,16 @@ class GroupedWeight(NamedTuple):
     in_features: int
 
     @property
+    def what(self) -> str:
+        """How errors name such weights."""
+        return self.qtype
+
+    @property
+    def has_native_code(self) -> bool:
+        """Whether kernels may know its codes."""
+        return self.type.native is not None
+
+    @property
     def stored(self) -> tuple[torch.Tensor | None, ...]:
         """The stored tensors; they are the first fields."""
         return (self.packed, self.scale, self.zero)

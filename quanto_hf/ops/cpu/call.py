@@ -1,13 +1,15 @@
 """Calls of the native library with tensors: the last step, after every check. All tensors are contiguous and on the
 CPU, and outlive the call."""
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
 from quanto_hf.ops.cpu.library import NATIVE
 from quanto_hf.ops.grouped_weight import symmetric_offset
-from quanto_hf.ops.weight import AqlmWeight, GroupedWeight, Weight
+from quanto_hf.ops.weight import PREFIXES, AqlmWeight, GroupedWeight, Weight
 from quanto_hf.qtypes import QTYPES
 
 # The numbers of csrc/common.h.
@@ -31,22 +33,7 @@ def value_table(qtype: str, asymmetric: bool) -> torch.Tensor:
     return table
 
 
-def arguments(weight: Weight) -> tuple[int, ...]:
-    """A weight, or that of expert 0, as csrc/module.cpp reads it."""
-    if isinstance(weight, AqlmWeight):
-        codes, codebooks, scales = weight
-        count, size, out_group, in_group = codebooks.shape
-        return (
-            *(tensor.data_ptr() for tensor in weight),
-            *weight.shape,
-            count,
-            out_group,
-            in_group,
-            size.bit_length() - 1,
-            codes.dtype.itemsize,
-            FLOAT_TYPES[codebooks.dtype],
-            FLOAT_TYPES[scales.dtype],
-        )
+def _grouped(weight: GroupedWeight) -> tuple[int, ...]:
     packed, scale, zero, qtype, group_size, in_features = weight
     code = weight.type.native
     assert code is not None
@@ -63,6 +50,30 @@ def arguments(weight: Weight) -> tuple[int, ...]:
     )
 
 
+def _additive(weight: AqlmWeight) -> tuple[int, ...]:
+    codes, codebooks, scales = weight
+    count, size, out_group, in_group = codebooks.shape
+    return (
+        *(tensor.data_ptr() for tensor in weight),
+        *weight.shape,
+        count,
+        out_group,
+        in_group,
+        size.bit_length() - 1,
+        codes.dtype.itemsize,
+        FLOAT_TYPES[codebooks.dtype],
+        FLOAT_TYPES[scales.dtype],
+    )
+
+
+ARGUMENTS: dict[type[Any], Callable[[Any], tuple[int, ...]]] = {GroupedWeight: _grouped, AqlmWeight: _additive}
+
+
+def arguments(weight: Weight) -> tuple[int, ...]:
+    """A weight, or that of expert 0, as csrc/module.cpp reads it."""
+    return ARGUMENTS[type(weight)](weight)
+
+
 def native_dequantize(weight: Weight, out: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
     """Dequantize into ``out``, shape (rows, in_features): all rows of the weight, or those that ``rows`` names.
 
@@ -75,22 +86,19 @@ def native_dequantize(weight: Weight, out: torch.Tensor, rows: torch.Tensor | No
     assert NATIVE is not None
     # one row of an embedding is done before a second thread is awake
     last = (out.data_ptr(), FLOAT_TYPES[out.dtype], min(torch.get_num_threads(), 1 + out.numel() // THREAD_VALUES))
-    if isinstance(weight, AqlmWeight):
-        NATIVE.aqlm_dequantize(*arguments(weight), *last)
-        return out
-    index, count = (0, weight.shape[0]) if rows is None else (rows.data_ptr(), rows.numel())
-    if not NATIVE.dequantize(*arguments(weight), index, count, *last):
+    prefix = PREFIXES[type(weight)]
+    # of additive codes all rows are dequantized
+    picked = () if prefix else (0, weight.shape[0]) if rows is None else (rows.data_ptr(), rows.numel())
+    if getattr(NATIVE, f"{prefix}dequantize")(*arguments(weight), *picked, *last) is False:
         raise IndexError(f"a row number is not one of 0 to {weight.shape[0] - 1}")
     return out
 
 
 def linear_name(weight: Weight, activations: str | None = None) -> str:
     """The native function that multiplies such weights."""
-    if isinstance(weight, AqlmWeight):
-        return "aqlm_linear"
     if activations is None:
-        return "linear"
-    return "linear_int8" if weight.qtype == "int8" else "linear_int8_groups"
+        return f"{PREFIXES[type(weight)]}linear"
+    return "linear_int8" if weight.what == "int8" else "linear_int8_groups"
 
 
 def native_linear(

@@ -22,7 +22,7 @@ from quanto_hf.ops.linear_rounded import linear_rounded_op
 from quanto_hf.ops.scratch import scratch
 from quanto_hf.ops.selfcheck import FEW_ROWS
 from quanto_hf.ops.watched import watched
-from quanto_hf.ops.weight import AqlmWeight, GroupedWeight, Weight
+from quanto_hf.ops.weight import GroupedWeight, Weight
 
 # csrc/int8.h: sums of more columns could leave int32. With groups of columns there is no limit.
 MAX_INT8_COLUMNS = 65536
@@ -34,11 +34,11 @@ def refuses_weight(weight: Weight) -> str | None:
     """Why no native kernel takes this weight, or None."""
     if NATIVE is None:
         return REASON
-    if isinstance(weight, AqlmWeight):
-        if not NATIVE.has_kernel("aqlm_linear"):
-            return f"level {NATIVE.level()} has no kernel for AQLM weights"
-    elif weight.type.native is None:
-        return f"there is no native code for {weight.qtype} weights"
+    if not weight.has_native_code:
+        return f"there is no native code for {weight.what} weights"
+    # every level has the one of weights with groups
+    if (name := linear_name(weight)) != "linear" and not NATIVE.has_kernel(name):
+        return f"level {NATIVE.level()} has no kernel for {weight.what} weights"
     if watched():
         return "torch follows every operator here: a dispatch mode, a transform or a trace is active"
     return None
@@ -118,9 +118,8 @@ def refuses_int8(weight: Weight, activations: str) -> str | None:
         return said
     if activations != "int8":
         return f"there are kernels for int8 activations, not for {activations}"
-    if isinstance(weight, AqlmWeight) or weight.qtype not in ("int8", "int4", "int2"):
-        named = "AQLM" if isinstance(weight, AqlmWeight) else weight.qtype
-        return f"there are kernels for int8, int4 and int2 weights, not for {named}"
+    if not isinstance(weight, GroupedWeight) or weight.qtype not in ("int8", "int4", "int2"):
+        return f"there are kernels for int8, int4 and int2 weights, not for {weight.what}"
     if not NATIVE.has_kernel(linear_name(weight, activations)):
         return f"level {NATIVE.level()} has no product of {weight.qtype} and int8"
     whole_rows = groups(weight.in_features, weight.group_size) == 1
