@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from quanto_hf.cli.layers import layer_table
+from quanto_hf.cli.options import words
 from quanto_hf.cli.plot import check_plot, draw_layers
 from quanto_hf.cli.show import console, progress, table
 
@@ -19,7 +20,8 @@ def evaluate_command(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to evaluate on. Default: the bundled one.")] = None,
     reference: Annotated[str | None, typer.Option(help="The float model, for the KL divergence from it.")] = None,
     weights: Annotated[
-        list[str] | None, typer.Option(help="Quantize the float MODEL with this type on loading; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Quantize the float MODEL with these types on loading, with commas or repeated."),
     ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
     limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate on the first N windows only.")] = None,
@@ -33,21 +35,22 @@ def evaluate_command(
 
     Example: `quanto-hf eval out-int4 --reference path/to/float --limit-windows 20`
     """
-    if weights and reference is not None:
+    types = words(weights)
+    if types and reference is not None:
         raise ValueError("give --reference or --weights: with --weights MODEL itself is the reference")
     if plot is not None and not layers:
         raise ValueError("--plot draws what --layers measures: give both")
-    if layers and not weights and reference is None:
+    if layers and not types and reference is None:
         raise ValueError("--layers compares with the float model: give --reference, or --weights with a float MODEL")
     if plot is not None:
         check_plot(plot)
-    rows, tokens, compared = _evaluate_all(model, text, reference, weights or [], length, limit_windows, layers)
+    rows, tokens, compared = _evaluate_all(model, text, reference, types, length, limit_windows, layers)
     shown = table(
         f"{tokens:,} tokens of {text or 'held-out text'}, in windows of {length}",
         ["model"],
         ["perplexity", "vs float", "KL"],
     )
-    base = rows[0][1].perplexity if weights or reference is not None else None
+    base = rows[0][1].perplexity if types or reference is not None else None
     for number, (name, found) in enumerate(rows):
         change = f"{100 * (found.perplexity / base - 1):+.2f}%" if base and number else ""
         shown.add_row(name, f"{found.perplexity:.4f}", change, f"{found.kl:.5f}" if number else "")

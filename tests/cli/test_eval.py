@@ -28,7 +28,7 @@ def numbers(result) -> list[list[str]]:
 
 def test_a_saved_model_against_its_float_one_is_what_loading_quantized_is(int4):
     saved = numbers(evaluate(int4, "--reference", quanto_hf.tiny_lm()))
-    live = numbers(evaluate(quanto_hf.tiny_lm(), "--weights", "int4", "--weights", "int8"))
+    live = numbers(evaluate(quanto_hf.tiny_lm(), "--weights", "int4,int8"))
     assert saved[1][1:] == live[1][1:]
     assert float(live[1][3]) > float(live[2][3]) > 0
 
