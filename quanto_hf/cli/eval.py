@@ -21,7 +21,7 @@ def evaluate_command(
     reference: Annotated[str | None, typer.Option(help="The float model, for the KL divergence from it.")] = None,
     weights: Annotated[
         list[str] | None,
-        typer.Option(help="Quantize the float MODEL with these types on loading, with commas or repeated."),
+        typer.Option(help="Quantize the float MODEL with these types, with commas or repeated."),
     ] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 256,
     limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate on the first N windows only.")] = None,
