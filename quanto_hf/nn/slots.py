@@ -45,7 +45,8 @@ class Slot:
 
     def of(self, shape: tuple[int, ...]) -> "Slot":
         """The same slot of a parameter of this shape, or of a piece of it."""
-        return _slot_of(self, tuple(shape))
+        # a graph warns of what is kept
+        return replace(self, shape=tuple(shape)) if torch.compiler.is_compiling() else _slot_of(self, tuple(shape))
 
     # ------------------------------------------------------------------------------------------------ as a matrix
 
