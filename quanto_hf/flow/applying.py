@@ -1,4 +1,4 @@
-"""Quantized modules in the places where a assignment wants them."""
+"""Quantized modules in the places where an assignment wants them."""
 
 from collections.abc import Mapping
 from typing import Any

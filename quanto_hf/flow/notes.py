@@ -25,7 +25,7 @@ def notes_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def warn_of_notes(model: nn.Module, assignment: Assignment) -> None:
-    """Warn of what schemes have to say about the layers of a assignment."""
+    """Warn of what schemes have to say about the layers of an assignment."""
     layers = {}
     for name, choice in assignment.chosen.items():
         (owner, leaf), scheme = find(model, name), choice.scheme()

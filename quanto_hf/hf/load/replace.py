@@ -80,7 +80,7 @@ def finish_prepared(layer: QuantizedWeight, config: QuantoConfig) -> None:
 def replace_by_assignment(
     model: nn.Module, assignment: Assignment, config: Any, pre_quantized: bool, cls: type[QuantizedWeight] | None = None
 ) -> None:
-    """Put empty quantized modules where a assignment wants them. In place.
+    """Put empty quantized modules where an assignment wants them. In place.
 
     Raises:
         ValueError: a weight is in float64 or another dtype that cannot be quantized. Nothing has been changed then.
