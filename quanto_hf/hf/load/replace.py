@@ -122,7 +122,7 @@ def replace_with_quanto_layers(
     refuse_no_config(quantization_config)
     config = quantization_config if quantization_config is not None else QuantoConfig()
     if not isinstance(config, QuantoConfig):
-        config = QuantoConfig(config.weights, config.activations, config.modules_to_not_convert)
+        config = QuantoConfig.of(config)
     exclude = [*(modules_to_not_convert or []), *(config.modules_to_not_convert or [])]
     prefix = "".join(f"{segment}." for segment in current_key_name or [])
     skip = {}
