@@ -123,6 +123,16 @@ class HoldsStored(nn.Module):
         columns = slot.matrix_shape[-1]
         return slot.from_matrix(self.scheme_of(slot).dequantize(self.tensors(slot.name), columns, self.weight_dtype))
 
+    def dequantized_part(self, name: str | None, begin: int, end: int) -> torch.Tensor:
+        """:meth:`dequantized` for the entries from ``begin`` to ``end`` along the first dimension of the parameter of a
+        slot whose rows are stored each on its own."""
+        slot = self.slot(name)
+        part = slot.of((end - begin, *slot.shape[1:]))
+        # stored rows follow each other as those of the parameter do
+        each = {key: len(tensor) // slot.shape[0] for key, tensor in self.tensors(slot.name).items()}
+        held = {key: tensor[begin * each[key] : end * each[key]] for key, tensor in self.tensors(slot.name).items()}
+        return part.from_matrix(self.scheme_of(slot).dequantize(held, part.matrix_shape[-1], self.weight_dtype))
+
     def set_tensors(self, tensors: dict[str, torch.Tensor], name: str | None = None) -> None:
         """Hold these stored tensors, named as by the scheme, for a slot."""
         # lets go of the tensors that were held before
