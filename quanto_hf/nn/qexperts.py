@@ -101,10 +101,10 @@ class RoutedExperts(StackedExperts):
             Shape (tokens, width), in the dtype of ``hidden_states``.
         """
         tokens, k = top_k_index.shape
-        x = hidden_states.reshape(tokens, -1)
+        x = hidden_states.reshape(tokens, hidden_states.shape[-1])
         rows = x if k == 1 else x.repeat_interleave(k, dim=0)
         made = self._routed(rows, top_k_index.reshape(-1)) * top_k_weights.reshape(-1, 1)
-        return made.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype).view_as(hidden_states)
+        return made.view(tokens, k, made.shape[-1]).sum(dim=1).to(hidden_states.dtype).view_as(hidden_states)
 
     def _routed(self, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """What the expert of each row makes of it."""

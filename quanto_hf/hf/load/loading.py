@@ -151,7 +151,9 @@ def _check_shape(slot: Slot, pieces: list[torch.Tensor], name: str) -> None:
     """Raise ValueError for pieces that do not make up the parameter."""
     found = [tuple(piece.shape) for piece in pieces]
     if not slot.pieces(found):
-        raise _wrong_shape(slot, found[0] if len(found) == 1 else f"those of pieces, {', '.join(map(str, found))}", name)
+        raise _wrong_shape(
+            slot, found[0] if len(found) == 1 else f"those of pieces, {', '.join(map(str, found))}", name
+        )
 
 
 def _wrong_shape(slot: Slot, found: Any, name: str) -> ValueError:
