@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from quanto_hf.eager.modules.kept import bare
 from quanto_hf.eager.qat.weighted import RoundedWeight
 
 
@@ -27,6 +26,10 @@ class WithBatchNorm(RoundedWeight):
     def adopt(self, mod: Any) -> None:
         """Take the batch norm of a fused module, its second child."""
         self.bn = mod[1]
+
+    def adopted(self) -> list[nn.Module]:
+        """The batch norm."""
+        return [self.bn]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The product with the rounded weight, the batch norm, and the fused ReLU."""
@@ -74,13 +77,6 @@ class WithBatchNorm(RoundedWeight):
         self.freeze_bn = False
         self.bn.train(True)
         return self
-
-    def to_float(self) -> nn.Module:
-        """The float modules in a row."""
-        kind: Any = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.nn."))
-        module: nn.Module = bare(kind, self)
-        module._parameters.update(self._parameters)
-        return nn.Sequential(module, self.bn, *[nn.ReLU()] * self.relu)
 
 
 class ConvBn1d(WithBatchNorm, nn.Conv1d):

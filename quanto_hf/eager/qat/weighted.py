@@ -50,6 +50,10 @@ class RoundedWeight(nn.Module):
     def adopt(self, mod: nn.Module) -> None:
         """Take over what else a fused module has."""
 
+    def adopted(self) -> list[nn.Module]:
+        """What :meth:`adopt` took."""
+        return []
+
     @property
     def rounded_weight(self) -> torch.Tensor:
         """The weight on its grid."""
@@ -61,11 +65,12 @@ class RoundedWeight(nn.Module):
         return out.relu() if self.relu else out
 
     def to_float(self) -> nn.Module:
-        """A float module with the same parameters: with the ReLU if one is fused."""
+        """A float module with the same parameters; with a fused batch norm or ReLU a sequence of them."""
         kind: Any = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.nn."))
         module: nn.Module = bare(kind, self)
         module._parameters.update(self._parameters)
-        return nn.Sequential(module, nn.ReLU()) if self.relu else module
+        after = [*self.adopted(), *[nn.ReLU()] * self.relu]
+        return nn.Sequential(module, *after) if after else module
 
 
 class Linear(RoundedWeight, nn.Linear):
