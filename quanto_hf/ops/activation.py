@@ -1,7 +1,7 @@
 """What int8 and float8 activations are: the rounding of x, and how many of its columns share a scale.
 
-This is the definition that the native kernels are compared with (``cpu/csrc/int8*.h``). No data is needed: a scale is found
-when its numbers pass, unless one is given that was found before (static activations).
+This is the definition that the native kernels are compared with (``cpu/csrc/int8*.h``). No data is needed: a scale is
+found when its numbers pass, unless one is given that was found before (static activations).
 """
 
 import torch

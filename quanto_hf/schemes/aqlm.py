@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -210,10 +210,7 @@ class Aqlm(Scheme):
         self.tensors(tuple(weight.shape), weight.dtype)  # refuses what it cannot store
         made = quantize_aqlm(
             weight.detach(),
-            num_codebooks=self.num_codebooks,
-            nbits=self.nbits,
-            out_group=self.out_group,
-            in_group=self.in_group,
+            **asdict(self),
             hessian=context.moment,
             seed=context.seed,
             iterations=context.iterations,

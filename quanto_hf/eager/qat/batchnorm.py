@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from quanto_hf.eager.modules.kept import WithReLU
 from quanto_hf.eager.qat.weighted import RoundedWeight
 
 
@@ -91,22 +92,16 @@ class ConvBn3d(WithBatchNorm, nn.Conv3d):
     """``nn.Conv3d`` and ``nn.BatchNorm3d``."""
 
 
-class ConvBnReLU1d(ConvBn1d):
+class ConvBnReLU1d(WithReLU, ConvBn1d):
     """``nn.Conv1d``, ``nn.BatchNorm1d`` and ReLU."""
 
-    relu = True
 
-
-class ConvBnReLU2d(ConvBn2d):
+class ConvBnReLU2d(WithReLU, ConvBn2d):
     """``nn.Conv2d``, ``nn.BatchNorm2d`` and ReLU."""
 
-    relu = True
 
-
-class ConvBnReLU3d(ConvBn3d):
+class ConvBnReLU3d(WithReLU, ConvBn3d):
     """``nn.Conv3d``, ``nn.BatchNorm3d`` and ReLU."""
-
-    relu = True
 
 
 class LinearBn1d(WithBatchNorm, nn.Linear):

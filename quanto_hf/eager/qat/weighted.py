@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quanto_hf.eager.modules.errors import QConfigError
-from quanto_hf.eager.modules.kept import bare
+from quanto_hf.eager.modules.kept import WithReLU, bare
 from quanto_hf.nn.observers import is_memoryless
 
 
@@ -81,10 +81,8 @@ class Linear(RoundedWeight, nn.Linear):
         return self.finish(F.linear(input, self.rounded_weight, self.bias))
 
 
-class LinearReLU(Linear):
+class LinearReLU(WithReLU, Linear):
     """``nn.Linear`` with a rounded weight, and ReLU."""
-
-    relu = True
 
 
 class DynamicLinear(Linear):
@@ -125,22 +123,16 @@ class Conv3d(_Conv, nn.Conv3d):
     """``nn.Conv3d`` with a rounded weight."""
 
 
-class ConvReLU1d(Conv1d):
+class ConvReLU1d(WithReLU, Conv1d):
     """``nn.Conv1d`` with a rounded weight, and ReLU."""
 
-    relu = True
 
-
-class ConvReLU2d(Conv2d):
+class ConvReLU2d(WithReLU, Conv2d):
     """``nn.Conv2d`` with a rounded weight, and ReLU."""
 
-    relu = True
 
-
-class ConvReLU3d(Conv3d):
+class ConvReLU3d(WithReLU, Conv3d):
     """``nn.Conv3d`` with a rounded weight, and ReLU."""
-
-    relu = True
 
 
 class _Table(RoundedWeight):

@@ -23,9 +23,6 @@ class MinMaxObserver(RangeObserver):
         [0.0199..., 0.0]
     """
 
-    min_val: torch.Tensor
-    max_val: torch.Tensor
-
     def __init__(self, *args: Any, memoryless: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.memoryless = memoryless
@@ -45,17 +42,6 @@ class MinMaxObserver(RangeObserver):
             low, high = torch.minimum(low, self.min_val), torch.maximum(high, self.max_val)
         self.min_val.copy_(low)
         self.max_val.copy_(high)
-
-    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point of the tensor.
-
-        Returns:
-            float32 scale and int32 zero point, shape (1,).
-
-        Raises:
-            RuntimeError: nothing was observed, or values that are NaN or infinite.
-        """
-        return self.qparams_of(self.min_val, self.max_val)
 
     def reset(self) -> None:
         """Forget what was seen."""

@@ -24,8 +24,6 @@ class PerChannelMinMaxObserver(RangeObserver):
         [1.0, 2.0]
     """
 
-    min_val: torch.Tensor
-    max_val: torch.Tensor
     schemes = ("per_channel_affine", "per_channel_symmetric", "per_channel_affine_float_qparams")
 
     def __init__(
@@ -65,17 +63,6 @@ class PerChannelMinMaxObserver(RangeObserver):
     def combine(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is remembered after one more tensor."""
         return torch.minimum(low, self.min_val), torch.maximum(high, self.max_val)
-
-    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point of each channel.
-
-        Returns:
-            float32 scale and int32 zero point (float32 for float qparams), shape (channels,).
-
-        Raises:
-            RuntimeError: nothing was observed, or values that are NaN or infinite.
-        """
-        return self.qparams_of(self.min_val, self.max_val)
 
     def reset(self) -> None:
         """Forget what was seen."""
