@@ -152,7 +152,8 @@ def main() -> None:
                 print(f"{weights:8}{files:>10}{r['load']:8.2f}{r['size'] / 1e6:10.1f}{r['peak'] / 1e6:9.1f}{over:7.1f}")
         for weights in args.weights:
             found = speed(folder / "experts", weights, args.rounds)
-            print(f"{weights}: " + ", ".join(f"{name} {1 / r if 'disk' in name else r:.2f}" for name, r in found.items()))
+            texts = [f"{name} {1 / ratio if 'disk' in name else ratio:.2f}" for name, ratio in found.items()]
+            print(f"{weights}: " + ", ".join(texts))
 
 
 if __name__ == "__main__":

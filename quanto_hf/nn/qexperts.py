@@ -8,16 +8,16 @@ are read, and the tokens of one are multiplied together.
 """
 
 import inspect
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quanto_hf.nn.autocast import autocasts
 from quanto_hf.nn.expert_product import ExpertProduct
 from quanto_hf.nn.qweight import QuantizedWeight
 from quanto_hf.nn.registry import LOAD, QUANTIZE, register_qmodule
+from quanto_hf.nn.rounded import autocasts
 from quanto_hf.nn.slots import Slot
 from quanto_hf.ops.watched import as_a_node
 
@@ -71,12 +71,15 @@ def each_expert(
     """:meth:`StackedExperts.multiply` with a float weight of shape (experts, outputs, inputs), which gets gradients."""
     if as_a_node():
         # no operator of a graph depends on what the ids are
-        made = torch.bmm(weight[experts], x.unsqueeze(-1)).squeeze(-1)
-        return made if bias is None else made + bias[experts]
+        product = torch.bmm(weight[experts], x.unsqueeze(-1)).squeeze(-1)
+        return product if bias is None else product + bias[experts]
     order = torch.argsort(experts, stable=True)
     counts = torch.bincount(experts, minlength=len(weight)).tolist()
-    parts = x[order].split(counts)
-    made = [F.linear(part, weight[e], None if bias is None else bias[e]) for e, part in enumerate(parts) if len(part)]
+    made = [
+        F.linear(rows, weight[e], None if bias is None else bias[e])
+        for e, rows in enumerate(torch.split(x[order], counts))
+        if len(rows)
+    ]
     return torch.cat(made)[torch.argsort(order)] if made else x.new_empty((0, weight.shape[1]))
 
 
@@ -85,6 +88,9 @@ class RoutedExperts(StackedExperts):
 
     # the slot that comes first
     first: ClassVar[str] = GATE_UP
+    # of the float class
+    act_fn: Any
+    post_expert_norm: Any
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -25,6 +25,7 @@ class QLlama4Experts(StackedExperts):
     """The experts of Llama 4: each gets all tokens, one after the other, and those that it does not take are zero."""
 
     declared = (Slot(GATE_UP, leading=1, transposed=True), Slot(DOWN, leading=1, transposed=True))
+    act_fn: Any
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Shape (experts * tokens, width) to the same."""
@@ -66,6 +67,7 @@ class QInklingSharedExperts(StackedExperts):
     """The shared experts of Inkling: every token goes through all of them, each with its own factor."""
 
     declared = (Slot("gate_proj", leading=1), Slot("up_proj", leading=1), Slot(DOWN, leading=1))
+    act_fn: Any
 
     def forward(self, hidden_states: torch.Tensor, gammas: torch.Tensor) -> torch.Tensor:
         """Shape (..., width) to the same.

@@ -70,6 +70,11 @@ def sorted_tokens():
     return ((x * (ids == torch.arange(EXPERTS)[:, None, None])).reshape(-1, WIDTH),)
 
 
+def one_batch():
+    x, ids, weights = routed()
+    return x.view(1, TOKENS, WIDTH), ids, weights
+
+
 def gammas():
     x, _, _ = routed()
     return x.view(1, TOKENS, WIDTH), torch.rand(1, TOKENS, EXPERTS, generator=torch.Generator().manual_seed(3))
@@ -102,7 +107,7 @@ LAYOUTS = {
         lambda: JetMoeParallelExperts(EXPERTS, WIDTH, INNER), lambda: (routed()[0], [2, 0, 3, 1, 1]), QJetMoeExperts,
     ),
     "shared": (lambda: InklingSharedExperts(config(n_shared_experts=EXPERTS)), gammas, QInklingSharedExperts),
-    "two dimensions": (lambda: DbrxExperts(config(**DBRX)), lambda: (routed()[0].view(1, TOKENS, -1), *routed()[1:]), None),
+    "two dimensions": (lambda: DbrxExperts(config(**DBRX)), one_batch, None),
     "unknown": (lambda: Unknown(False), lambda: (routed()[0], routed()[1][:, 0]), QOwnExperts),
     "unknown, transposed": (lambda: Unknown(True), lambda: (routed()[0], routed()[1][:, 0]), QOwnTransposedExperts),
 }  # fmt: skip

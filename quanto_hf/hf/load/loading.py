@@ -137,7 +137,7 @@ def _pieces(
         pieces[:] = [torch.cat(pieces)]
     while pieces:
         piece = pieces.pop(0)
-        yield from piece.split(1) if each and slot.leading and len(piece) else [piece]
+        yield from torch.split(piece, 1) if each and slot.leading and len(piece) else [piece]
         del piece
 
 

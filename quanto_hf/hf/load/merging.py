@@ -98,7 +98,7 @@ class ExpertByExpert(ConversionOps):  # type: ignore[misc]
             whole = {key: _read(found[0]) for key, found in tensors.items()}
             if getattr(self.operations[0], "check_dims", False) and next(iter(whole.values())).shape == shape:
                 # it transposes what is not as the model has it, by the shape of the whole
-                yield from next(iter(whole.values())).split(1)
+                yield from torch.split(next(iter(whole.values())), 1)
                 return
             parts = ({key: [t[e : e + 1]] for key, t in whole.items()} for e in range(min(map(len, whole.values()))))
         for part in parts:
