@@ -16,6 +16,7 @@ from quanto_hf.hf.config.refusals import refuse_optimum_quanto
 from quanto_hf.hf.load import building
 from quanto_hf.hf.load.assigning import new_assignment, saved_assignment, warn_of_floats, was_written_from
 from quanto_hf.hf.load.checking import check_before_loading, expect_guards
+from quanto_hf.hf.load.expert_names import packed_conversions
 from quanto_hf.hf.load.finishing import dequantized, finish_layers, finish_offload
 from quanto_hf.hf.load.finite import refuse_not_finite
 from quanto_hf.hf.load.legacy import LegacyHooks
@@ -148,7 +149,9 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if building.end():
             building.tie_alone(model)
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            conversions = [*conversions, *packed_conversions(conversions, model)]
+        else:
             conversions = self._conversions = merge_late(conversions)
         if self._headers is not None:
             # a copy: conversions remember which names they have seen
