@@ -51,7 +51,8 @@ class QuantizeWeights(ConversionOps):  # type: ignore[misc]
         for name, value in input_dict.items():
             waiting = waiting_slot(model, name)
             names = [name]
-            if waiting is not None and not isinstance(value, Pieces):
+            if self.later is not None and waiting is not None and not isinstance(value, Pieces):
+                # what is made now is checked where it is quantized
                 _check_shape(waiting[1], value if isinstance(value, list) else [value], name)
             if self.later is not None and self.later.takes(model, full_layer_name, name, _first(value)):
                 if waiting is not None:
