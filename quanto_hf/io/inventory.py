@@ -11,6 +11,7 @@ from typing import Any
 from quanto_hf.io.checkpoint import CheckpointError, read_headers
 from quanto_hf.io.formats import QUANTO, Format, format_of
 from quanto_hf.io.formats.quanto import find_guards, without_guards
+from quanto_hf.io.split_experts import by_expert
 from quanto_hf.nn.slots import WEIGHT, joined
 from quanto_hf.schemes import Scheme, TensorSpec, notes
 
@@ -115,6 +116,7 @@ def read_inventory(folder: Path) -> Inventory:
             groups.setdefault(slot, {})[name] = spec
         else:
             rows.append(Item(name, _text(spec.dtype), prod(spec.shape), _nbytes(spec)))
+    schemes = by_expert(schemes, groups, saved_as.prefix)
     saved = _saved_names(schemes, groups)
     layers: dict[str, tuple[Scheme, dict[str, TensorSpec]]] = {}
     problems = [f"unexpected: {tensor}" for name in {*groups} - {*saved.values()} for tensor in groups[name]]
