@@ -250,6 +250,22 @@ def test_loading_takes_the_packed_model_and_two_experts(tmp_path, dtype):
         assert over < 2 * expert + (24 << 20)
 
 
+def test_adapters_train_beside_packed_experts_and_none_on_them(folders):
+    peft = pytest.importorskip("peft")
+    model = load(folders["mixtral"] / "published", quantization_config=QuantoConfig("int4"))
+    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"], r=4)
+    with pytest.warns(
+        UserWarning, match=r"gate_up_proj of the experts are packed \(int4 g64 asym\) and get no adapter"
+    ):
+        adapted = peft.get_peft_model(model, config)
+    adapted(IDS, labels=IDS).loss.backward()
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.grad is not None]
+    assert len(trained) == 4 and all("q_proj.lora" in name for name in trained)
+    floats = QuantoConfig("int4", modules_to_not_convert=["experts"])
+    adapted = peft.get_peft_model(load(folders["mixtral"] / "published", quantization_config=floats), config)
+    assert any("experts.lora" in name for name, _ in adapted.named_parameters())
+
+
 def test_a_router_stays_float_and_the_rest_is_packed(folders):
     model = load(folders["qwen3_moe"] / "published", quantization_config=QuantoConfig("int8"))
     assert not any(isinstance(layer.mlp.gate, QLinear) for layer in model.model.layers)
