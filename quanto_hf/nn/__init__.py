@@ -6,6 +6,7 @@ Imports: ``qtypes``, ``fit``, ``schemes``. Never: transformers, or a whole model
 from quanto_hf.nn.activation import QuantizedInput
 from quanto_hf.nn.aqlm import QuantizedLinear
 from quanto_hf.nn.qconv import QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d, QConvTranspose3d
+from quanto_hf.nn.qconv1d import QConv1D
 from quanto_hf.nn.qembedding import QEmbedding, QEmbeddingBag
 from quanto_hf.nn.qlinear import QLinear
 from quanto_hf.nn.qweight import QuantizedWeight, State
@@ -13,6 +14,7 @@ from quanto_hf.nn.registry import QMODULES, qmodule_for, register_qmodule, sourc
 
 __all__ = [
     "QMODULES",
+    "QConv1D",
     "QConv1d",
     "QConv2d",
     "QConv3d",

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is quantized, and is an ``nn.Linear`` to everybody else."""
+"""A linear layer whose weight is quantized, and is an ``nn.Linear`` to everybody else; what others share with it."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -7,97 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quanto_hf.fit import Fit
-from quanto_hf.nn.activation import QuantizedInput
 from quanto_hf.nn.autocast import autocasts
 from quanto_hf.nn.bound_call import Call
-from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.nn.prepared import straight_through
 from quanto_hf.nn.prepared_op import linear_in_graph
-from quanto_hf.nn.qweight import QuantizedWeight
 from quanto_hf.nn.registry import LOAD, QUANTIZE, register_qmodule
+from quanto_hf.nn.rounded import RoundedModule
 from quanto_hf.ops.watched import as_a_node, recording, sizes, transformed
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
 
 
-@register_qmodule(nn.Linear, by_default=[LOAD, QUANTIZE])
-class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
-    """A linear layer with a quantized weight.
+class LinearProduct(RoundedModule):
+    """Mixin of modules that multiply their input with one quantized matrix, each row of which gives one output, and add
+    a bias; the other base is the float module type. The matrix is a view of the weight, the weight itself or its
+    transposed (:meth:`quanto_hf.nn.QuantizedWeight.to_matrix`)."""
 
-    PREPARED, ``weight`` is a float Parameter, and the forward pass gives what the packed weight would give, so that a
-    model can be tried and trained before it is frozen. FROZEN, the weight is held as plain Parameters named
-    ``weight_packed``, ``weight_scale`` and, if the scheme is asymmetric, ``weight_zero``; reading ``weight`` makes a
-    float tensor from them. None of them ever has a gradient, or changes its dtype. FLOAT, it is an ordinary layer: what
-    :meth:`set_rounding` makes of a PREPARED one.
-
-    Args:
-        in_features: width of the input.
-        out_features: width of the output.
-        bias: whether there is a bias.
-        scheme: how the weight is stored.
-        activations: number type to which inputs are rounded, or None for weight-only; how many columns share a scale is
-            decided in :func:`quanto_hf.ops.activation_group`.
-        static: whether inputs are rounded with one scale that calibration finds, and not with those of each token.
-        dtype: float dtype of the bias, and of ``weight`` when it is read.
-        device: where the (empty) tensors of a FROZEN layer are made.
-
-    Example:
-        >>> from quanto_hf.schemes import make_scheme
-        >>> layer = QLinear.from_module(nn.Linear(128, 10), make_scheme("int4"))
-        >>> layer.freeze()
-        >>> layer
-        QLinear(in_features=128, out_features=10, bias=True, weights=int4 g64 asym)
-        >>> {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
-        {'weight_packed': (10, 64), 'weight_scale': (10, 2), 'weight_zero': (10, 2), 'bias': (10,)}
-    """
-
-    constants: ClassVar[tuple[str, ...]] = ("in_features", "out_features")
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        scheme: Scheme,
-        activations: QType | None = None,
-        static: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        # not nn.Linear's, which would make a float weight
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
-        self._setup(scheme, dtype)
-        self.activations = activations
-        data = torch.empty(out_features, dtype=self.weight_dtype, device=device) if bias else None
-        self._parameters["bias"] = None if data is None else nn.Parameter(data)
-        self.make_empty(device)
-        if static:
-            self.make_static(device=device)
-
-    @classmethod
-    def from_module(
-        cls,
-        module: nn.Linear,
-        scheme: Scheme,
-        activations: QType | None = None,
-        fit: Fit | str | None = None,
-        static: bool = False,
-    ) -> "QLinear":
-        """A PREPARED layer that shares weight and bias with ``module``."""
-        layer = cls.__new__(cls)
-        layer._adopt(module, scheme, fit)
-        layer.activations = activations
-        if static:
-            layer.make_static(device=module.weight.device)
-        return layer
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """(out_features, in_features)"""
-        return (self.out_features, self.in_features)
+    in_features: int
+    out_features: int
 
     # ------------------------------------------------------------------------------------------------ forward
 
@@ -117,7 +44,7 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         if not self.is_frozen and not self.rounding:
-            return F.linear(x, self.weight.to(x.dtype), bias)
+            return F.linear(x, self.to_matrix(self.weight).to(x.dtype), bias)
         if not self.is_frozen and as_a_node() and not transformed():
             return linear_in_graph(self, x, bias)
         # torch cannot follow a function with a gradient of its own through these
@@ -172,7 +99,64 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
         self._check_calibrated()
         return self.scheme.bind(tensors, self.in_features, self.activations.name, self.static_scale)
 
-    def extra_repr(self) -> str:
-        """Features, bias, the scheme, and what happens to the input."""
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return text + f", weights={self.scheme}" + self._describe_input() + self._describe_state()
+
+@register_qmodule(nn.Linear, by_default=[LOAD, QUANTIZE])
+class QLinear(LinearProduct, nn.Linear):
+    """A linear layer with a quantized weight.
+
+    PREPARED, ``weight`` is a float Parameter, and the forward pass gives what the packed weight would give, so that a
+    model can be tried and trained before it is frozen. FROZEN, the weight is held as plain Parameters named
+    ``weight_packed``, ``weight_scale`` and, if the scheme is asymmetric, ``weight_zero``; reading ``weight`` makes a
+    float tensor from them. None of them ever has a gradient, or changes its dtype. FLOAT, it is an ordinary layer: what
+    :meth:`set_rounding` makes of a PREPARED one.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        bias: whether there is a bias.
+        scheme: how the weight is stored.
+        activations: number type to which inputs are rounded, or None for weight-only; how many columns share a scale is
+            decided in :func:`quanto_hf.ops.activation_group`.
+        static: whether inputs are rounded with one scale that calibration finds, and not with those of each token.
+        dtype: float dtype of the bias, and of ``weight`` when it is read.
+        device: where the (empty) tensors of a FROZEN layer are made.
+
+    Example:
+        >>> from quanto_hf.schemes import make_scheme
+        >>> layer = QLinear.from_module(nn.Linear(128, 10), make_scheme("int4"))
+        >>> layer.freeze()
+        >>> layer
+        QLinear(in_features=128, out_features=10, bias=True, weights=int4 g64 asym)
+        >>> {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+        {'weight_packed': (10, 64), 'weight_scale': (10, 2), 'weight_zero': (10, 2), 'bias': (10,)}
+    """
+
+    constants: ClassVar[tuple[str, ...]] = ("in_features", "out_features")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        scheme: Scheme,
+        activations: QType | None = None,
+        static: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        # not nn.Linear's, which would make a float weight
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self._setup(scheme, dtype)
+        self.activations = activations
+        data = torch.empty(out_features, dtype=self.weight_dtype, device=device) if bias else None
+        self._parameters["bias"] = None if data is None else nn.Parameter(data)
+        self.make_empty(device)
+        if static:
+            self.make_static(device=device)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(out_features, in_features)"""
+        return (self.out_features, self.in_features)

@@ -1,4 +1,5 @@
-"""Quantized modules that compute with a float copy of their rounded weight: all but the linear layer."""
+"""Quantized modules with one weight, whose inputs may be rounded: how they are made and printed, and what those
+multiply with that compute with a float copy of their rounded weight, which are all but the linear layers."""
 
 from typing import Any
 
@@ -54,7 +55,7 @@ class RoundedModule(LearnedScales, QuantizedInput):
         """
         if not x.is_floating_point():
             raise ValueError(f"{self} takes floating-point inputs, not {x.dtype}; convert them first")
-        weight = self.round_weight(self.sources()) if self.rounds else self.weight
+        weight = self.from_matrix(self.round_weight(self.sources())) if self.rounds else self.weight
         bias = self.bias_held
         if autocasts(x):
             return weight, bias
