@@ -8,7 +8,7 @@ import transformers as tf
 from tiny_models import TEXT, lively, noise, relative, tokens
 from transformers.pytorch_utils import Conv1D
 
-from quanto_hf import QuantoConfig, report
+from quanto_hf import AqlmConfig, QuantoConfig, report
 from quanto_hf.nn import QConv1D
 
 SIZES = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -142,3 +142,12 @@ def test_an_adapter_of_peft_trains_on_it(tmp_path):
             assert torch.equal(model(tokens()).logits, load()(tokens()).logits)
         model.base_model.model.dequantize()
         assert relative(model.merge_and_unload()(tokens()).logits, made) < 1e-4
+
+
+def test_the_published_format_of_aqlm_has_none(tmp_path):
+    gpt2().save_pretrained(tmp_path)
+    config = AqlmConfig(num_codebooks=1, nbits_per_codebook=8)
+    with pytest.warns(UserWarning, match="no linear layer of GPT2LMHeadModel is quantized|stay in float"):
+        model = tf.GPT2LMHeadModel.from_pretrained(tmp_path, quantization_config=config)
+    rows = {row.name: row for row in report(model).rows}
+    assert rows["transformer.h.0.attn.c_attn.weight"].reason == "the format has no Conv1D"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from quanto_hf.flow import Assignment, Choice, asked_by, assign, first_match, not_quantizable
-from quanto_hf.hf.config.skips import default_skips
+from quanto_hf.hf.config.skips import default_skips, other_kinds
 from quanto_hf.nn import qmodule_for
 from quanto_hf.nn.slots import label
 from quanto_hf.schemes import Scheme
@@ -24,11 +24,12 @@ def new_assignment(model: Any, config: Any, dtype: torch.dtype) -> Assignment:
         config: what was asked for.
         dtype: in which the model is loaded.
     """
+    skip = other_kinds(model, type(config).format.layer)
     return assign(
         model,
         config.choice(),
         exclude=config.modules_to_not_convert or (),
-        skip=default_skips(model, dtype, config.default_skips, asked_by(config.overrides)),
+        skip={**default_skips(model, dtype, config.default_skips, asked_by(config.overrides)), **skip},
         overrides=config.overrides,
     )
 
