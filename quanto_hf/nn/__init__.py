@@ -5,6 +5,7 @@ Imports: ``qtypes``, ``fit``, ``schemes``. Never: transformers, or a whole model
 
 from quanto_hf.nn.activation import QuantizedInput
 from quanto_hf.nn.aqlm import QuantizedLinear
+from quanto_hf.nn.qattention import QMultiheadAttention
 from quanto_hf.nn.qconv import QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d, QConvTranspose3d
 from quanto_hf.nn.qconv1d import QConv1D
 from quanto_hf.nn.qembedding import QEmbedding, QEmbeddingBag
@@ -24,6 +25,7 @@ __all__ = [
     "QEmbedding",
     "QEmbeddingBag",
     "QLinear",
+    "QMultiheadAttention",
     "QuantizedInput",
     "QuantizedLinear",
     "QuantizedWeight",

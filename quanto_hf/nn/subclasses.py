@@ -42,8 +42,6 @@ def why_not_equivalent(module: nn.Module, source: type[nn.Module], slots: tuple[
             return f"it has no {slot}"
     if kind is source:
         return None
-    if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
-        return "the attention of torch reads it by its weight"
     if isinstance(module._parameters[slots[0]], nn.UninitializedParameter):
         return "its shape is not known before its first forward pass"
     name, own = kind.__name__, {*module._parameters, *module._buffers, *module._modules} - {*slots, "bias"}

@@ -106,10 +106,16 @@ def test_two_linear_layers_with_one_weight_both_stay_float():
     }
 
 
-def test_the_out_projection_of_multihead_attention_is_not_touched():
+def test_the_out_projection_of_multihead_attention_goes_with_the_attention():
     # torch's attention reads it by its weight
     net = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2)})
-    assert assign(net, INT8).chosen == {}
+    assert list(assign(net, INT8).chosen) == ["attention.in_proj_weight", "attention.out_proj"]
+    assert list(assign(net, INT8, exclude=["out_proj"]).chosen) == ["attention.in_proj_weight"]
+    without = assign(net, INT8, exclude=["in_proj_weight"])
+    assert not without.chosen and "reads its weight" in without.left["attention.out_proj"]
+    net = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2, kdim=8)})
+    names = ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"]
+    assert list(assign(net, INT8).chosen) == [f"attention.{name}" for name in names]
 
 
 def test_a_module_with_two_names_becomes_one_module():
