@@ -150,3 +150,13 @@ def test_a_transposed_convolution_is_judged_by_the_rows_that_are_stored():
     assignment = assign(nn.ModuleList([fits, does_not]), choice, include=["0", "1"])
     assert list(assignment.chosen) == ["0"]
     assert assignment.left["1"].startswith("in_features=15 is not a multiple of the 8")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_takes_no_fewer_bytes_packed_stays_float_unless_it_is_named(kind):
+    net = nn.ModuleDict({"thin": nn.Linear(1, 40), "small": nn.Linear(8, 8)}).to(torch.bfloat16)
+    found = assign(net, Choice(kind))
+    assert list(found.chosen) == ["small"]
+    assert "bytes as int" in found.left["thin"] and "no fewer than its 80 in float" in found.left["thin"]
+    named = assign(net, Choice(kind), overrides={"thin": {"weights": kind}})
+    assert list(named.chosen) == ["thin", "small"] and not named.left
