@@ -9,6 +9,8 @@ from quanto_hf.nn.qattention import QMultiheadAttention
 from quanto_hf.nn.qconv import QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d, QConvTranspose3d
 from quanto_hf.nn.qconv1d import QConv1D
 from quanto_hf.nn.qembedding import QEmbedding, QEmbeddingBag
+from quanto_hf.nn.qexperts import QExperts, QTransposedExperts, QUngatedExperts
+from quanto_hf.nn.qexperts_own import QLlama4Experts
 from quanto_hf.nn.qlinear import QLinear
 from quanto_hf.nn.qweight import QuantizedWeight, State
 from quanto_hf.nn.registry import QMODULES, qmodule_for, register_qmodule, source_of, why_no_qmodule
@@ -24,8 +26,12 @@ __all__ = [
     "QConvTranspose3d",
     "QEmbedding",
     "QEmbeddingBag",
+    "QExperts",
     "QLinear",
+    "QLlama4Experts",
     "QMultiheadAttention",
+    "QTransposedExperts",
+    "QUngatedExperts",
     "QuantizedInput",
     "QuantizedLinear",
     "QuantizedWeight",

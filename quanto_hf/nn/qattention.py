@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from quanto_hf.nn.autocast import autocasts
 from quanto_hf.nn.qlinear import QLinear
 from quanto_hf.nn.qweight import QuantizedWeight
 from quanto_hf.nn.registry import LOAD, QUANTIZE, register_qmodule
+from quanto_hf.nn.rounded import autocasts
 from quanto_hf.nn.slots import Slot
 from quanto_hf.nn.weight_view import WeightView
 from quanto_hf.ops.watched import recording

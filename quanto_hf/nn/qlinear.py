@@ -7,15 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quanto_hf.nn.autocast import autocasts
 from quanto_hf.nn.bound_call import Call
 from quanto_hf.nn.prepared import straight_through
 from quanto_hf.nn.prepared_op import linear_in_graph
 from quanto_hf.nn.registry import LOAD, QUANTIZE, register_qmodule
-from quanto_hf.nn.rounded import RoundedModule
+from quanto_hf.nn.rounded import RoundedModule, autocasts
 from quanto_hf.ops.watched import as_a_node, recording, sizes, transformed
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
+
+# looked up once: each layer of each token asks
+_any_autocast = torch._C._is_any_autocast_enabled
 
 
 class LinearProduct(RoundedModule):
@@ -85,7 +87,7 @@ class LinearProduct(RoundedModule):
         """What the bound call gives for the tensors that are held, or None if it does not serve: each layer of each
         token pays for what stands here (3 us)."""
         call = self.bound_call()
-        if call is None or (torch._C._is_any_autocast_enabled() and autocasts(x)):
+        if call is None or (_any_autocast() and autocasts(x)):
             return None
         parameters = self._parameters
         return call(x, parameters["bias"] if "bias" in parameters else self.bias)
