@@ -24,6 +24,8 @@ class FloatTwin(HoldsStored):
     # set by register_qmodule: the verbs that quantize such modules without being asked, and the float type
     by_default: ClassVar[frozenset[str]] = frozenset()
     stands_for: ClassVar[type[nn.Module]]
+    # whether the quantized class of a subclass with a forward pass of its own runs that, and is its super().forward
+    keeps_forward: ClassVar[bool] = False
 
     fit: Fit | str | None
     # slot name -> fit, as ``slot_schemes``
@@ -135,8 +137,23 @@ class FloatTwin(HoldsStored):
                     note_left(part, name, reason)
         return module
 
-    def to_float(self) -> nn.Module:
-        """A float module with the (dequantized) parameters and the same others."""
-        floats = {slot.name: self._parameters.get(slot.name) for slot in self.slots}
-        made = {name: self.dequantized(name) if t is None else t.detach() for name, t in floats.items()}
-        return self.plain(made if len(self.slot_names) > 1 else next(iter(made.values())))
+    def to_float(self, known: dict[tuple[int, ...], nn.Parameter] | None = None) -> nn.Module:
+        """A float module with the (dequantized) parameters and the same others.
+
+        Args:
+            known: float parameters that were made already, by the ``id`` of what they were made of: slots with one weight
+                get one Parameter. Filled here; what it names has to stay alive meanwhile.
+        """
+        known, keys, made = {} if known is None else known, {}, {}
+        for slot in self.slots:
+            weight = self._parameters.get(slot.name)
+            held = [self._parameters[name] for name in slot.names(self.scheme_of(slot))] if weight is None else [weight]
+            keys[slot.name] = key = tuple(id(tensor) for tensor in held)
+            weight = known.get(key, weight)
+            made[slot.name] = self.dequantized(slot.name) if weight is None else weight.detach()
+        module = self.plain(made if len(self.slot_names) > 1 else next(iter(made.values())))
+        for name, key in keys.items():
+            part = next((part for part in module.modules() if name in part._parameters), None)
+            if part is not None:
+                part._parameters[name] = known.setdefault(key, part._parameters[name])  # type: ignore[arg-type]
+        return module

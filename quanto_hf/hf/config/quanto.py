@@ -49,10 +49,14 @@ class QuantoConfig(FormatConfig):
         fit: how scales are found: absmax, minmax, mse, mse_gain, hqq. None is the best data-free one of the type.
         overrides: pattern -> values of weights, group_size, symmetric and fit that differ for these modules, such as
             ``{"*.down_proj": {"weights": "int8"}}``; ``{"weights": None}`` leaves them in float. The first pattern
-            that matches counts. One that names a router, a gate, an embedding or a convolution itself (``mlp.gate``,
-            not ``mlp``) quantizes it.
+            that matches counts. One that names a router, a gate, an embedding, a head or a convolution itself
+            (``mlp.gate``, not ``mlp``) quantizes it.
         default_skips: False also quantizes output and task heads, routers and gates. Tied weights stay float all the
-            same.
+            same, unless ``embeddings`` or an override asks for them.
+        embeddings: number type of token, position and type embeddings and of the output head, with its default group
+            size and fit; None leaves them in float. An embedding and a head with one weight (tied) are one packed
+            tensor. An override that names an embedding or a head counts more; one that names either side of a tied
+            pair is for both. With ``activations`` the head rounds its inputs as other linear layers do.
         dequantize: load with float weights in plain layers: those of the quantized checkpoint, or, of a float one,
             the weights rounded as they would be.
         format_version: format of the checkpoint; written by the library.
@@ -82,6 +86,7 @@ class QuantoConfig(FormatConfig):
     static_activations: bool = False
     qat: bool = False
     learn_scales: bool = False
+    embeddings: str | None = None
     format_version: int = FORMAT_VERSION
     schemes: list[dict[str, Any]] | None = None
     # keyword only: the base class has it first, but the first argument is the weights, as in transformers' QuantoConfig
@@ -100,6 +105,7 @@ class QuantoConfig(FormatConfig):
     def _name_types(self) -> None:
         """Names in the place of number types: a config is written as JSON."""
         self.weights, self.activations = as_name(self.weights), as_name(self.activations)
+        self.embeddings = as_name(self.embeddings)
         if isinstance(self.overrides, Mapping):
             self.overrides = {
                 pattern: {key: as_name(value) for key, value in values.items()}
@@ -111,6 +117,9 @@ class QuantoConfig(FormatConfig):
     def _problems(self) -> list[str]:
         """One sentence for each bad value."""
         problems = _value_problems(vars(self), self.weights)
+        if self.embeddings is not None:
+            found = _value_problems({"weights": self.embeddings}, self.embeddings, may_be_float=True)
+            problems += [f"embeddings{problem.removeprefix('weights')}" for problem in found]
         if self.quant_method not in (METHOD, "quanto"):
             problems.append(f"quant_method={SHORT.repr(self.quant_method)}; it is {METHOD!r}")
         try:
@@ -151,7 +160,8 @@ class QuantoConfig(FormatConfig):
             problems.append("qat=True and dequantize=True; choose one of them")
         if self.learn_scales and not self.qat:
             problems.append("learn_scales=True without qat=True; scales are learned in training only")
-        for where, choice in [("", self.choice()), *self._override_choices()]:
+        special = [] if (choice := self.embeddings_choice()) is None else [("embeddings: ", choice)]
+        for where, choice in [("", self.choice()), *special, *self._override_choices()]:
             # of a checkpoint that is quantized nothing is fitted any more
             asked = choice if self.schemes is None or self.qat else replace(choice, fit=None)
             if (reason := asked.refusal()) is not None:
@@ -172,6 +182,10 @@ class QuantoConfig(FormatConfig):
     def choice(self) -> Choice:
         """What a module gets that no override names."""
         return Choice(self.weights, self.group_size, self.symmetric, self.fit)
+
+    def embeddings_choice(self) -> Choice | None:
+        """See :class:`FormatConfig`: the number type with its own defaults."""
+        return None if self.embeddings is None else Choice(self.embeddings)
 
     @classmethod
     def of(cls, config: Any) -> "QuantoConfig":
@@ -237,6 +251,7 @@ class QuantoConfig(FormatConfig):
             "overrides": self.overrides,
             "modules_to_not_convert": sorted(self.modules_to_not_convert or []),
             "default_skips": self.default_skips,
+            "embeddings": None if (choice := self.embeddings_choice()) is None else choice.scheme(),
         }
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from quanto_hf.flow import matches
+from quanto_hf.flow.patterns import any_names
 from quanto_hf.flow.routers import routers
-from quanto_hf.nn.slots import WEIGHT
 
 # Layers with a weight of a part outside of the base model, up to which the part is a head, and not a network. Of the
 # families of transformers no head has more (Splinter), and no network fewer than 25 (the decoder of VideoMAE).
@@ -16,33 +16,63 @@ HEAD_LAYERS = 6
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
-def default_skips(model: Any, dtype: torch.dtype, heads: bool = True, asked: Iterable[str] = ()) -> dict[str, str]:
-    """Module name -> why it stays float.
+def default_skips(
+    model: Any, dtype: torch.dtype, heads: bool = True, asked: Iterable[str] = (), embeddings: bool = False
+) -> dict[str, str]:
+    """Module name -> why it stays float. (Tied weights: :func:`quanto_hf.flow.assign`.)
 
     Args:
         model: a PreTrainedModel, usually on meta.
         dtype: the dtype in which it is loaded.
         heads: also the output head, task heads (:func:`task_heads`), and routers and gates
             (:func:`quanto_hf.flow.routers.routers`).
-        asked: patterns that ask for routers and gates all the same.
+        asked: patterns that ask for heads, routers and gates all the same.
+        embeddings: whether embeddings and the output head are asked for.
     """
     skips: dict[str, str] = {}
-    for target, source in model.all_tied_weights_keys.items():
-        for tied, other in ((target, source), (source, target)):
-            skips[tied.removesuffix(f".{WEIGHT}")] = f"its weight is tied to {other}"
     for pattern in model._get_dtype_plan(dtype):
         for name, _ in model.named_modules():
             if matches(name, pattern):
                 skips.setdefault(name, "the model keeps it in float32")
+    if embeddings:
+        skips.update((name, "a bias of attention") for name in attention_biases(model) if not any_names([name], asked))
     if not heads:
         return skips
-    output, ends = model.get_output_embeddings(), task_heads(model)
+    asked, outputs, ends = list(asked), output_heads(model), task_heads(model)
     for name, module in model.named_modules():
-        if module is output:
+        if any_names([name], asked) or (embeddings and name in outputs):
+            continue
+        if name in outputs:
             skips.setdefault(name, "the output head stays float by default")
         elif module in ends:
             skips.setdefault(name, "task heads stay float by default")
     return {**routers(model, getattr(model, "config", None), asked), **skips}
+
+
+def output_heads(model: Any) -> set[str]:
+    """Names of the modules that transformers knows as the output head: a linear layer, or a list of some."""
+    output = model.get_output_embeddings()
+    if not isinstance(output, nn.Module):
+        return set()
+    parts = set(output.modules())
+    return {name for name, module in model.named_modules() if module in parts}
+
+
+def attention_biases(model: Any) -> set[str]:
+    """Names of embeddings that hold one number per head of attention: those of relative positions (T5). They are added
+    to scores, and are a few hundred numbers."""
+    heads = {
+        count
+        for part in model.modules()
+        if (config := getattr(part, "config", None)) is not None
+        for key in ("num_attention_heads", "num_heads")
+        if isinstance(count := getattr(config, key, None), int)
+    }
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module.embedding_dim in heads
+    }
 
 
 def task_heads(model: Any) -> set[nn.Module]:

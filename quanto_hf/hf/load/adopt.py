@@ -71,6 +71,7 @@ def _config(weights: Any, activations: Any, kwargs: dict[str, Any]) -> QuantoCon
         symmetric=kwargs.get("symmetric"),
         fit=_name(_either(kwargs, "fit", "optimizer")),
         overrides=overrides,
+        embeddings=_name(kwargs.get("embeddings")),
     )
 
 

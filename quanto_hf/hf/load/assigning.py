@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from quanto_hf.flow import Assignment, Choice, asked_by, assign, first_match, not_quantizable
-from quanto_hf.hf.config.skips import default_skips
+from quanto_hf.flow.ties import Ties, as_label
+from quanto_hf.hf.config.skips import default_skips, output_heads
+from quanto_hf.hf.load.ties import float_ties
 from quanto_hf.nn import qmodule_for
-from quanto_hf.nn.slots import label
+from quanto_hf.nn.slots import find, joined, label
 from quanto_hf.schemes import Scheme
 
 # Warn when more than this share of the weights stays in float.
@@ -24,12 +26,17 @@ def new_assignment(model: Any, config: Any, dtype: torch.dtype) -> Assignment:
         config: what was asked for.
         dtype: in which the model is loaded.
     """
+    asked, embeddings = asked_by(config.overrides), config.embeddings_choice()
     return assign(
         model,
         config.choice(),
         exclude=config.modules_to_not_convert or (),
-        skip=default_skips(model, dtype, config.default_skips, asked_by(config.overrides)),
+        skip=default_skips(model, dtype, config.default_skips, asked, embeddings is not None),
         overrides=config.overrides,
+        learn=config.learn_scales,
+        embeddings=embeddings,
+        outputs=output_heads(model),
+        ties=float_ties(model),
     )
 
 
@@ -67,11 +74,21 @@ def saved_assignment(model: Any, schemes: Mapping[str, Scheme], config: Any, dty
             f"{len(absent)} of the {len(schemes)} quantized modules of the checkpoint are not in "
             f"{type(model).__name__}; the first one is {absent[0]!r}"
         )
+    _complete_ties(model, chosen)
     # for the reasons only: an entry of 'schemes' counts more than a default
     skip = default_skips(model, dtype, config.default_skips)
     skip.update((name, "it was saved in float") for name in known if name not in chosen and name not in skip)
-    left = assign(model, config.choice(), skip=skip).left
+    left = assign(model, config.choice(), skip=skip, ties=float_ties(model)).left
     return Assignment(chosen, {name: reason for name, reason in left.items() if name not in chosen})
+
+
+def _complete_ties(model: Any, chosen: dict[str, Choice]) -> None:
+    """Of a weight that several modules share the config of a checkpoint names one: where the files have it."""
+    ties = Ties(model, float_ties(model))
+    for name in list(chosen):
+        owner, leaf = find(model, name)
+        for other in ties.others(joined(owner, leaf)):
+            chosen.setdefault(as_label(other), chosen[name])
 
 
 def _saved_fit(config: Any, name: str) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from quanto_hf.flow import replace_modules
+from quanto_hf.flow.ties import Ties
 from quanto_hf.hf.load.names import loader_names, split_name, targets_of
 from quanto_hf.hf.load.stored_dtypes import disagreements
 from quanto_hf.io import check_tensors, find_guards, without_guards
@@ -39,16 +40,22 @@ def check_before_loading(
         headers = without_guards(headers)
     targets, unexpected, converted = _rename(model, headers, conversions, state)
     tied = set(model.all_tied_weights_keys)
+    groups = Ties(model, model.all_tied_weights_keys)
+
+    def has(name: str) -> bool:
+        """Whether the checkpoint has it under this name or that of what it is tied to."""
+        return any(other in targets for other in groups.group(name))
+
     wanted: dict[str, TensorSpec] = {}
     absent: dict[str, QuantizedWeight] = {}
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedWeight):
             continue
         names = _checkpoint_names(module, name, pre_quantized)
-        if not complete and not any(n in targets for n in names):
+        if not complete and not any(has(n) for n in names):
             absent[name] = module
         else:
-            wanted.update({n: _spec(state[n]) for n in names})
+            wanted.update({n: _spec(state[n]) for n in names if n in targets or not has(n)})
     if absent:
         _leave_in_float(model, absent)
     if pre_quantized and complete:

@@ -28,6 +28,7 @@ from quanto_hf.hf.load.owner import Owned
 from quanto_hf.hf.load.register import register
 from quanto_hf.hf.load.replace import replace_by_assignment
 from quanto_hf.hf.load.stored_dtypes import kept_tensors, take_stored_dtypes
+from quanto_hf.hf.load.ties import know_ties
 from quanto_hf.hf.memory.sizes import (
     Kept,
     Transient,
@@ -71,6 +72,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         # of a config that asks for an empty model, it is another one
         config.quant_method = config.format.method
         super().__init__(config, **kwargs)
+        know_ties()
         if self.pre_quantized and (problem := self.format.refuses_saved(config.to_dict())) is not None:
             raise ValueError(problem)
         self._dtype = torch.float32
@@ -88,6 +90,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         """Of a model that comes from another process, which may be the first one in this."""
         super().__setstate__(state)
         know_dtypes()
+        know_ties()
 
     @property
     def format(self) -> Format:
