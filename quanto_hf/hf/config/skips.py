@@ -9,6 +9,7 @@ from torch import nn
 from quanto_hf.flow import matches
 from quanto_hf.flow.patterns import any_names
 from quanto_hf.flow.routers import routers
+from quanto_hf.nn.slots import WEIGHT
 
 # Layers with a weight of a part outside of the base model, up to which the part is a head, and not a network. Of the
 # families of transformers no head has more (Splinter), and no network fewer than 25 (the decoder of VideoMAE).
@@ -34,11 +35,12 @@ def default_skips(
         for name, _ in model.named_modules():
             if matches(name, pattern):
                 skips.setdefault(name, "the model keeps it in float32")
+    asked = list(asked)
     if embeddings:
-        skips.update((name, "a bias of attention") for name in attention_biases(model) if not any_names([name], asked))
+        skips.update({n: reason for n, reason in special_tables(model).items() if not any_names([n], asked)})
     if not heads:
         return skips
-    asked, outputs, ends = list(asked), output_heads(model), task_heads(model)
+    outputs, ends = output_heads(model), task_heads(model)
     for name, module in model.named_modules():
         if any_names([name], asked) or (embeddings and name in outputs):
             continue
@@ -58,9 +60,14 @@ def output_heads(model: Any) -> set[str]:
     return {name for name, module in model.named_modules() if module in parts}
 
 
-def attention_biases(model: Any) -> set[str]:
-    """Names of embeddings that hold one number per head of attention: those of relative positions (T5). They are added
-    to scores, and are a few hundred numbers."""
+# methods of embeddings that transformers calls to fill them
+FILLS = ("create_weight", "make_weight")
+
+
+def special_tables(model: Any) -> dict[str, str]:
+    """Name of an embedding -> why it is none of those that are meant by ``embeddings``: it is a fixed table that the
+    model computes (sinusoids), or holds one number per head of attention, which is added to scores (T5)."""
+    computed = set(model._keys_to_ignore_on_save or ())
     heads = {
         count
         for part in model.modules()
@@ -68,11 +75,15 @@ def attention_biases(model: Any) -> set[str]:
         for key in ("num_attention_heads", "num_heads")
         if isinstance(count := getattr(config, key, None), int)
     }
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and module.embedding_dim in heads
-    }
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding):
+            continue
+        if f"{name}.{WEIGHT}" in computed or any(hasattr(module, method) for method in FILLS):
+            found[name] = "the model computes it"
+        elif module.embedding_dim in heads:
+            found[name] = "it has one number for each head of attention"
+    return found
 
 
 def task_heads(model: Any) -> set[nn.Module]:

@@ -88,7 +88,8 @@ def _exact(model: nn.Module) -> set[str]:
 
 
 def _checkpoint_names(module: QuantizedWeight, name: str, pre_quantized: bool) -> list[str]:
-    made = () if pre_quantized else module.kept_names
+    # what is in no file: the model makes it
+    made = {*(() if pre_quantized else module.kept_names), *module._non_persistent_buffers_set}
     held = {**module._parameters, **module._buffers}
     leaves = [leaf for leaf, tensor in held.items() if tensor is not None and leaf not in made]
     return [joined(name, leaf) for leaf in leaves]
