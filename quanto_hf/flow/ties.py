@@ -13,6 +13,10 @@ from quanto_hf.nn import QuantizedWeight
 from quanto_hf.nn.registry import slots_of
 from quanto_hf.nn.slots import Slot, joined, label
 
+# module name, module and slot
+Entry = tuple[str, QuantizedWeight, Slot]
+Group = list[Entry]
+
 
 class Ties:
     """Which slots of a model share a weight.
@@ -59,9 +63,27 @@ class Ties:
         """These and the name itself, in the order of the model."""
         return self._groups.get(name, [name])
 
+    def packed(self, model: nn.Module) -> "list[Group]":
+        """The groups whose slots are all packed now, with one scheme: those of a model that was quantized since."""
+        found: list[Group] = []
+        for names in {id(group): group for group in self._groups.values() if len(group) > 1}.values():
+            slots = [_packed(model, name) for name in names]
+            group = [entry for entry in slots if entry is not None]
+            if len(group) == len(names) and len({module.scheme_of(slot) for _, module, slot in group}) == 1:
+                found.append(group)
+        return found
+
     def held_by(self, name: str) -> str | None:
         """Where something else holds this weight than the registers of modules, or None."""
         return next((self.elsewhere[n] for n in self.group(name) if n in self.elsewhere), None)
+
+
+def _packed(model: nn.Module, name: str) -> "Entry | None":
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if not isinstance(module, QuantizedWeight) or module._parameters.get(leaf) is not None:
+        return None
+    return next(((owner, module, slot) for slot in module.slots if slot.name == leaf), None)
 
 
 def as_label(name: str) -> str:
@@ -91,7 +113,7 @@ def why_not_one(model: nn.Module, names: Iterable[str]) -> str | None:
 # ------------------------------------------------------------------------------------------- packed, and float again
 
 
-def float_slots(model: nn.Module) -> list[tuple[str, QuantizedWeight, Slot]]:
+def float_slots(model: nn.Module) -> Group:
     """Module name, module and slot of all slots of quantized modules that hold a float parameter."""
     return [
         (name, module, slot)
@@ -102,9 +124,9 @@ def float_slots(model: nn.Module) -> list[tuple[str, QuantizedWeight, Slot]]:
     ]
 
 
-def tied_slots(model: nn.Module) -> list[list[tuple[str, QuantizedWeight, Slot]]]:
+def tied_slots(model: nn.Module) -> list[Group]:
     """The float slots that share a parameter and can share a packed one: each a list, in the order of the model."""
-    found: dict[Any, list[tuple[str, QuantizedWeight, Slot]]] = {}
+    found: dict[Any, Group] = {}
     for entry in float_slots(model):
         _, module, slot = entry
         key = id(module._parameters[slot.name]), module.scheme_of(slot), slot.matrix_shape
@@ -112,7 +134,7 @@ def tied_slots(model: nn.Module) -> list[list[tuple[str, QuantizedWeight, Slot]]
     return [entries for entries in found.values() if len(entries) > 1]
 
 
-def share_packed(groups: Iterable[list[tuple[str, QuantizedWeight, Slot]]]) -> None:
+def share_packed(groups: Iterable[Group]) -> None:
     """Let all slots of a group hold the stored tensors of the first one, which is packed."""
     for (_, first, slot), *others in groups:
         for _, module, other in others:

@@ -28,7 +28,7 @@ from quanto_hf.hf.load.owner import Owned
 from quanto_hf.hf.load.register import register
 from quanto_hf.hf.load.replace import replace_by_assignment
 from quanto_hf.hf.load.stored_dtypes import kept_tensors, take_stored_dtypes
-from quanto_hf.hf.load.ties import know_ties
+from quanto_hf.hf.load.ties import know_ties, untie_parts
 from quanto_hf.hf.memory.sizes import (
     Kept,
     Transient,
@@ -214,6 +214,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         building.tie_as_ever(model)
+        untie_parts(model)
         if not self.pre_quantized or self.format.copies_floats:
             own_floats(model, every=not self.pre_quantized)
         self._finish_offload(model)

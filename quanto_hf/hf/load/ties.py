@@ -114,6 +114,19 @@ def arrives(model: nn.Module, name: str) -> list[str]:
     return gone
 
 
+def untie_parts(model: nn.Module) -> None:
+    """Two weights of which transformers has found that they differ, although one of their stored tensors is the same (a
+    weight and twice the weight have equal codes): they share nothing."""
+    held: dict[int, tuple[int, ...]] = {}
+    for module in model.modules():
+        for slot in module.slots if isinstance(module, QuantizedWeight) else ():
+            tensors = {name: module._parameters.get(name) for name in slot.names(module.scheme_of(slot))}
+            mine = tuple(id(tensor) for tensor in tensors.values() if tensor is not None)
+            for name, tensor in tensors.items():
+                if tensor is not None and held.setdefault(id(tensor), mine) != mine and not tensor.is_meta:
+                    module._parameters[name] = module.as_stored(name, tensor.data.clone(), slot)
+
+
 def know_ties() -> None:
     """Let models of transformers answer with the names of what their modules hold. In the class, as their parts are
     asked too; nothing changes for models without packed ties."""
