@@ -1,6 +1,9 @@
 """A quantized module and the float one that it stands for: made from it, and turned into one again."""
 
+import copy
+import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -157,3 +160,23 @@ class FloatTwin(HoldsStored):
             if part is not None:
                 part._parameters[name] = known.setdefault(key, part._parameters[name])  # type: ignore[arg-type]
         return module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """As of any module. A copy that PEFT makes to train it (``modules_to_save``) is a float module: a packed weight
+        has no gradient, and PEFT would train nothing without a word."""
+        if _is_trained_copy():
+            return copy.deepcopy(self.to_float(), memo)
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
+
+def _is_trained_copy() -> bool:
+    """Whether a copy is made for a ``ModulesToSaveWrapper`` of PEFT, of the module itself or of one around it."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "update" and frame.f_globals.get("__name__") == "peft.utils.other":
+            return True
+        frame = frame.f_back
+    return False

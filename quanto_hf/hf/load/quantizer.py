@@ -27,6 +27,7 @@ from quanto_hf.hf.load.own_floats import own_floats
 from quanto_hf.hf.load.owner import Owned
 from quanto_hf.hf.load.register import register
 from quanto_hf.hf.load.replace import replace_by_assignment
+from quanto_hf.hf.load.resizing import watch_resizing
 from quanto_hf.hf.load.stored_dtypes import kept_tensors, take_stored_dtypes
 from quanto_hf.hf.load.ties import know_ties, untie_parts
 from quanto_hf.hf.memory.sizes import (
@@ -91,6 +92,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         super().__setstate__(state)
         know_dtypes()
         know_ties()
+        watch_resizing()
 
     @property
     def format(self) -> Format:
@@ -227,6 +229,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self.describe(model)
         watch_saving()
         watch_other_savers()
+        watch_resizing()
         know_dtypes()
         if config.dequantize:
             self.dequantize(model)
