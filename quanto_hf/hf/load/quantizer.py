@@ -29,7 +29,7 @@ from quanto_hf.hf.load.register import register
 from quanto_hf.hf.load.replace import replace_by_assignment
 from quanto_hf.hf.load.resizing import watch_resizing
 from quanto_hf.hf.load.stored_dtypes import kept_tensors, take_stored_dtypes
-from quanto_hf.hf.load.ties import know_ties, untie_parts
+from quanto_hf.hf.load.ties import know_ties, note_ties, untie_parts
 from quanto_hf.hf.memory.sizes import (
     Kept,
     Transient,
@@ -222,6 +222,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self._finish_offload(model)
         free()
         finish_layers(model, self.quantization_config)
+        note_ties(model)
         self.belongs_to(model)
         if self.pre_quantized:
             refuse_not_finite(model)
@@ -253,6 +254,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         """Float weights in plain layers. Everything else keeps its dtype unless one is given: transformers would
         convert the whole model, and round the frequencies of rotary embeddings, which are kept in float32."""
         model = self._dequantize(model, dtype=dtype)
+        note_ties(model)
         self.remove_quantization_config(model)
         if TAG in (getattr(model, "model_tags", None) or ()):
             model.model_tags.remove(TAG)

@@ -16,7 +16,7 @@ from torch import nn
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.nn.slots import Slot, joined
 
-KEYS = "all_tied_weights_keys"
+KEYS, DECLARED = "all_tied_weights_keys", "_tied_weights_keys"
 
 
 class TiedKeys(dict[str, str]):
@@ -30,6 +30,7 @@ class TiedKeys(dict[str, str]):
 
     def __init__(self, made: Mapping[str, str], floats: dict[str, str], origin: Mapping[str, str]) -> None:
         super().__init__(made)
+        # of each model its own: copies of the dict are plain ones
         self.floats, self.origin = floats, origin
 
     def pop(self, key: str, *default: Any) -> Any:
@@ -38,7 +39,7 @@ class TiedKeys(dict[str, str]):
         return super().pop(key, *default)
 
     def __reduce__(self) -> Any:
-        return dict, (dict(self),)
+        return TiedKeys, (dict(self), dict(self.floats), dict(self.origin))
 
 
 def float_ties(model: Any) -> dict[str, str]:
@@ -127,6 +128,19 @@ def untie_parts(model: nn.Module) -> None:
                     module._parameters[name] = module.as_stored(name, tensor.data.clone(), slot)
 
 
+def note_ties(model: Any) -> None:
+    """Let ``_tied_weights_keys`` of a model, which PEFT reads, name what its modules hold besides the float names that
+    its class declares; nothing besides where no tie is packed."""
+    if isinstance(vars(model).get(DECLARED), TiedKeys):
+        delattr(model, DECLARED)
+    declared = getattr(model, DECLARED, None)
+    if not isinstance(declared, dict) or DECLARED in vars(model) or KEYS not in vars(model):
+        return
+    held = held_ties(model, vars(model)[KEYS])
+    if isinstance(held, TiedKeys):
+        setattr(model, DECLARED, TiedKeys({**declared, **held}, {}, held.origin))
+
+
 def know_ties() -> None:
     """Let models of transformers answer with the names of what their modules hold. In the class, as their parts are
     asked too; nothing changes for models without packed ties."""
@@ -137,7 +151,10 @@ def know_ties() -> None:
 
     @functools.wraps(expand)
     def get_expanded_tied_weights_keys(self: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
-        return dict(held_ties(self, expand(self, *args, **kwargs)))
+        note_ties(self)
+        own = getattr(vars(self).get(DECLARED), "origin", ())
+        floats = {name: other for name, other in expand(self, *args, **kwargs).items() if name not in own}
+        return dict(held_ties(self, floats))
 
     def read(self: Any) -> dict[str, str]:
         if KEYS not in vars(self):
