@@ -215,7 +215,9 @@ def _one_choice(members: Mapping[str, _Slot]) -> Choice:
         said.update({name: "float" for name, slot in members.items() if slot.made_float})
     if len(set(said.values())) > 1:
         texts = " and ".join(f"{name!r} is to be {text}" for name, text in said.items())
-        raise ValueError(f"overrides ask for two ways to store one weight: {texts}, but they are tied; give one of them")
+        raise ValueError(
+            f"overrides ask for two ways to store one weight: {texts}, but they are tied; give one of them"
+        )
     wanted = [slot.choice for slot in members.values() if slot.wanted]
     return next(iter([*explicit.values(), *wanted, *(slot.choice for slot in members.values())]))
 
@@ -224,7 +226,7 @@ def _why_left(model: nn.Module, group: list[str], members: Mapping[str, _Slot]) 
     """Why a weight that several slots share stays float, or None."""
     if not any(slot.wanted for slot in members.values()):
         # the first of the others, for each of them
-        for name, slot in members.items():
+        for slot in members.values():
             slot.reason = slot.reason or f"its weight is tied to {next(n for n in group if n != slot.full)}"
         return None
     for slot in members.values():

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from quanto_hf.flow.holders import held_parameters
+from quanto_hf.flow.patterns import any_names
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.nn.registry import slots_of
 from quanto_hf.nn.slots import Slot, joined, label
@@ -72,6 +73,13 @@ class Ties:
             if len(group) == len(names) and len({module.scheme_of(slot) for _, module, slot in group}) == 1:
                 found.append(group)
         return found
+
+    def asked(self, patterns: Iterable[str]) -> list[str]:
+        """The patterns, and the names of all that shares a weight with what one of them names itself."""
+        patterns = list(patterns)
+        groups = {id(group): group for group in self._groups.values() if len(group) > 1}.values()
+        labels = [[as_label(name) for name in group] for group in groups]
+        return [*patterns, *(name for group in labels if any_names(group, patterns) for name in group)]
 
     def held_by(self, name: str) -> str | None:
         """Where something else holds this weight than the registers of modules, or None."""

@@ -18,7 +18,7 @@ from quanto_hf.flow.notes import warn_of_notes
 from quanto_hf.flow.patterns import any_names, first_match
 from quanto_hf.flow.refuse import refuse_other_dtypes, refuse_quantized
 from quanto_hf.flow.routers import routers
-from quanto_hf.flow.ties import pack, share_packed, tied_slots, to_float
+from quanto_hf.flow.ties import Ties, pack, share_packed, tied_slots, to_float
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.nn.registry import QUANTIZE
 from quanto_hf.ops.scratch import free
@@ -135,7 +135,7 @@ def quantize(
     kind = activation_type(activations)
     if static_activations and kind is None:
         raise ValueError("static_activations=True without activations; add activations='int8' or 'float8'")
-    asked = [*(as_patterns(include) or ()), *asked_by(overrides)]
+    asked = Ties(model).asked([*(as_patterns(include) or ()), *asked_by(overrides)])
     outputs = {name for name, _ in model.named_modules() if name.rpartition(".")[2] == "lm_head"}
     skip = {
         name: "output heads stay float by default"

@@ -212,7 +212,8 @@ def subclassed(quantized: type[nn.Module], source: type[nn.Module], kind: type[n
 def _methods(quantized: type, kind: type, source: type) -> dict[str, Any]:
     """What a quantized class and a subclass of its source both have, as the quantized class has it; forward aside."""
     ours, theirs = (
-        {name for cls in found.__mro__ if cls not in source.__mro__ for name in vars(cls)} for found in (quantized, kind)
+        {name for cls in found.__mro__ if cls not in source.__mro__ for name in vars(cls)}
+        for found in (quantized, kind)
     )
     both = {name for name in ours & theirs if not name.startswith("__")} - {"forward"}
     return {name: inspect.getattr_static(quantized, name) for name in both}

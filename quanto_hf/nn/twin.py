@@ -144,8 +144,8 @@ class FloatTwin(HoldsStored):
         """A float module with the (dequantized) parameters and the same others.
 
         Args:
-            known: float parameters that were made already, by the ``id`` of what they were made of: slots with one weight
-                get one Parameter. Filled here; what it names has to stay alive meanwhile.
+            known: float parameters that were made already, by the ``id`` of what they were made of: slots with one
+                weight get one Parameter. Filled here; what it names has to stay alive meanwhile.
         """
         known, keys, made = {} if known is None else known, {}, {}
         for slot in self.slots:

@@ -87,15 +87,13 @@ def _name(value: Any) -> Any:
 
 
 def _adopt(model: Any, config: QuantoConfig) -> None:
-    from quanto_hf.hf.load.model_dtype import know_dtypes
     from quanto_hf.hf.load.quantizer import QuantoHfQuantizer
-    from quanto_hf.hf.load.resizing import watch_resizing
+    from quanto_hf.hf.load.watching import watch_models
 
     quantizer = QuantoHfQuantizer(config, pre_quantized=False)
     quantizer.describe(model)
     quantizer.belongs_to(model)
     model.hf_quantizer = quantizer
-    know_dtypes()
-    watch_resizing()
+    watch_models()
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method

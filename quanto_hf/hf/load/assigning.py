@@ -26,7 +26,9 @@ def new_assignment(model: Any, config: Any, dtype: torch.dtype) -> Assignment:
         config: what was asked for.
         dtype: in which the model is loaded.
     """
-    asked, embeddings = asked_by(config.overrides), config.embeddings_choice()
+    embeddings, ties = config.embeddings_choice(), float_ties(model)
+    # what is tied to a module that is named is asked for with it
+    asked = Ties(model, ties).asked(asked_by(config.overrides))
     return assign(
         model,
         config.choice(),
@@ -36,7 +38,7 @@ def new_assignment(model: Any, config: Any, dtype: torch.dtype) -> Assignment:
         learn=config.learn_scales,
         embeddings=embeddings,
         outputs=output_heads(model),
-        ties=float_ties(model),
+        ties=ties,
     )
 
 

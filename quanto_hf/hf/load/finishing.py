@@ -7,6 +7,7 @@ import torch
 from quanto_hf.flow import dequantize
 from quanto_hf.flow.ties import float_slots, pack
 from quanto_hf.hf.load.replace import finish_prepared
+from quanto_hf.hf.load.ties import note_ties, untie_parts
 from quanto_hf.hf.offload.deferred import Deferred
 from quanto_hf.hf.offload.hooks import add_to_index, folder_of, offload_hooks, use_in_place, where_it_runs
 from quanto_hf.nn import QuantizedInput, QuantizedWeight
@@ -42,6 +43,7 @@ def finish_layers(model: Any, config: Any) -> None:
     Raises:
         ValueError: a float parameter has not arrived; the text names all of them.
     """
+    untie_parts(model)
     # only now: until here they said what the checkpoint holds
     for flag in config.asked:
         setattr(config, flag, True)
@@ -70,6 +72,7 @@ def finish_layers(model: Any, config: Any) -> None:
         raise ValueError(
             "the checkpoint does not fit the model:\n  " + "\n  ".join(f"missing: {name}" for name in absent)
         )
+    note_ties(model)
 
 
 def dequantized(model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -85,6 +88,7 @@ def dequantized(model: Any, dtype: torch.dtype | str | None = None) -> Any:
     if "disk" in places or any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError("a model with offloaded weights cannot be dequantized; load it without disk offload first")
     dequantize(model)
+    note_ties(model)
     if isinstance(dtype, str):
         # save_pretrained leaves the name of the dtype in the config, from where transformers takes it
         dtype = getattr(torch, dtype)

@@ -21,15 +21,14 @@ from quanto_hf.hf.load.finite import refuse_not_finite
 from quanto_hf.hf.load.legacy import LegacyHooks
 from quanto_hf.hf.load.loading import QuantizeWeights
 from quanto_hf.hf.load.merging import merge_late
-from quanto_hf.hf.load.model_dtype import know_dtypes
 from quanto_hf.hf.load.names import waiting_slot
 from quanto_hf.hf.load.own_floats import own_floats
 from quanto_hf.hf.load.owner import Owned
 from quanto_hf.hf.load.register import register
 from quanto_hf.hf.load.replace import replace_by_assignment
-from quanto_hf.hf.load.resizing import watch_resizing
 from quanto_hf.hf.load.stored_dtypes import kept_tensors, take_stored_dtypes
-from quanto_hf.hf.load.ties import know_ties, note_ties, untie_parts
+from quanto_hf.hf.load.ties import know_ties
+from quanto_hf.hf.load.watching import watch_models
 from quanto_hf.hf.memory.sizes import (
     Kept,
     Transient,
@@ -40,9 +39,8 @@ from quanto_hf.hf.memory.sizes import (
 )
 from quanto_hf.hf.offload.deferred import Deferred
 from quanto_hf.hf.save.card import TAG
-from quanto_hf.hf.save.other_savers import watch_other_savers
 from quanto_hf.hf.save.own_files import write_own_files
-from quanto_hf.hf.save.saving import given_state, watch_saving
+from quanto_hf.hf.save.saving import given_state
 from quanto_hf.io import CheckpointError, read_headers
 from quanto_hf.io.formats import Format
 from quanto_hf.io.pickled import read_pickled_headers
@@ -90,9 +88,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a model that comes from another process, which may be the first one in this."""
         super().__setstate__(state)
-        know_dtypes()
-        know_ties()
-        watch_resizing()
+        watch_models()
 
     @property
     def format(self) -> Format:
@@ -216,22 +212,17 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         building.tie_as_ever(model)
-        untie_parts(model)
         if not self.pre_quantized or self.format.copies_floats:
             own_floats(model, every=not self.pre_quantized)
         self._finish_offload(model)
         free()
         finish_layers(model, self.quantization_config)
-        note_ties(model)
         self.belongs_to(model)
         if self.pre_quantized:
             refuse_not_finite(model)
         config = self.quantization_config
         self.describe(model)
-        watch_saving()
-        watch_other_savers()
-        watch_resizing()
-        know_dtypes()
+        watch_models()
         if config.dequantize:
             self.dequantize(model)
         return model
@@ -254,7 +245,6 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         """Float weights in plain layers. Everything else keeps its dtype unless one is given: transformers would
         convert the whole model, and round the frequencies of rotary embeddings, which are kept in float32."""
         model = self._dequantize(model, dtype=dtype)
-        note_ties(model)
         self.remove_quantization_config(model)
         if TAG in (getattr(model, "model_tags", None) or ()):
             model.model_tags.remove(TAG)

@@ -36,15 +36,16 @@ def watch_resizing() -> None:
 def _watched(resize: Any) -> Any:
     @functools.wraps(resize)
     def resize_token_embeddings(model: Any, *args: Any, **kwargs: Any) -> Any:
-        nothing = all(value is None for value in (*args[:2], *map(kwargs.get, ("new_num_tokens", "pad_to_multiple_of"))))
+        asked = (*args[:2], kwargs.get("new_num_tokens"), kwargs.get("pad_to_multiple_of"))
+        nothing = all(value is None for value in asked)
         packed = {} if nothing else vocabulary_layers(model)
         if not packed:
             return resize(model, *args, **kwargs)
         _refuse_offloaded(packed)
         names = ", ".join(f"{name} ({layer.scheme})" for name, layer in packed.items())
         warnings.warn(
-            f"{METHOD} makes {names} float, and quantizes them again: rows that were there keep their numbers, new ones "
-            "are rounded",
+            f"{METHOD} makes {names} float, and quantizes them again: rows that were there keep their numbers, new "
+            "ones are rounded",
             stacklevel=2,
         )
         known: dict[tuple[int, ...], nn.Parameter] = {}

@@ -119,8 +119,9 @@ def untie_parts(model: nn.Module) -> None:
     """Two weights of which transformers has found that they differ, although one of their stored tensors is the same (a
     weight and twice the weight have equal codes): they share nothing."""
     held: dict[int, tuple[int, ...]] = {}
-    for module in model.modules():
-        for slot in module.slots if isinstance(module, QuantizedWeight) else ():
+    layers = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+    for module in layers:
+        for slot in module.slots:
             tensors = {name: module._parameters.get(name) for name in slot.names(module.scheme_of(slot))}
             mine = tuple(id(tensor) for tensor in tensors.values() if tensor is not None)
             for name, tensor in tensors.items():
