@@ -193,7 +193,7 @@ def test_an_override_that_names_either_side_is_for_both(name, folders):
 @pytest.mark.parametrize("other", ["int8", None])
 def test_two_ways_for_one_weight_are_an_error(other, folders):
     overrides = {"lm_head": {"weights": "int4"}, "embed_tokens": {"weights": other}}
-    with pytest.raises(ValueError, match="two ways to store one weight.*'lm_head' is to be int4.*they are tied"):
+    with pytest.raises(ValueError, match=r"two ways to store one weight.*'lm_head' is to be int4.*they are tied"):
         CLS.from_pretrained(folders / "float", quantization_config=QuantoConfig("int8", overrides=overrides))
 
 
