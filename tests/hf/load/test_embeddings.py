@@ -162,9 +162,8 @@ def test_an_override_that_names_a_head_quantizes_it(tmp_path):
 
 def test_overrides_of_what_they_are_in_do_not_change_embeddings(folders):
     overrides = {"model": {"weights": "int2"}, "embed_positions": {"weights": "nf4"}, "encoder": {"weights": None}}
-    model = load(
-        folders / "opt", "opt", quantization_config=QuantoConfig("int8", embeddings="int8", overrides=overrides)
-    )
+    config = QuantoConfig("int8", embeddings="int8", overrides=overrides)
+    model = load(folders / "opt", "opt", quantization_config=config)
     stored = {row.name: row.stored for row in report(model).rows}
     assert stored["model.decoder.embed_tokens.weight"] == "int8"
     assert stored["model.decoder.embed_positions.weight"].startswith("nf4")
