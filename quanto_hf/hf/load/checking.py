@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from quanto_hf.flow import replace_modules
+from quanto_hf.flow.ties import Ties
 from quanto_hf.hf.load.merging import stacks_experts
 from quanto_hf.hf.load.names import loader_names, split_name, targets_of
 from quanto_hf.hf.load.stored_dtypes import disagreements
@@ -44,16 +45,22 @@ def check_before_loading(
         line for name, parts in converted.items() if name in state for line in _lacks(name, state[name], parts)
     ]
     tied = set(model.all_tied_weights_keys)
+    groups = Ties(model, model.all_tied_weights_keys)
+
+    def has(name: str) -> bool:
+        """Whether the checkpoint has it under this name or that of what it is tied to."""
+        return any(other in targets for other in groups.group(name))
+
     wanted: dict[str, TensorSpec] = {}
     absent: dict[str, QuantizedWeight] = {}
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedWeight):
             continue
         names = _checkpoint_names(module, name, pre_quantized)
-        if not complete and not any(n in targets for n in names):
+        if not complete and not any(has(n) for n in names):
             absent[name] = module
         else:
-            wanted.update({n: _spec(state[n]) for n in names})
+            wanted.update({n: _spec(state[n]) for n in names if n in targets or not has(n)})
     if absent:
         _leave_in_float(model, absent)
     if pre_quantized and complete:
@@ -86,7 +93,8 @@ def _exact(model: nn.Module) -> set[str]:
 
 
 def _checkpoint_names(module: QuantizedWeight, name: str, pre_quantized: bool) -> list[str]:
-    made = () if pre_quantized else module.kept_names
+    # what is in no file: the model makes it
+    made = {*(() if pre_quantized else module.kept_names), *module._non_persistent_buffers_set}
     held = {**module._parameters, **module._buffers}
     leaves = [leaf for leaf, tensor in held.items() if tensor is not None and leaf not in made]
     return [joined(name, leaf) for leaf in leaves]
