@@ -10,11 +10,13 @@ from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from quanto_hf.hf.load.decoding import DecodeAlone
 from quanto_hf.hf.load.loading import quantize_into
 from quanto_hf.hf.load.names import loader_names, split_name
 from quanto_hf.hf.memory.sizes import kept_dtypes, loaded_dtype
 from quanto_hf.hf.memory.skeleton import Skeleton
 from quanto_hf.io import check_tensors, read_headers
+from quanto_hf.io.decoders import EncodedFiles
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import TensorSpec
 
@@ -25,11 +27,12 @@ class NotStreamable(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor is, and its shape and dtype there."""
+    """Where a tensor is, and its shape and dtype there; of an encoded one those of the float, and what decodes it."""
 
     file: str
     key: str
     spec: TensorSpec
+    encoded: EncodedFiles | None = None
 
 
 def find_sources(skeleton: Skeleton) -> dict[str, Source]:
@@ -42,14 +45,14 @@ def find_sources(skeleton: Skeleton) -> dict[str, Source]:
     model, conversions = skeleton.model, skeleton.conversions
     if not skeleton.files or not all(file.endswith(".safetensors") for file in skeleton.files):
         raise NotStreamable("it is not in safetensors files")
-    entries = {key: Source(file, key, spec) for file in skeleton.files for key, spec in read_headers([file]).items()}
+    entries = _entries(skeleton)
     state = model.state_dict()
     found: dict[str, Source] = {}
     for key, name, converter, _ in loader_names(model, entries, conversions, state):
         if name not in state:
             # the loader leaves it out too
             continue
-        if converter is not None or name in found:
+        if (converter is not None and not isinstance(converter, DecodeAlone)) or name in found:
             raise NotStreamable(f"its tensors are merged or split on loading, such as {key}")
         found[name] = entries[key]
     check_tensors(
@@ -60,13 +63,24 @@ def find_sources(skeleton: Skeleton) -> dict[str, Source]:
     return found
 
 
+def _entries(skeleton: Skeleton) -> dict[str, Source]:
+    """By the names that the checkpoint would have as a float one."""
+    if (files := skeleton.quantizer.decoding.files) is None:
+        return {key: Source(file, key, spec) for file in skeleton.files for key, spec in read_headers([file]).items()}
+    mains = {name: encoded.main for name, encoded in files.encoded.items()}
+    return {
+        name: Source(files.file_of[mains.get(name, name)], name, spec, files if name in mains else None)
+        for name, spec in files.headers.items()
+    }
+
+
 def _tie(model: Any, found: dict[str, Source], state: Mapping[str, torch.Tensor]) -> None:
     """Tie the skeleton as the loader does, and give names that share a parameter the same source; every other name
     has to have its own."""
     with ExitStack() as stack:
         for target, source in model.all_tied_weights_keys.items():
             if target in found and source in found:
-                first, second = (_open(stack, found[n].file).get_tensor(found[n].key) for n in (target, source))
+                first, second = (_value(stack, found[n]) for n in (target, source))
                 # with two values they are not tied; the loader compares them too
                 if torch.equal(first, second):
                     del found[target]
@@ -144,23 +158,32 @@ class Reader:
         """
         owner, leaf = split_name(self.skeleton.model, name)
         if not (isinstance(owner, QuantizedWeight) and leaf in owner.kept_names):
-            return self._read(name).to(dtype)
+            return self._read(name, dtype)
         slot = owner.slot_stored_as(leaf)
         assert slot is not None
         weight = slot.full(name.rpartition(".")[0])
         if weight != self._weight:
             # codes, scales and zeros follow each other, so a layer is quantized once
-            parts = quantize_into(owner, self._read(weight).to(self.skeleton.dtype), weight)
+            parts = quantize_into(owner, self._read(weight, self.skeleton.dtype), weight)
             self._stored = {slot.stored(part): tensor for part, tensor in parts.items()}
             self._weight = weight
         return self._stored[leaf]
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         source = self.sources[name]
+        if source.encoded is not None:
+            return source.encoded.read(source.key, dtype)
         if source.file not in self._files:
             self._files[source.file] = _open(self._stack, source.file)
         tensor: torch.Tensor = self._files[source.file].get_tensor(source.key)
-        return tensor
+        return tensor.to(dtype)
+
+
+def _value(stack: ExitStack, source: Source) -> torch.Tensor:
+    if source.encoded is not None:
+        return source.encoded.read(source.key, torch.float32)
+    tensor: torch.Tensor = _open(stack, source.file).get_tensor(source.key)
+    return tensor
 
 
 def _open(stack: ExitStack, file: str) -> Any:

@@ -12,10 +12,10 @@ from quanto_hf.flow.refuse import DTYPES
 from quanto_hf.hf.config.base import CONFIGS, FormatConfig
 from quanto_hf.hf.config.flags import flags, refuse_mixed
 from quanto_hf.hf.config.quanto import METHOD, QuantoConfig
-from quanto_hf.hf.config.refusals import refuse_optimum_quanto
 from quanto_hf.hf.load import building
 from quanto_hf.hf.load.assigning import new_assignment, saved_assignment, warn_of_floats, was_written_from
 from quanto_hf.hf.load.checking import check_before_loading, expect_guards
+from quanto_hf.hf.load.decoding import Decoding
 from quanto_hf.hf.load.finishing import dequantized, finish_layers, finish_offload
 from quanto_hf.hf.load.finite import refuse_not_finite
 from quanto_hf.hf.load.legacy import LegacyHooks
@@ -41,9 +41,8 @@ from quanto_hf.hf.save.card import TAG
 from quanto_hf.hf.save.other_savers import watch_other_savers
 from quanto_hf.hf.save.own_files import write_own_files
 from quanto_hf.hf.save.saving import given_state, watch_saving
-from quanto_hf.io import CheckpointError, read_headers
+from quanto_hf.io import CheckpointError
 from quanto_hf.io.formats import Format
-from quanto_hf.io.pickled import read_pickled_headers
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import TensorSpec
 
@@ -70,6 +69,9 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             config = CONFIGS.get(config.quant_method, QuantoConfig).of(config)
         # of a config that asks for an empty model, it is another one
         config.quant_method = config.format.method
+        self.decoding, config.decoder = Decoding(config.decoder), None
+        if self.decoding.decoder is not None:
+            kwargs["pre_quantized"] = False
         super().__init__(config, **kwargs)
         if self.pre_quantized and (problem := self.format.refuses_saved(config.to_dict())) is not None:
             raise ValueError(problem)
@@ -121,10 +123,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             warn_of_notes(model, assignment)
         replace_by_assignment(model, assignment, self.quantization_config, self.pre_quantized, self.format.layer)
         self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
-        if files:
-            safe = all(file.endswith(".safetensors") for file in files)
-            self._headers = read_headers(files) if safe else read_pickled_headers(files)
-            refuse_optimum_quanto(self._headers or (), files)
+        self._headers = self.decoding.open(files, self._dtype, kept_dtypes(model, self._dtype)) if files else None
         if self.pre_quantized:
             take_stored_dtypes(model, self._headers or {})
         self.kept = kept_dtypes(model, self._dtype)
@@ -147,9 +146,8 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         # the first hook after the model was built
         if building.end():
             building.tie_alone(model)
-        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
-        if not self.pre_quantized:
-            conversions = self._conversions = merge_late(conversions)
+        given = super().update_weight_conversions(weight_conversions, model)
+        conversions: list[Any] = given if self.pre_quantized else merge_late(given)
         if self._headers is not None:
             # a copy: conversions remember which names they have seen
             seen = copy.deepcopy(conversions)
@@ -161,6 +159,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             if self.pre_quantized:
                 expect_guards(model, self._headers, copy.deepcopy(conversions))
             self._headers = None
+        conversions = self._conversions = self.decoding.conversions(conversions, model)
         # after the check, which puts plain layers in the place of those that the checkpoint does not have
         self.measure(model)
         return conversions
@@ -189,6 +188,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
 
     def get_quantize_ops(self) -> QuantizeWeights:
         """The operation that quantizes one weight. What goes to disk is made after loading."""
+        self.decoding.check()
         return QuantizeWeights(self._later())
 
     def _later(self) -> Deferred | None:
@@ -204,8 +204,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         stored = self._stored.get(converter.target_patterns[0])
         if stored is not None and stored.is_floating_point:
             return stored
-        found: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
-        return found
+        return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------------------------------------- after loading
 
@@ -214,6 +213,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized or self.format.copies_floats:
             own_floats(model, every=not self.pre_quantized)
         self._finish_offload(model)
+        self.decoding.finish(model)
         free()
         finish_layers(model, self.quantization_config)
         self.belongs_to(model)
