@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
+from tiny_models import lively
 
 from quanto_hf.io.decoders.mxfp4 import E2M1
-from tests.tiny_models import lively
 
 GPT_OSS = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
@@ -26,7 +26,7 @@ DEEPSEEK = {
 
 
 def gpt_oss(folder: Path, **changes: Any) -> Path:
-    """A gpt-oss whose experts are in MXFP4; without the text of transformers' quantizer it is bfloat16."""
+    """A gpt-oss whose experts are in MXFP4."""
     model = lively(tf.GptOssForCausalLM(tf.GptOssConfig(**{**GPT_OSS, **changes}))).to(torch.bfloat16)
     model.save_pretrained(folder)
     return encode(folder, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}, _to_mxfp4)

@@ -261,6 +261,6 @@ def _check_source(folder: Path) -> None:
     if quantized and (not isinstance(quantized, dict) or decoder_of(quantized) is None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise CheckpointError(
-            f"{folder} is quantized already, with {method or 'an unknown method'}; give the original float model (those "
-            f"in {decodable()} are decoded)"
+            f"{folder} is quantized already, with {method or 'an unknown method'}; give the original float model "
+            f"(those in {decodable()} are decoded)"
         )

@@ -200,7 +200,8 @@ def _decoding_class(cls: Any) -> Any:
 def _decoding_converter(decoding: Decoding, converter: Any) -> Any:
     """A converter of the model that gets encoded tensors as floats."""
     sources, targets = converter._original_source_patterns, converter._original_target_patterns
-    made = _decoding_class(type(converter))(sources.copy(), targets.copy(), converter.operations, force_cpu=True)
+    cls: Any = type(converter)
+    made = _decoding_class(cls)(sources.copy(), targets.copy(), converter.operations, force_cpu=True)
     made.scope_prefix, made.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
     made.decoding, made.number = decoding, len(decoding.plain)
     decoding.plain.append(converter)

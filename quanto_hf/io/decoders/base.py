@@ -1,9 +1,9 @@
 """What it takes to read a checkpoint that is quantized by another method, as if it were a float one.
 
 **Add a decoder.** One file with a subclass of :class:`Decoder` that is decorated with :func:`register_decoder`,
-imported in ``quanto_hf/io/decoders/__init__.py``. ``find`` says, by names, shapes and dtypes in the headers alone, which
-tensors are parts of an encoded one, and what its name and shape are as a float; ``decode`` makes one matrix of its
-parts. All else follows: ``from_pretrained`` with a config of ours, plans, conversion, offload to disk.
+imported in ``quanto_hf/io/decoders/__init__.py``. ``find`` says, by names, shapes and dtypes in the headers alone,
+which tensors are parts of an encoded one, and what its name and shape are as a float; ``decode`` makes one matrix of
+its parts. All else follows: ``from_pretrained`` with a config of ours, plans, conversion, offload to disk.
 
     >>> import torch
     >>> from quanto_hf.io.decoders.base import DECODERS, Decoder, Encoded, register_decoder

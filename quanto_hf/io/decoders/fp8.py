@@ -3,8 +3,8 @@ columns, or the whole matrix) shares a factor.
 
 The parts of ``q_proj.weight`` are itself, [rows, columns], and ``q_proj.weight_scale_inv`` [blocks of rows, blocks of
 columns], with which it is multiplied; the last blocks may be smaller. Some checkpoints call the factors
-``q_proj.scale`` or ``q_proj.qscale_weight``. A stacked parameter has stacked factors. A weight of bytes holds two numbers
-of 4 bits in each (e2m1, DeepSeek-V4's experts), and factors of bytes are powers of two (e8m0).
+``q_proj.scale`` or ``q_proj.qscale_weight``. A stacked parameter has stacked factors. A weight of bytes holds two
+numbers of 4 bits in each (e2m1, DeepSeek-V4's experts), and factors of bytes are powers of two (e8m0).
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ import torch
 
 from quanto_hf.io.checkpoint import CheckpointError
 from quanto_hf.io.decoders.base import Decoder, Encoded, register_decoder
-from quanto_hf.io.decoders.mxfp4 import BIAS, unpack_e2m1
+from quanto_hf.io.decoders.mxfp4 import unpack_e2m1
 from quanto_hf.schemes import TensorSpec
 
 SCALE, OTHER_SCALES = "_scale_inv", (".scale", ".qscale_weight")
@@ -114,7 +114,7 @@ def _is_encoded(spec: TensorSpec | None) -> bool:
 
 def _factors(scales: torch.Tensor) -> torch.Tensor:
     """[blocks of rows, blocks of columns] in float32."""
-    found = torch.exp2(scales.to(torch.float32) - BIAS) if scales.dtype == torch.uint8 else scales.to(torch.float32)
+    found = (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).to(torch.float32)
     return found if found.dim() == 2 else found.reshape(1, 1)
 
 

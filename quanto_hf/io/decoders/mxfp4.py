@@ -18,8 +18,6 @@ BLOCKS, SCALES = "_blocks", "_scales"
 
 # e2m1 by its code
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-# of a power of two that is stored as a byte
-BIAS = 127
 
 
 @register_decoder("mxfp4")
@@ -52,7 +50,7 @@ class Mxfp4Decoder(Decoder):
         made = unpack_e2m1(blocks, dtype)
         # in float16 a power of two can be infinite where the product is not
         wide = torch.float32 if dtype == torch.float16 else dtype
-        powers = torch.exp2(scales.to(torch.float32) - BIAS).to(wide).unsqueeze(-1)
+        powers = scales.view(torch.float8_e8m0fnu).to(wide).unsqueeze(-1)
         torch.mul(made, powers, out=made)
         return made.flatten(-2).t()
 
