@@ -1,4 +1,4 @@
-"""Tensors of other methods as floats: the bits that transformers makes of them, and errors for parts that do not fit."""
+"""Tensors of other methods as floats: the bits that transformers makes of them; errors for parts that do not fit."""
 
 import pytest
 import torch
