@@ -1,19 +1,16 @@
 """Embeddings whose weight is quantized: only the rows that are read are dequantized."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quanto_hf.fit import Fit
 from quanto_hf.nn.bound_call import Call
 from quanto_hf.nn.registry import register_qmodule
 from quanto_hf.nn.rounded import RoundedModule
 from quanto_hf.ops.watched import recording
-from quanto_hf.qtypes import QType
-from quanto_hf.schemes import Scheme
 
 CONSTANTS = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
@@ -25,24 +22,6 @@ class QuantizedTable(RoundedModule):
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None
-
-    @classmethod
-    def from_module(
-        cls,
-        module: nn.Module,
-        scheme: Scheme,
-        activations: QType | None = None,
-        fit: Fit | str | None = None,
-        static: bool = False,
-    ) -> Any:
-        """See :class:`RoundedModule`. Its inputs are row numbers: there is nothing to round.
-
-        Raises:
-            ValueError: :meth:`refuses_module` has a reason.
-        """
-        if (reason := cls.refuses_module(module)) is not None:
-            raise ValueError(reason)
-        return super().from_module(module, scheme, None, fit)
 
     @classmethod
     def refuses_module(cls, module: nn.Module) -> str | None:

@@ -125,13 +125,12 @@ def test_the_last_blocks_may_be_smaller(shape):
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float4_e2m1fn_x2], ids=str)
-def test_two_numbers_in_a_byte(kind):
+def test_two_numbers_in_a_byte(kind, tmp_path):
     codes, scales = draw(64, 32).view(kind), (draw(64, 2) // 8 + 110).view(torch.float8_e8m0fnu)
-    decoder = Fp8Decoder((128, 128))
-    found = decoder.find({"a.weight": _spec(codes), "a.scale": _spec(scales)})
-    assert found["a.weight"].shape == (64, 64)
-    made = decoder.decode({"codes": codes, "scales": scales}, torch.bfloat16)
-    assert same_bits(made, theirs(codes, scales, torch.bfloat16))
+    save_file({"a.weight": codes, "a.scale": scales}, tmp_path / "model.safetensors")
+    files = EncodedFiles(Fp8Decoder((128, 128)), [tmp_path / "model.safetensors"])
+    assert files.headers == {"a.weight": TensorSpec((64, 64), torch.bfloat16)}
+    assert same_bits(files.read("a.weight", torch.bfloat16), theirs(codes, scales, torch.bfloat16))
 
 
 def _spec(tensor):

@@ -20,8 +20,8 @@ from quanto_hf.schemes import TensorSpec
 
 SCALE, OTHER_SCALES = "_scale_inv", (".scale", ".qscale_weight")
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# two numbers in each byte
-PAIRS = (torch.int8, torch.float4_e2m1fn_x2)
+# two numbers in each byte; headers count the numbers of F4, and the bytes of int8
+PAIRS, NUMBERS = (torch.int8, torch.float4_e2m1fn_x2), "F4"
 # numbers that are decoded at once
 CHUNK = 1 << 18
 
@@ -65,7 +65,7 @@ class Fp8Decoder(Decoder):
                     raise CheckpointError(f"the checkpoint has {name} (FP8) without {name}{SCALE}")
                 continue
             *leading, columns = spec.shape
-            shape = (*leading, columns * (2 if spec.dtype in PAIRS else 1))
+            shape = (*leading, columns * (2 if spec.dtype == torch.int8 else 1))
             scales = headers[scale_of[name]]
             if len(shape) < 2 or self._block(shape, scales.shape) is None:
                 raise CheckpointError(
@@ -109,7 +109,8 @@ class Fp8Decoder(Decoder):
 
 
 def _is_encoded(spec: TensorSpec | None) -> bool:
-    return spec is not None and spec.dtype in (*FLOAT8, *PAIRS)
+    kinds: tuple[Any, ...] = (*FLOAT8, torch.int8, NUMBERS)
+    return spec is not None and spec.dtype in kinds
 
 
 def _factors(scales: torch.Tensor) -> torch.Tensor:
