@@ -38,14 +38,21 @@ class QuantizedTable(RoundedModule):
         """(num_embeddings, embedding_dim)"""
         return (self.num_embeddings, self.embedding_dim)
 
+    def _fast_rows(self, index: torch.Tensor) -> torch.Tensor | None:
+        """What the bound call gives, or None if it does not serve, as before the weight is packed."""
+        if recording():
+            return None
+        call = self.bound_call()
+        return None if call is None else call(index, self.weight_dtype)
+
+    def _rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of the FROZEN weight, shape (*index.shape, embedding_dim), without the bound call."""
+        return self.scheme.rows(self.tensors(), index, self.embedding_dim, self.weight_dtype)
+
     def _read(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of the FROZEN weight, shape (*index.shape, embedding_dim)."""
-        if not recording():
-            call = self.bound_call()
-            out = None if call is None else call(index, self.weight_dtype)
-            if out is not None:
-                return out
-        return self.scheme.rows(self.tensors(), index, self.embedding_dim, self.weight_dtype)
+        out = self._fast_rows(index)
+        return self._rows(index) if out is None else out
 
     def _bind_stored(self, tensors: Mapping[str, torch.Tensor]) -> Call | None:
         """The call that reads rows of these stored tensors, or None where there is none."""
@@ -68,8 +75,11 @@ class QEmbedding(QuantizedTable, nn.Embedding):  # type: ignore[misc]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The rows with these numbers, shape (*input.shape, embedding_dim)."""
+        out = self._fast_rows(input)
+        if out is not None:
+            return out
         if self.is_frozen:
-            return self._read(input)
+            return self._rows(input)
         weight = self.round_weight(self.sources()) if self.rounding else self.weight
         return F.embedding(input, weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
 

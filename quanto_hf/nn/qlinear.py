@@ -16,6 +16,9 @@ from quanto_hf.ops.watched import as_a_node, recording, sizes, transformed
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
 
+# looked up once: each layer of each token asks
+_any_autocast = torch._C._is_any_autocast_enabled
+
 
 @register_qmodule(nn.Linear, by_default=[LOAD, QUANTIZE])
 class QLinear(RoundedModule, nn.Linear):
@@ -137,7 +140,7 @@ class QLinear(RoundedModule, nn.Linear):
         """What the bound call gives for the tensors that are held, or None if it does not serve: each layer of each
         token pays for what stands here (3 us)."""
         call = self.bound_call()
-        if call is None or (torch._C._is_any_autocast_enabled() and autocasts(x)):
+        if call is None or (_any_autocast() and autocasts(x)):
             return None
         parameters = self._parameters
         return call(x, parameters["bias"] if "bias" in parameters else self.bias)

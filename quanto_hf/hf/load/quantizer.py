@@ -16,6 +16,7 @@ from quanto_hf.hf.load import building
 from quanto_hf.hf.load.assigning import new_assignment, saved_assignment, warn_of_floats, was_written_from
 from quanto_hf.hf.load.checking import check_before_loading, expect_guards
 from quanto_hf.hf.load.decoding import Decoding
+from quanto_hf.hf.load.expert_names import packed_conversions
 from quanto_hf.hf.load.finishing import dequantized, finish_layers, finish_offload
 from quanto_hf.hf.load.finite import refuse_not_finite
 from quanto_hf.hf.load.legacy import LegacyHooks
@@ -146,8 +147,9 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         # the first hook after the model was built
         if building.end():
             building.tie_alone(model)
-        given = super().update_weight_conversions(weight_conversions, model)
-        conversions: list[Any] = given if self.pre_quantized else merge_late(given)
+        given: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        added = packed_conversions(given, model) if self.pre_quantized else []
+        conversions = [*given, *added] if self.pre_quantized else merge_late(given)
         if self._headers is not None:
             # a copy: conversions remember which names they have seen
             seen = copy.deepcopy(conversions)
