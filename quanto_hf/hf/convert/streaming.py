@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from quanto_hf.hf.load.decoding import DecodeAlone
+from quanto_hf.hf.load.decoding import DecodeAlone, Unread
 from quanto_hf.hf.load.loading import quantize_into
 from quanto_hf.hf.load.names import loader_names, split_name
 from quanto_hf.hf.memory.sizes import kept_dtypes, loaded_dtype
@@ -164,10 +164,18 @@ class Reader:
         weight = slot.full(name.rpartition(".")[0])
         if weight != self._weight:
             # codes, scales and zeros follow each other, so a layer is quantized once
-            parts = quantize_into(owner, self._read(weight, self.skeleton.dtype), weight)
+            source = self.sources[weight]
+            stacked = source.encoded is not None and slot.leading
+            read = self._pieces(source) if stacked else self._read(weight, self.skeleton.dtype)
+            parts = quantize_into(owner, read, weight)
             self._stored = {slot.stored(part): tensor for part, tensor in parts.items()}
             self._weight = weight
         return self._stored[leaf]
+
+    def _pieces(self, source: Source) -> Any:
+        """Stacked experts, decoded one at a time."""
+        assert source.encoded is not None
+        return Unread(source.encoded, source.key, self.skeleton.dtype).pieces()
 
     def _read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         source = self.sources[name]

@@ -6,6 +6,7 @@ conversions of the model are told by name which tensors are encoded, and read th
 
 import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -19,7 +20,8 @@ from transformers.core_model_loading import (
 )
 
 from quanto_hf.hf.config.refusals import refuse_optimum_quanto
-from quanto_hf.hf.load.names import loader_names
+from quanto_hf.hf.load.names import loader_names, slot_at
+from quanto_hf.hf.load.pieces import Pieces
 from quanto_hf.hf.memory.sizes import Kept
 from quanto_hf.io import CheckpointError, read_headers
 from quanto_hf.io.decoders import Decoder, EncodedFiles, as_floats
@@ -85,8 +87,8 @@ class Decoding:
         """Whether a name in the files is that of the first part of an encoded tensor."""
         return self.files is not None and key in self.files.float_names
 
-    def read(self, key: str, target: str) -> torch.Tensor:
-        """A float tensor.
+    def unread(self, key: str, target: str) -> "Unread":
+        """A float tensor, which is not read yet.
 
         Args:
             key: the name in the files of its first part.
@@ -94,7 +96,7 @@ class Decoding:
         """
         assert self.files is not None
         dtype = next((kept for pattern, kept in self.kept if pattern.search(target)), self.dtype)
-        return self.files.read(self.files.float_names[key], dtype)
+        return Unread(self.files, self.files.float_names[key], dtype)
 
     def conversions(self, conversions: list[Any], model: Any) -> list[Any]:
         """The loader's conversions for the checkpoint, from those for a float one.
@@ -140,6 +142,25 @@ class Decoding:
         self.files, self.plain = None, []
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A tensor of an encoded checkpoint, by its name as a float."""
+
+    files: EncodedFiles
+    name: str
+    dtype: torch.dtype
+
+    def whole(self) -> torch.Tensor:
+        """All of it."""
+        return self.files.read(self.name, self.dtype)
+
+    def pieces(self) -> torch.Tensor | Pieces:
+        """The matrices of a stacked one, shape (1, rows, columns), each decoded when it is asked for; or all of it."""
+        if self.files.encoded[self.name].leading != 1:
+            return self.whole()
+        return Pieces(matrix.unsqueeze(0) for matrix in self.files.matrices(self.name, self.dtype))
+
+
 class DecodedNames(WeightRenaming):  # type: ignore[misc]
     """Gives an encoded tensor the name that it would have in a float checkpoint, before all other renamings."""
 
@@ -162,20 +183,23 @@ class Decodes:
     def add_tensor(self: Any, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
         """Take a tensor; of an encoded one not what the loader would read, but what decodes it when it is called."""
         if self.decoding.is_encoded(source_key):
-            future = partial(self.decoding.read, source_key, target_key)
+            future = self.decoding.unread(source_key, target_key).whole
         super().add_tensor(target_key, source_key, source_pattern, future)  # type: ignore[misc]
 
 
-class AsItIs(ConversionOps):  # type: ignore[misc]
-    """Gives a decoded tensor its name."""
+class Decode(ConversionOps):  # type: ignore[misc]
+    """Decodes a tensor; stacked experts that are to be packed one at a time, when each is asked for."""
 
-    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Args:
-        input_dict: has one pattern.
+        input_dict: has one pattern, for one :class:`Unread`.
         full_layer_name: the name in the model.
         """
-        (found,) = input_dict.values()
-        return {full_layer_name: found}
+        ((unread,),) = input_dict.values()
+        slot = slot_at(model, full_layer_name)
+        return {full_layer_name: unread.pieces() if slot is not None and slot[1].leading else unread.whole()}
 
 
 class DecodeAlone(Decodes, WeightConverter):  # type: ignore[misc]
@@ -184,8 +208,13 @@ class DecodeAlone(Decodes, WeightConverter):  # type: ignore[misc]
     __slots__ = ("decoding",)
 
     def __init__(self, decoding: Decoding) -> None:
-        super().__init__(ALONE, ALONE, [AsItIs()], force_cpu=True)
+        super().__init__(ALONE, ALONE, [Decode()], force_cpu=True)
         self.decoding = decoding
+
+    def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
+        """Take a tensor, which is left to the operation to read."""
+        unread = partial(self.decoding.unread, source_key, target_key)
+        WeightConverter.add_tensor(self, target_key, source_key, source_pattern, unread)
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         """The name as it is, and the pattern if the tensor is encoded."""
