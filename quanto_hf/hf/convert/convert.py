@@ -70,8 +70,8 @@ def convert_checkpoint(
     but the memory is that of one output file. A call that was interrupted is resumed by the same call: finished
     files are checked and kept. Until everything is there the folder has no config.json, so nothing loads it.
 
-    A checkpoint that is not in safetensors files, or whose tensors are merged on loading, is loaded as a whole. So is a
-    GGUF file, whose float model is written to a folder beside ``out`` first, with its tokenizer.
+    A checkpoint that is not in safetensors files, or whose tensors are split on loading or saving, is loaded as a
+    whole. So is a GGUF file, whose float model is written to a folder beside ``out`` first, with its tokenizer.
 
     Args:
         source: a local folder, or a GGUF file.

@@ -237,14 +237,15 @@ def _decoding_converter(decoding: Decoding, converter: Any) -> Any:
     return made
 
 
+def plain_converter(conversion: Any) -> Any:
+    """A conversion of the model as it is for a float checkpoint."""
+    if not isinstance(conversion, Decodes) or isinstance(conversion, DecodeAlone):
+        return conversion
+    plain: Any = conversion.decoding.plain[conversion.number]  # type: ignore[attr-defined]
+    plain._was_used = conversion._was_used  # type: ignore[attr-defined]
+    return plain
+
+
 def _without_decoding(conversions: Iterable[Any]) -> list[Any]:
     """The conversions for a float checkpoint."""
-    made = []
-    for entry in conversions:
-        if isinstance(entry, Decodes) and not isinstance(entry, DecodeAlone):
-            plain: Any = entry.decoding.plain[entry.number]  # type: ignore[attr-defined]
-            plain._was_used = entry._was_used  # type: ignore[attr-defined]
-            made.append(plain)
-        elif not isinstance(entry, DecodedNames | DecodeAlone):
-            made.append(entry)
-    return made
+    return [plain_converter(entry) for entry in conversions if not isinstance(entry, DecodedNames | DecodeAlone)]
