@@ -71,8 +71,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         # of a config that asks for an empty model, it is another one
         config.quant_method = config.format.method
         self.decoding, config.decoder = Decoding(config.decoder), None
-        if self.decoding.decoder is not None:
-            kwargs["pre_quantized"] = False
+        kwargs["pre_quantized"] = kwargs.get("pre_quantized", True) and self.decoding.decoder is None
         super().__init__(config, **kwargs)
         if self.pre_quantized and (problem := self.format.refuses_saved(config.to_dict())) is not None:
             raise ValueError(problem)
@@ -148,8 +147,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if building.end():
             building.tie_alone(model)
         given: list[Any] = super().update_weight_conversions(weight_conversions, model)
-        added = packed_conversions(given, model) if self.pre_quantized else []
-        conversions = [*given, *added] if self.pre_quantized else merge_late(given)
+        conversions = [*given, *packed_conversions(given, model)] if self.pre_quantized else merge_late(given)
         if self._headers is not None:
             # a copy: conversions remember which names they have seen
             seen = copy.deepcopy(conversions)
