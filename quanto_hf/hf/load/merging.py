@@ -131,7 +131,7 @@ class StackLater(WeightConverter):  # type: ignore[misc]
         return made
 
 
-def merge_late(conversions: list[Any]) -> list[Any]:
+def late(conversions: list[Any]) -> list[Any]:
     """The loader's conversions, with :class:`ConcatenateLater` where a converter ends in putting rows together, and
     :class:`ExpertByExpert` where all that it does can be done to one expert at a time."""
     return [_late(entry) if isinstance(entry, WeightConverter) else entry for entry in conversions]
@@ -141,15 +141,15 @@ def _late(converter: Any) -> Any:
     operations = converter.operations
     last = operations[-1] if operations else None
     if last is not None and type(last) is Concatenate and last.dim == 0:
-        late = copy.deepcopy(converter)
-        late.operations = [*operations[:-1], ConcatenateLater(last.dim, last.num_shards_attribute)]
-        return late
+        made = copy.deepcopy(converter)
+        made.operations = [*operations[:-1], ConcatenateLater(last.dim, last.num_shards_attribute)]
+        return made
     if type(converter) is not WeightConverter or len(converter.target_patterns) > 1 or not _works_on_each(operations):
         return converter
     sources, targets = converter._original_source_patterns, converter._original_target_patterns
-    late = StackLater(list(sources), list(targets), [ExpertByExpert(list(operations))], force_cpu=converter.force_cpu)
-    late.scope_prefix, late.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
-    return late
+    made = StackLater(list(sources), list(targets), [ExpertByExpert(list(operations))], force_cpu=converter.force_cpu)
+    made.scope_prefix, made.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+    return made
 
 
 def _works_on_each(operations: list[Any]) -> bool:

@@ -21,7 +21,7 @@ from quanto_hf.hf.load.finishing import dequantized, finish_layers, finish_offlo
 from quanto_hf.hf.load.finite import refuse_not_finite
 from quanto_hf.hf.load.legacy import LegacyHooks
 from quanto_hf.hf.load.loading import QuantizeWeights
-from quanto_hf.hf.load.merging import merge_late
+from quanto_hf.hf.load.merging import late
 from quanto_hf.hf.load.model_dtype import know_dtypes
 from quanto_hf.hf.load.names import waiting_slot
 from quanto_hf.hf.load.own_floats import own_floats
@@ -126,8 +126,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         self._headers = self.decoding.open(files, self._dtype, kept_dtypes(model, self._dtype)) if files else None
         if self.pre_quantized:
             take_stored_dtypes(model, self._headers or {})
-        self.kept = kept_dtypes(model, self._dtype)
-        self._stored = kept_tensors(model)
+        self.kept, self._stored = kept_dtypes(model, self._dtype), kept_tensors(model)
         self._device_map = kwargs.get("device_map")
         return model
 
@@ -146,13 +145,12 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         # the first hook after the model was built
         if building.end():
             building.tie_alone(model)
-        given: list[Any] = super().update_weight_conversions(weight_conversions, model)
-        conversions = [*given, *packed_conversions(given, model)] if self.pre_quantized else merge_late(given)
+        made: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        conversions = [*made, *packed_conversions(made, model)] if self.pre_quantized else late(made)
         if self._headers is not None:
-            # a copy: conversions remember which names they have seen
-            seen = copy.deepcopy(conversions)
+            seen, complete = copy.deepcopy(conversions), was_written_from(model)
             try:
-                check_before_loading(model, self._headers, seen, self.pre_quantized, complete=was_written_from(model))
+                check_before_loading(model, self._headers, seen, self.pre_quantized, complete)
             except CheckpointError as error:
                 hint = self.quantization_config.hint()
                 raise (CheckpointError(f"{error}\n({hint})") if hint else error) from None
