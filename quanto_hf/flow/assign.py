@@ -9,6 +9,7 @@ from torch import nn
 
 from quanto_hf.fit import Fit
 from quanto_hf.flow.holders import held_parameters
+from quanto_hf.flow.leaving import leave_others
 from quanto_hf.flow.patterns import any_names, first_match, unmatched
 from quanto_hf.nn import why_no_qmodule
 from quanto_hf.nn.learned import LearnedScales
@@ -144,6 +145,7 @@ def assign(
             found.chosen[name] = chosen
         else:
             found.left[name] = reason
+    leave_others(model, found.chosen, found.left, asked)
     for pattern, values in overrides.items():
         # those that no module got
         if values.get("weights", "") is not None and (problem := choice.override(values).refusal(learn)) is not None:

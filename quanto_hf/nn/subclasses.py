@@ -42,8 +42,6 @@ def why_not_equivalent(module: nn.Module, source: type[nn.Module], slots: tuple[
             return f"it has no {slot}"
     if kind is source:
         return None
-    if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
-        return "the attention of torch reads it by its weight"
     if isinstance(module._parameters[slots[0]], nn.UninitializedParameter):
         return "its shape is not known before its first forward pass"
     name, own = kind.__name__, {*module._parameters, *module._buffers, *module._modules} - {*slots, "bias"}
@@ -160,8 +158,8 @@ def subclassed(quantized: type[nn.Module], source: type[nn.Module], kind: type[n
         return made
     names: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": f"Q{kind.__name__}", "__doc__": None}
     names["made_of"], names["__reduce_ex__"] = (quantized, source, kind), _reduce
-    argument = next(iter([*inspect.signature(kind.forward).parameters][1:]), "input")
-    if argument != "input" and source is nn.Linear:
+    own, argument = (next(iter([*inspect.signature(c.forward).parameters][1:]), "input") for c in (quantized, kind))
+    if own == "input" != argument:
         names["forward"] = _forward_by(quantized, argument)
     # the first one, if another thread has made one too
     return _MADE.setdefault((quantized, source, kind), type(f"Q{kind.__name__}", (quantized, kind), names))

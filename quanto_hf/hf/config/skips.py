@@ -8,6 +8,8 @@ from torch import nn
 
 from quanto_hf.flow import matches
 from quanto_hf.flow.routers import routers
+from quanto_hf.nn import QuantizedWeight
+from quanto_hf.nn.registry import entry_of
 from quanto_hf.nn.slots import WEIGHT
 
 # Layers with a weight of a part outside of the base model, up to which the part is a head, and not a network. Of the
@@ -85,3 +87,21 @@ def _in_a_block(part: nn.Module, name: str) -> bool:
     """Whether a layer is inside of an entry of a list: a list of layers is an MLP, one of blocks a stack."""
     path = name.split(".")
     return any(isinstance(part.get_submodule(".".join(path[:depth])), nn.ModuleList) for depth in range(len(path) - 1))
+
+
+def other_kinds(model: nn.Module, layer: type[QuantizedWeight] | None) -> dict[str, str]:
+    """Module name -> why it stays float in a format whose layers have a class of their own
+    (:attr:`quanto_hf.io.formats.Format.layer`): it is of another type than those.
+
+    Args:
+        model: usually on meta.
+        layer: the class; None is a format for all types.
+    """
+    if layer is None:
+        return {}
+    found = ((name, module, entry_of(module)) for name, module in model.named_modules())
+    return {
+        name: f"the format has no {type(module).__name__}"
+        for name, module, entry in found
+        if entry is not None and not issubclass(layer, entry.quantized)
+    }

@@ -1,19 +1,15 @@
 """Which slot of a model is quantized how while it loads: by the config, or by what a checkpoint says of itself."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from quanto_hf.flow import Assignment, Choice, asked_by, assign, first_match, not_quantizable
-from quanto_hf.hf.config.skips import default_skips
+from quanto_hf.flow import Assignment, Choice, asked_by, assign, first_match
+from quanto_hf.hf.config.skips import default_skips, other_kinds
 from quanto_hf.nn import qmodule_for
 from quanto_hf.nn.slots import label
 from quanto_hf.schemes import Scheme
-
-# Warn when more than this share of the weights stays in float.
-LEFT_IN_FLOAT = 0.1
 
 
 def new_assignment(model: Any, config: Any, dtype: torch.dtype) -> Assignment:
@@ -24,11 +20,12 @@ def new_assignment(model: Any, config: Any, dtype: torch.dtype) -> Assignment:
         config: what was asked for.
         dtype: in which the model is loaded.
     """
+    skip = other_kinds(model, type(config).format.layer)
     return assign(
         model,
         config.choice(),
         exclude=config.modules_to_not_convert or (),
-        skip=default_skips(model, dtype, config.default_skips, asked_by(config.overrides)),
+        skip={**default_skips(model, dtype, config.default_skips, asked_by(config.overrides)), **skip},
         overrides=config.overrides,
     )
 
@@ -86,19 +83,3 @@ def _saved_fit(config: Any, name: str) -> str | None:
 def was_written_from(model: Any) -> bool:
     """Whether the checkpoint was written from the class of this model, so that everything fits or it is damaged."""
     return type(model).__name__ in (model.config.architectures or [])
-
-
-def warn_of_floats(model: Any, assignment: Assignment) -> None:
-    """Say so when much less is quantized than the user will think."""
-    share, types = not_quantizable(model, assignment.chosen)
-    if share > LEFT_IN_FLOAT:
-        warnings.warn(
-            f"{share:.0%} of the weights of {type(model).__name__} stay in float, because they are in modules of a "
-            f"type that quanto_hf does not quantize, or only where a pattern names them: {', '.join(types[:5])}",
-            stacklevel=2,
-        )
-    elif not assignment.chosen:
-        warnings.warn(
-            f"no linear layer of {type(model).__name__} is quantized; call quanto_hf.report(model) for the reasons",
-            stacklevel=2,
-        )

@@ -7,18 +7,19 @@ import torch
 from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
-from quanto_hf.flow import Assignment, warn_of_notes
+from quanto_hf.flow import Assignment
 from quanto_hf.flow.refuse import DTYPES
 from quanto_hf.hf.config.base import CONFIGS, FormatConfig
 from quanto_hf.hf.config.flags import flags, refuse_mixed
 from quanto_hf.hf.config.quanto import METHOD, QuantoConfig
 from quanto_hf.hf.load import building
-from quanto_hf.hf.load.assigning import new_assignment, saved_assignment, warn_of_floats, was_written_from
+from quanto_hf.hf.load.assigning import new_assignment, saved_assignment, was_written_from
 from quanto_hf.hf.load.checking import check_before_loading, expect_guards
 from quanto_hf.hf.load.decoding import Decoding
 from quanto_hf.hf.load.expert_names import packed_conversions
 from quanto_hf.hf.load.finishing import dequantized, finish_layers, finish_offload
 from quanto_hf.hf.load.finite import refuse_not_finite
+from quanto_hf.hf.load.left_in_float import warn_before_loading
 from quanto_hf.hf.load.legacy import LegacyHooks
 from quanto_hf.hf.load.loading import QuantizeWeights
 from quanto_hf.hf.load.merging import late
@@ -119,8 +120,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assignment = self._saved_assignment(model) if self.pre_quantized else self._new_assignment(model)
         if not self.pre_quantized:
-            warn_of_floats(model, assignment)
-            warn_of_notes(model, assignment)
+            warn_before_loading(model, assignment, self.quantization_config)
         replace_by_assignment(model, assignment, self.quantization_config, self.pre_quantized, self.format.layer)
         self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
         self._headers = self.decoding.open(files, self._dtype, kept_dtypes(model, self._dtype)) if files else None
