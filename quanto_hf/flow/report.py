@@ -108,8 +108,11 @@ def report(model: nn.Module, reference: nn.Module | Mapping[str, torch.Tensor] |
     for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight) and module.is_frozen:
             for slot in module.slots:
-                rows.append(_quantized_row(name, module, slot, exact))
-                seen.update(id(tensor) for tensor in module.tensors(slot.name).values())
+                held = {id(tensor) for tensor in module.tensors(slot.name).values()}
+                # one that is tied to another is the same tensors
+                if not held <= seen:
+                    rows.append(_quantized_row(name, module, slot, exact))
+                seen |= held
         for leaf, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue

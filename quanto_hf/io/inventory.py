@@ -11,6 +11,7 @@ from typing import Any
 from quanto_hf.io.checkpoint import CheckpointError, read_headers
 from quanto_hf.io.formats import QUANTO, Format, format_of
 from quanto_hf.io.formats.quanto import find_guards, without_guards
+from quanto_hf.io.split_experts import by_expert
 from quanto_hf.nn.packed import Packed, is_matrix
 from quanto_hf.nn.slots import WEIGHT, joined
 from quanto_hf.schemes import Scheme, TensorSpec, notes
@@ -130,6 +131,7 @@ def read_inventory(folder: Path) -> Inventory:
             count = prod(spec.shape)
             eligible = count if is_matrix(name, spec.shape) else 0
             rows.append(Item(name, _text(spec.dtype), count, _nbytes(spec), eligible=eligible))
+    schemes = by_expert(schemes, groups, saved_as.prefix)
     saved = _saved_names(schemes, groups)
     layers: dict[str, tuple[Scheme, dict[str, TensorSpec]]] = {}
     problems = [f"unexpected: {tensor}" for name in {*groups} - {*saved.values()} for tensor in groups[name]]

@@ -23,13 +23,14 @@ from quanto_hf.hf.load.left_in_float import warn_before_loading
 from quanto_hf.hf.load.legacy import LegacyHooks
 from quanto_hf.hf.load.loading import QuantizeWeights
 from quanto_hf.hf.load.merging import late
-from quanto_hf.hf.load.model_dtype import know_dtypes
 from quanto_hf.hf.load.names import waiting_slot
 from quanto_hf.hf.load.own_floats import own_floats
 from quanto_hf.hf.load.owner import Owned
 from quanto_hf.hf.load.register import register
 from quanto_hf.hf.load.replace import replace_by_assignment
 from quanto_hf.hf.load.stored_dtypes import kept_tensors, take_stored_dtypes
+from quanto_hf.hf.load.ties import know_ties
+from quanto_hf.hf.load.watching import watch_models
 from quanto_hf.hf.memory.sizes import (
     Kept,
     Transient,
@@ -40,9 +41,8 @@ from quanto_hf.hf.memory.sizes import (
 )
 from quanto_hf.hf.offload.deferred import Deferred
 from quanto_hf.hf.save.card import TAG
-from quanto_hf.hf.save.other_savers import watch_other_savers
 from quanto_hf.hf.save.own_files import write_own_files
-from quanto_hf.hf.save.saving import given_state, watch_saving
+from quanto_hf.hf.save.saving import given_state
 from quanto_hf.io import CheckpointError, read_headers
 from quanto_hf.io.formats import Format
 from quanto_hf.io.pickled import read_pickled_headers
@@ -73,6 +73,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         # of a config that asks for an empty model, it is another one
         config.quant_method = config.format.method
         super().__init__(config, **kwargs)
+        know_ties()
         if self.pre_quantized and (problem := self.format.refuses_saved(config.to_dict())) is not None:
             raise ValueError(problem)
         self._dtype = torch.float32
@@ -89,7 +90,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a model that comes from another process, which may be the first one in this."""
         super().__setstate__(state)
-        know_dtypes()
+        watch_models()
 
     @property
     def format(self) -> Format:
@@ -221,9 +222,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             refuse_not_finite(model)
         config = self.quantization_config
         self.describe(model)
-        watch_saving()
-        watch_other_savers()
-        know_dtypes()
+        watch_models()
         if config.dequantize:
             self.dequantize(model)
         return model
