@@ -12,6 +12,7 @@ class Care:
     """What one family needs.
 
     Args:
+        cls: name of the model class, where another one than usual runs alone.
         config: arguments of the published config, where the class has none that can be built.
         tiny: values of the tiny config; a dict changes a part of it.
         inputs: arguments of the forward pass, by the tiny config.
@@ -20,6 +21,7 @@ class Care:
         why: the reason for the rest.
     """
 
+    cls: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     tiny: dict[str, Any] = field(default_factory=dict)
     inputs: Callable[[Any], dict[str, Any]] | None = None

@@ -2,6 +2,8 @@
 most of it."""
 
 import importlib
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
@@ -28,6 +30,7 @@ class Family(NamedTuple):
     model_class: Any
 
 
+@cache
 def names() -> dict[str, str]:
     """Name of each family -> model type, of all that have both a config and a model."""
     found: dict[str, list[str]] = {}
@@ -42,8 +45,16 @@ def names() -> dict[str, str]:
     return chosen
 
 
-def family(name: str) -> Family:
-    """The classes of a family. Imports its code."""
+def family(name: str, cls: str = "") -> Family:
+    """The classes of a family. Imports its code.
+
+    Args:
+        name: of the family.
+        cls: name of its model class; the preferred one if empty.
+    """
+    if cls:
+        wanted = getattr(transformers, cls)
+        return Family(name, wanted.config_class.model_type, wanted.config_class, wanted)
     model_type = names()[name]
     config_class = CONFIG_MAPPING[model_type]
     return Family(name, model_type, config_class, _class(name, model_type, config_class))
@@ -74,5 +85,5 @@ def _mappings() -> dict[str, Any]:
 
 
 def _modeling(name: str) -> str | None:
-    path = f"transformers.models.{name}.modeling_{name}"
-    return path if importlib.util.find_spec(path) is not None else None
+    file = Path(transformers.__file__).parent / "models" / name / f"modeling_{name}.py"
+    return f"transformers.models.{name}.modeling_{name}" if file.exists() else None

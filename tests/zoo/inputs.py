@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 TEXT, BATCH = 16, 2
 
@@ -138,6 +139,7 @@ def candidates(model: Any, changes: dict[str, Any]) -> Iterator[dict[str, Any]]:
     taken = inspect.signature(model.forward).parameters
     if changes:
         yield dict(changes)
+    yield from illustrated(model)
     main = model.main_input_name
     order = [name for name in dict.fromkeys([main, *MAIN]) if name in taken or name == main]
     for first in order:
@@ -151,6 +153,27 @@ def candidates(model: Any, changes: dict[str, Any]) -> Iterator[dict[str, Any]]:
                             yield {first: value, other: more}
 
 
+def illustrated(model: Any) -> Iterator[dict[str, Any]]:
+    """Text with a picture: as many placeholders as the picture becomes vectors."""
+    marker = find(model.config, "image_token_id", "image_token_index")
+    taken = inspect.signature(model.forward).parameters
+    if not {"input_ids", "pixel_values"} <= set(taken) or not hasattr(model, "get_image_features") or marker is None:
+        return
+    maker = Maker(model.config)
+    width = model.get_input_embeddings().weight.shape[-1]
+    for picture in maker.pictures():
+        try:
+            with torch.no_grad():
+                made = model.get_image_features(pixel_values=picture)
+            made = getattr(made, "pooler_output", made)
+            count = sum(x.numel() for x in made) // width if isinstance(made, list | tuple) else made.numel() // width
+        except Exception:
+            continue
+        text = maker.tokens(1)
+        ids = torch.cat([text[:, :4], torch.full((1, count), marker), text[:, 4:]], 1)
+        yield {"input_ids": ids, "pixel_values": picture, "attention_mask": torch.ones_like(ids)}
+
+
 def missing(error: Exception, given: dict[str, Any], model: Any) -> list[str]:
     """Names of arguments that a forward pass misses, as far as its error says which."""
     taken = inspect.signature(model.forward).parameters
@@ -158,28 +181,64 @@ def missing(error: Exception, given: dict[str, Any], model: Any) -> list[str]:
     return [word for word in dict.fromkeys(words) if word in taken and word not in given]
 
 
-def call(model: Any, inputs: dict[str, Any]) -> Any:
-    """The forward pass, with the same random numbers each time."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return model(**inputs)
+def call(model: Any, calls: "Calls") -> list[torch.Tensor]:
+    """The numbers that the model gives, and those parts of it that it does not call itself, with the same random numbers
+    each time."""
+    made = []
+    for name, inputs in calls.items():
+        torch.manual_seed(0)
+        with torch.no_grad():
+            made += floats(model.get_submodule(name)(**inputs))
+    return made
 
 
-def working(model: Any, changes: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """Arguments with which the model gives finite numbers, or None and the first error."""
+# name of a part, "" for the model itself -> arguments
+Calls = dict[str, dict[str, Any]]
+
+
+def working(model: Any, changes: dict[str, Any]) -> tuple[Calls, str]:
+    """Arguments with which a model gives finite numbers, the same for those of its models that do not run then (the
+    vision tower of one that was given text), and why the model itself does not run."""
+    ran: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args, name=name: ran.add(name))
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel)
+    ]
+    inputs, said = _working(model, changes)
+    if inputs is not None:
+        ran.clear()
+        call(model, {"": inputs})
+    for hook in hooks:
+        hook.remove()
+    calls: Calls = {} if inputs is None else {"": inputs}
+    names = [name for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
+    covered = list(ran) if inputs is not None else []
+    for name in names:
+        # what holds a part that runs has been seen, and so has what is in it
+        if any(f"{done}.".startswith(f"{name}.") or f"{name}.".startswith(f"{done}.") for done in covered):
+            continue
+        found, _ = _working(model.get_submodule(name), {})
+        if found is not None:
+            calls[name] = found
+            covered.append(name)
+    return calls, said
+
+
+def _working(model: Any, changes: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     said = ""
     for tried, inputs in enumerate(candidates(model, changes)):
         if tried > 24:
             break
         for _ in range(3):
             try:
-                made = floats(call(model, inputs))
+                made = call(model, {"": inputs})
             except Exception as error:
                 said = said or f"{type(error).__name__}: {error}"
                 more = missing(error, inputs, model)
-                batch = next(iter(inputs.values())).shape[0]
-                values = {n: next((v for v in Maker(model.config).alternatives(n) if v.shape[0] == batch), None) for n in more}
-                values = {name: value for name, value in values.items() if value is not None}
+                maker, batch = Maker(model.config), next(iter(inputs.values())).shape[0]
+                found = {n: next((v for v in maker.alternatives(n) if v.shape[0] == batch), None) for n in more}
+                values = {name: value for name, value in found.items() if value is not None}
                 if not values:
                     break
                 inputs = {**inputs, **values}

@@ -1,7 +1,8 @@
 """The whole life of a tiny model of one family: built, saved, quantized while it is loaded, run, saved, reloaded."""
 
-import gc
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from quanto_hf import QuantoConfig
 
 from .care import CARE, Care
 from .families import Family, family
-from .inputs import call, floats, working
-from .shrink import STEPS, shrink
+from .inputs import Calls, call, working
+from .shrink import STEPS, Step, shrink
 
 LARGEST = 60_000_000
-CONFIGS = {
+# seconds after which no more sizes are tried
+PATIENCE = 20.0
+CONFIGS: dict[str, Callable[[], QuantoConfig]] = {
     "int8": lambda: QuantoConfig("int8"),
     "int4": lambda: QuantoConfig("int4"),
 }
@@ -34,13 +37,13 @@ def life(name: str, kinds: list[str]) -> dict[str, Any]:
     try:
         if care.left:
             raise Unbuilt(care.left)
-        one = family(name)
+        one = family(name, care.cls)
         found["class"] = one.model_class.__name__
-        model, inputs, step, said = build(one, care)
+        model, calls, step, said = build(one, care)
     except Exception as error:
         return {**found, "float": short(error)}
-    found.update(step=list(step), parameters=sum(p.numel() for p in model.parameters()), runs=inputs is not None)
-    found["inputs"] = {key: list(value.shape) for key, value in (inputs or {}).items() if torch.is_tensor(value)}
+    found.update(step=list(step), parameters=sum(p.numel() for p in model.parameters()), runs=bool(calls))
+    found["inputs"] = {part: {key: list(x.shape) for key, x in inputs.items()} for part, inputs in calls.items()}
     found["float"] = said
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -48,29 +51,31 @@ def life(name: str, kinds: list[str]) -> dict[str, Any]:
             model.save_pretrained(folder / "float")
             del model
             plain = one.model_class.from_pretrained(folder / "float").eval()
-            wanted = floats(call(plain, inputs)) if inputs is not None else []
-            written = generated(plain, inputs)
+            wanted = call(plain, calls)
+            written = generated(plain, calls)
             del plain
         except Exception as error:
             return {**found, "runs": False, "float": f"saving or loading the float model: {short(error)}"}
         found["generates"] = isinstance(written, torch.Tensor)
         for kind in kinds:
-            gc.collect()
-            found["kinds"][kind] = quantized(one, kind, folder, inputs, wanted, found["generates"])
+            found["kinds"][kind] = quantized(one, kind, folder, calls, wanted, found["generates"])
     return found
 
 
-def build(one: Family, care: Care) -> tuple[Any, dict[str, Any] | None, Any, str]:
-    """The smallest float model that runs, its arguments, the step and why it does not run; arguments are None where no
-    size and no arguments do."""
-    published = one.config_class(**care.config)
-    first, said, unbuilt = None, "", ""
+def build(one: Family, care: Care) -> tuple[Any, Calls, Step, str]:
+    """The smallest float model that runs, what it is called with, the step, and why it does not run. If none does, the
+    smallest that has the most parts that run."""
+    published, began = one.config_class(**care.config), time.process_time()
+    best: tuple[Any, Calls, Step] | None = None
+    said = unbuilt = ""
     for step in care.steps or STEPS:
+        if best is not None and time.process_time() - began > PATIENCE:
+            break
         try:
-            config = shrink(published, step, **care.tiny)
             with torch.device("meta"):
-                large = sum(p.numel() for p in one.model_class(config).parameters())
+                large = sum(p.numel() for p in one.model_class(shrink(published, step, **care.tiny)).parameters())
         except Exception:
+            # what cannot be built on meta may be built otherwise
             large = 0
         if large > LARGEST:
             unbuilt = unbuilt or f"a tiny model has {large:,} parameters"
@@ -82,15 +87,15 @@ def build(one: Family, care: Care) -> tuple[Any, dict[str, Any] | None, Any, str
             unbuilt = unbuilt or short(error)
             continue
         lively(model)
-        inputs, why = working(model, care.inputs(model.config) if care.inputs else {})
-        if inputs is not None:
-            return model, inputs, step, ""
+        calls, why = working(model, care.inputs(model.config) if care.inputs else {})
+        if "" in calls:
+            return model, calls, step, ""
         said = said or why
-        if first is None:
-            first = (model, None, step)
-    if first is None:
+        if best is None or len(calls) > len(best[1]):
+            best = (model, calls, step)
+    if best is None:
         raise Unbuilt(unbuilt or "no size can be built")
-    return (*first, said)
+    return (*best, said)
 
 
 @torch.no_grad()
@@ -108,7 +113,7 @@ def lively(model: Any) -> None:
 
 
 def quantized(
-    one: Family, kind: str, folder: Path, inputs: dict[str, Any] | None, wanted: list[torch.Tensor], generates: bool
+    one: Family, kind: str, folder: Path, calls: Calls, wanted: list[torch.Tensor], generates: bool
 ) -> dict[str, Any]:
     """What one configuration came to."""
     cls, found, stage = one.model_class, {}, "load"
@@ -119,7 +124,7 @@ def quantized(
         found["share"] = share(quanto_hf.report(model))
         found["packed"] = sum(isinstance(m, quanto_hf.nn.QuantizedWeight) for m in model.modules())
         stage = "run"
-        made = floats(call(model, inputs)) if inputs is not None else []
+        made = call(model, calls)
         found["distance"] = distance(made, wanted) if wanted else None
         stage = "plan"
         planned = quanto_hf.plan(folder / "float", CONFIGS[kind](), auto_class=cls, device_map="cpu", context=0).nbytes
@@ -129,12 +134,11 @@ def quantized(
         stage = "reload"
         again = cls.from_pretrained(folder / kind).eval()
         found["same_tensors"] = same_tensors(model.state_dict(), again.state_dict())
-        if inputs is not None:
-            stage = "run after reload"
-            found["same_outputs"] = same(floats(call(again, inputs)), made)
+        stage = "run after reload"
+        found["same_outputs"] = same(call(again, calls), made)
         if generates:
             stage = "generate"
-            written = generated(again, inputs)
+            written = generated(again, calls)
             if not isinstance(written, torch.Tensor):
                 raise written
             found["generates"] = True
@@ -143,13 +147,13 @@ def quantized(
     return found
 
 
-def generated(model: Any, inputs: dict[str, Any] | None) -> Any:
+def generated(model: Any, calls: Calls) -> Any:
     """Three more tokens, or the error, or None."""
-    if inputs is None or not getattr(model, "can_generate", lambda: False)():
+    if "" not in calls or not getattr(model, "can_generate", lambda: False)():
         return None
     torch.manual_seed(0)
     try:
-        made = model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        made = model.generate(**calls[""], max_new_tokens=3, do_sample=False, pad_token_id=0)
         made = getattr(made, "sequences", made)
         return made if isinstance(made, torch.Tensor) else None
     except Exception as error:
@@ -197,3 +201,17 @@ def short(error: Any) -> str:
     """An error in one line."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) < 300 else f"{text[:297]}..."
+
+
+def wrong(result: dict[str, Any]) -> str:
+    """What quanto_hf does wrong with a family; empty if nothing."""
+    if "crash" in result:
+        return str(result["crash"])
+    for kind, found in result["kinds"].items():
+        if "error" in found:
+            return f"{kind}: {found['error']}"
+        if not found.get("same_tensors", True) or not found.get("same_outputs", True):
+            return f"{kind}: another {'output' if found['same_tensors'] else 'tensor'} after reload"
+        if len(set(found.get("footprint", ()))) > 1:
+            return f"{kind}: footprint and plan {found['footprint']}"
+    return ""

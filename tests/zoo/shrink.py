@@ -27,7 +27,7 @@ VOCABULARY, POSITIONS = 320, 256
 
 # an int of such a name divides, if it is at least WIDEST
 WIDTH = re.compile(
-    r"hidden|dim(s|_.*)?$|_dim|dim_|size$|sizes$|n_embd|d_model|d_ff|d_kv|d_inner|width|units|channels?(_size)?$|inter|"
+    r"hidden|d_head|head_size|dim(s|_.*)?$|_dim|dim_|size$|sizes$|n_embd|d_model|d_ff|d_kv|d_inner|width|units|channels?(_size)?$|inter|"
     r"filters?$|rank|planes|features?$|n_inner|embeds?$|state_size|lru|latent|inner|proj"
 )
 # ... unless its name says that it is something else

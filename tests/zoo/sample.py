@@ -1,0 +1,3 @@
+"""The families that each test run looks at, and why."""
+
+SAMPLE: dict[str, str] = {}
