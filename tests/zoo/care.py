@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .shrink import Step
 
 
@@ -30,4 +32,39 @@ class Care:
     why: str = ""
 
 
-CARE: dict[str, Care] = {}
+def _series(config: Any) -> dict[str, Any]:
+    """A time series: the past with its features and marks, the future with its features."""
+    draw = torch.Generator().manual_seed(1)
+    past = config.context_length + max(config.lags_sequence)
+    features = max(config.num_time_features, 1)
+    return {
+        "past_values": torch.randn(2, past, generator=draw),
+        "past_time_features": torch.randn(2, past, features, generator=draw),
+        "past_observed_mask": torch.ones(2, past),
+        "future_values": torch.randn(2, config.prediction_length, generator=draw),
+        "future_time_features": torch.randn(2, config.prediction_length, features, generator=draw),
+        "static_categorical_features": torch.zeros(2, 1, dtype=torch.int64),
+    }
+
+
+SERIES = Care(
+    config={"prediction_length": 8, "context_length": 16, "num_time_features": 2, "num_static_categorical_features": 1,
+            "cardinality": [4], "embedding_dimension": [8]},
+    inputs=_series,
+    why="the length of a series has no default",
+)  # fmt: skip
+PACKAGES = {"dinat": "natten", "layoutlmv2": "detectron2", "timm_backbone": "timm", "timm_wrapper": "timm"}
+
+CARE: dict[str, Care] = {
+    **{name: Care(left=f"needs the package {package}") for name, package in PACKAGES.items()},
+    "autoformer": SERIES,
+    "informer": SERIES,
+    "time_series_transformer": SERIES,
+    "aya_vision": Care(config={"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
+                       why="the default tower has a width that its heads do not divide"),
+    "bamba": Care(tiny={"attn_layer_indices": [1]}, why="no layer of the default has attention, which generating needs"),
+    "bark": Care(cls="BarkSemanticModel", why="the whole has no forward pass: generate calls its parts"),
+    "beit": Care(cls="BeitForImageClassification", why="for segmentation it needs other outputs than the default's"),
+    "blt": Care(tiny={"encoder_hash_byte_group_vocab": 512}, why="no other name of a vocabulary ends so"),
+    "chameleon": Care(tiny={"vocabulary_map": {"<image>": 100, "IMGIMGA": 101}}, why="no default"),
+}  # fmt: skip

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 TEXT, BATCH = 16, 2
+# seconds of one processor after which no more arguments are tried
+PATIENCE = 5.0
 
 
 def parts(config: Any) -> Iterator[Any]:
@@ -213,10 +216,12 @@ def working(model: Any, changes: dict[str, Any]) -> tuple[Calls, str]:
         hook.remove()
     calls: Calls = {} if inputs is None else {"": inputs}
     names = [name for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
-    covered = list(ran) if inputs is not None else []
+    if inputs is None:
+        ran.clear()
+    covered: list[str] = []
     for name in names:
-        # what holds a part that runs has been seen, and so has what is in it
-        if any(f"{done}.".startswith(f"{name}.") or f"{name}.".startswith(f"{done}.") for done in covered):
+        # what holds a part that runs is not called for it again, nor what is in a part that is called here
+        if any(f"{done}.".startswith(f"{name}.") for done in ran) or any(name.startswith(f"{done}.") for done in covered):
             continue
         found, _ = _working(model.get_submodule(name), {})
         if found is not None:
@@ -226,9 +231,9 @@ def working(model: Any, changes: dict[str, Any]) -> tuple[Calls, str]:
 
 
 def _working(model: Any, changes: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    said = ""
+    said, began = "", time.process_time()
     for tried, inputs in enumerate(candidates(model, changes)):
-        if tried > 24:
+        if tried > 24 or time.process_time() - began > PATIENCE:
             break
         for _ in range(3):
             try:

@@ -17,8 +17,8 @@ from .inputs import Calls, call, working
 from .shrink import STEPS, Step, shrink
 
 LARGEST = 60_000_000
-# seconds after which no more sizes are tried
-PATIENCE = 20.0
+# seconds of one processor after which no more sizes are tried
+PATIENCE = 15.0
 CONFIGS: dict[str, Callable[[], QuantoConfig]] = {
     "int8": lambda: QuantoConfig("int8"),
     "int4": lambda: QuantoConfig("int4"),
@@ -69,7 +69,7 @@ def build(one: Family, care: Care) -> tuple[Any, Calls, Step, str]:
     best: tuple[Any, Calls, Step] | None = None
     said = unbuilt = ""
     for step in care.steps or STEPS:
-        if best is not None and time.process_time() - began > PATIENCE:
+        if time.process_time() - began > PATIENCE * (1 if best else 2):
             break
         try:
             with torch.device("meta"):
