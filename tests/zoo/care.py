@@ -57,6 +57,8 @@ PACKAGES = {"dinat": "natten", "layoutlmv2": "detectron2", "timm_backbone": "tim
 
 CARE: dict[str, Care] = {
     **{name: Care(left=f"needs the package {package}") for name, package in PACKAGES.items()},
+    **{name: Care(config={"use_timm_backbone": False}, why="the default backbone needs the package timm")
+       for name in ("detr", "conditional_detr", "deformable_detr", "table_transformer")},
     "autoformer": SERIES,
     "informer": SERIES,
     "time_series_transformer": SERIES,

@@ -20,8 +20,8 @@ from quanto_hf.nn.registry import entry_of
 from .inputs import parts
 
 MAKERS = {"empty", "zeros", "ones", "randn", "rand", "full", "tensor"}
-# sizes of a module that takes numbers instead of a config
-SIZES = {"num_experts": 4, "input_size": 64, "output_size": 128}
+# sizes of a module that takes numbers, those that are not 64
+SIZES = {"num_experts": 4, "output_size": 128}
 
 
 class Stacked(NamedTuple):
@@ -73,18 +73,30 @@ def instance(found: Stacked) -> nn.Module:
         LookupError: it can be made of none.
     """
     cls = getattr(importlib.import_module(f"transformers.models.{found.family}.modeling_{found.family}"), found.name)
-    asked = [name for name in inspect.signature(cls).parameters if name not in ("args", "kwargs")]
-    with torch.device("meta"):
-        if set(asked) <= set(SIZES):
-            made: nn.Module = cls(*(SIZES[name] for name in asked))
-            return made
-        said: Any = None
-        for config in _configs(found.family):
+    asked = inspect.signature(cls).parameters.values()
+    needed = [x.name for x in asked if x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD]
+    sizes = {name: SIZES.get(name, 64) for name in needed if name != "config"}
+    said: Any = None
+    for config in _configs(found.family) if "config" in needed else [None]:
+        for used in (config, Filled(config)):
             try:
-                return cls(config)
+                with torch.device("meta"):
+                    module: nn.Module = cls(**sizes) if config is None else cls(config=used, **sizes)
+                return module
             except Exception as error:
                 said = error
     raise LookupError(f"{found} cannot be made of a config of {found.family}: {said}")
+
+
+class Filled:
+    """A config in which every size has a value: families that need not have experts have none by default."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._config, name, None)
+        return 8 if value is None else value
 
 
 def _configs(family: str) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 import inspect
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 TEXT, BATCH = 16, 2
 # seconds of one processor after which no more arguments are tried
-PATIENCE = 5.0
+PATIENCE = 3.0
 
 
 def parts(config: Any) -> Iterator[Any]:
@@ -151,7 +152,7 @@ def candidates(model: Any, changes: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {first: value}
             for other in order:
                 if other != first and other != "inputs_embeds":
-                    for more in Maker(model.config).alternatives(other)[:2]:
+                    for more in Maker(model.config).alternatives(other):
                         if more.shape[0] == value.shape[0]:
                             yield {first: value, other: more}
 
@@ -231,15 +232,20 @@ def working(model: Any, changes: dict[str, Any]) -> tuple[Calls, str]:
 
 
 def _working(model: Any, changes: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    taken = inspect.signature(model.forward).parameters
     said, began = "", time.process_time()
     for tried, inputs in enumerate(candidates(model, changes)):
-        if tried > 24 or time.process_time() - began > PATIENCE:
+        if tried > 40 or time.process_time() - began > PATIENCE:
             break
         for _ in range(3):
             try:
                 made = call(model, {"": inputs})
             except Exception as error:
                 said = said or f"{type(error).__name__}: {error}"
+                # models of which no part, or another one, has a cache
+                if "use_cache" in taken and "use_cache" not in inputs and "cache" in traceback.format_exc().lower():
+                    inputs = {**inputs, "use_cache": False}
+                    continue
                 more = missing(error, inputs, model)
                 maker, batch = Maker(model.config), next(iter(inputs.values())).shape[0]
                 found = {n: next((v for v in maker.alternatives(n) if v.shape[0] == batch), None) for n in more}

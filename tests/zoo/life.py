@@ -18,7 +18,9 @@ from .shrink import STEPS, Step, shrink
 
 LARGEST = 60_000_000
 # seconds of one processor after which no more sizes are tried
-PATIENCE = 15.0
+PATIENCE = 10.0
+# sizes that can be built, but do not run
+TRIES = 3
 CONFIGS: dict[str, Callable[[], QuantoConfig]] = {
     "int8": lambda: QuantoConfig("int8"),
     "int4": lambda: QuantoConfig("int4"),
@@ -43,7 +45,7 @@ def life(name: str, kinds: list[str]) -> dict[str, Any]:
     except Exception as error:
         return {**found, "float": short(error)}
     found.update(step=list(step), parameters=sum(p.numel() for p in model.parameters()), runs=bool(calls))
-    found["inputs"] = {part: {key: list(x.shape) for key, x in inputs.items()} for part, inputs in calls.items()}
+    found["inputs"] = {part: {key: list(x.shape) for key, x in inputs.items() if torch.is_tensor(x)} for part, inputs in calls.items()}
     found["float"] = said
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -67,9 +69,9 @@ def build(one: Family, care: Care) -> tuple[Any, Calls, Step, str]:
     smallest that has the most parts that run."""
     published, began = one.config_class(**care.config), time.process_time()
     best: tuple[Any, Calls, Step] | None = None
-    said = unbuilt = ""
+    said, unbuilt, built = "", "", 0
     for step in care.steps or STEPS:
-        if time.process_time() - began > PATIENCE * (1 if best else 2):
+        if built == TRIES or time.process_time() - began > PATIENCE * (1 if best else 2):
             break
         try:
             with torch.device("meta"):
@@ -87,6 +89,7 @@ def build(one: Family, care: Care) -> tuple[Any, Calls, Step, str]:
             unbuilt = unbuilt or short(error)
             continue
         lively(model)
+        built += 1
         calls, why = working(model, care.inputs(model.config) if care.inputs else {})
         if "" in calls:
             return model, calls, step, ""

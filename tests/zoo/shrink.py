@@ -10,17 +10,18 @@ from typing import Any, NamedTuple
 
 class Step(NamedTuple):
     """How far to go. ``width`` divides widths, ``layers`` is how many are left, ``picture`` divides the sides of large
-    images."""
+    images; ``heads`` divides the number of heads instead of their width."""
 
     width: int
     layers: int = 2
     picture: int = 4
+    heads: bool = False
 
 
 # From the smallest to what is nearly the published shape of a layer.
 STEPS = (
-    Step(16), Step(8), Step(8, 4), Step(8, 2, 1), Step(4), Step(8, 99), Step(4, 2, 1), Step(4, 99, 1), Step(2, 2, 1),
-    Step(1, 2, 1), Step(1, 99, 1),
+    Step(16), Step(8, heads=True), Step(8, 4), Step(8, 2, 1), Step(4), Step(8, 99), Step(2, 99, 1, heads=True),
+    Step(1, 2, 1),
 )  # fmt: skip
 WIDEST = 64
 VOCABULARY, POSITIONS = 320, 256
@@ -45,6 +46,8 @@ EXPERTS = re.compile(r"^(num_local_experts|num_experts|n_routed_experts|moe_num_
 TOP_K = re.compile(r"(experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|num_selected_experts|moe_top_k)$")
 VOCAB = re.compile(r"vocab_size$|num_embeddings$")
 IDS = re.compile(r"(_id|_ids|_index|_idx|_token)$|suppress_tokens")
+HEADS = re.compile(r"(^|_)(num_)?(attention_|key_value_|kv_|query_|n_)*heads?$")
+HEAD_WIDTH = re.compile(r"head_dim|d_kv$|d_head|head_size|rope_dim|rotary_dim")
 POSITION = re.compile(r"max_position_embeddings$|^n_positions$|max_source_positions$|max_target_positions$|max_seq_len$|^n_ctx$")
 PICTURE = re.compile(r"(image_size|img_size|input_size|spec_size)$")
 
@@ -63,12 +66,10 @@ class Shrinker:
     def config(self, values: dict[str, Any]) -> dict[str, Any]:
         """The dict of a config or of a part of it, made smaller; the dict itself stays."""
         layers = self._layers(values)
-        stages = [int(x[5:]) for x in values.get("out_features") or () if re.fullmatch(r"stage\d+", str(x))]
-        # a backbone whose stages are its layers
-        drop = ("out_features", "out_indices", "_out_features", "_out_indices") if max(stages, default=0) > 6 else ()
+        stages = self._stages(values, layers)
         made: dict[str, Any] = {}
         for key, value in values.items():
-            if key in ("id2label", "label2id", "transformers_version", "_name_or_path", *drop):
+            if key in ("id2label", "label2id", "transformers_version", "_name_or_path", *stages):
                 continue
             if re.fullmatch("_?out_(features|indices)|stage_names", key):
                 made[key] = value
@@ -77,7 +78,19 @@ class Shrinker:
                 made[key] = self.config(value) if "model_type" in value or key.endswith("config") else self._dict(value)
             else:
                 made[key] = self._value(key, value, layers)
-        return made
+        return {**made, **{key: value for key, value in stages.items() if value}}
+
+    def _stages(self, values: dict[str, Any], layers: dict[int, int]) -> dict[str, Any]:
+        """What a backbone gives whose stages are its layers: as many of the last ones as before, of fewer layers."""
+        numbers = [int(name[5:]) for name in values.get("out_features") or () if re.fullmatch(r"stage\d+", str(name))]
+        count = len(values.get("stage_names") or ()) - 1
+        if count not in layers or max(numbers, default=0) < 3:
+            return {}
+        left = layers[count] = max(layers[count], len(numbers))
+        return {
+            "out_features": [f"stage{left - i}" for i in reversed(range(len(numbers)))],
+            "out_indices": None, "_out_features": None, "_out_indices": None, "stage_names": None,
+        }  # fmt: skip
 
     def _layers(self, values: dict[str, Any]) -> dict[int, int]:
         """Number of layers of this part -> how many are left: one of each kind at least."""
@@ -94,7 +107,7 @@ class Shrinker:
         made = dict(values)
         sections = values.get("mrope_section")
         if isinstance(sections, list):
-            made["mrope_section"] = [max(x // self.step.width, 1) for x in sections]
+            made["mrope_section"] = [x if self.step.heads else max(x // self.step.width, 1) for x in sections]
         return {key: self._dict(value) if isinstance(value, dict) else value for key, value in made.items()}
 
     def _value(self, key: str, value: Any, layers: dict[int, int]) -> Any:
@@ -141,6 +154,10 @@ class Shrinker:
             return min(value, 2)
         if key in ("n_group", "topk_group", "num_expert_group"):
             return 1
+        if HEADS.search(key) and step.heads:
+            return max(value // step.width, 1)
+        if HEAD_WIDTH.search(key) and step.heads:
+            return value
         if value in layers and LAYERS.search(key) and not NO_LAYERS.search(key):
             return layers[value]
         if value >= WIDEST and WIDTH.search(key) and not NO_WIDTH.search(key):
