@@ -53,12 +53,35 @@ SERIES = Care(
     inputs=_series,
     why="the length of a series has no default",
 )  # fmt: skip
-PACKAGES = {"dinat": "natten", "layoutlmv2": "detectron2", "timm_backbone": "timm", "timm_wrapper": "timm"}
+PACKAGES = {"dinat": "natten", "layoutlmv2": "detectron2", "timm_backbone": "timm", "timm_wrapper": "timm",
+            "perception_lm": "timm", "fast_vlm": "timm", "edgetam": "timm", "pe_video": "timm"}  # fmt: skip
+
+
+
+def _sound(config: Any) -> dict[str, Any]:
+    """Text and a spectrogram."""
+    audio, draw = config.audio_config, torch.Generator().manual_seed(1)
+    return {
+        "input_ids": torch.randint(200, 300, (1, 16), generator=draw),
+        "input_features": torch.randn(1, 1, 1024, audio.num_mel_bins, generator=draw),
+        "is_longer": torch.zeros(1, 1, dtype=torch.bool),
+    }
+
+
+def _speech(config: Any) -> dict[str, Any]:
+    """Text and the spectrogram of a voice."""
+    draw = torch.Generator().manual_seed(1)
+    return {
+        "input_ids": torch.randint(200, 250, (1, 16), generator=draw),
+        "input_features": torch.randn(1, config.decoder_config.feature_size, 96, generator=draw),
+    }
+
 
 CARE: dict[str, Care] = {
     **{name: Care(left=f"needs the package {package}") for name, package in PACKAGES.items()},
     **{name: Care(config={"use_timm_backbone": False}, why="the default backbone needs the package timm")
-       for name in ("detr", "conditional_detr", "deformable_detr", "table_transformer")},
+       for name in ("detr", "conditional_detr", "deformable_detr", "table_transformer", "dab_detr", "omdet_turbo")},
+    "dpt": Care(steps=(Step(16, 99), Step(8, 99)), why="outputs of its 12 layers are named one by one"),
     "autoformer": SERIES,
     "informer": SERIES,
     "time_series_transformer": SERIES,
@@ -68,5 +91,8 @@ CARE: dict[str, Care] = {
     "bark": Care(cls="BarkSemanticModel", why="the whole has no forward pass: generate calls its parts"),
     "beit": Care(cls="BeitForImageClassification", why="for segmentation it needs other outputs than the default's"),
     "blt": Care(tiny={"encoder_hash_byte_group_vocab": 512}, why="no other name of a vocabulary ends so"),
+    "clap": Care(inputs=_sound, why="two inputs of unlike shapes"),
+    "clvp": Care(inputs=_speech, why="two inputs of unlike shapes"),
+    "gemma3n": Care(cls="Gemma3nForCausalLM", why="its vision tower needs the package timm"),
     "chameleon": Care(tiny={"vocabulary_map": {"<image>": 100, "IMGIMGA": 101}}, why="no default"),
 }  # fmt: skip

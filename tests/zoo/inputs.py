@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 TEXT, BATCH = 16, 2
 # seconds of one processor after which no more arguments are tried
-PATIENCE = 3.0
+PATIENCE = 4.0
 
 
 def parts(config: Any) -> Iterator[Any]:
@@ -209,7 +209,8 @@ def working(model: Any, changes: dict[str, Any]) -> tuple[Calls, str]:
         for name, module in model.named_modules()
         if name and isinstance(module, PreTrainedModel)
     ]
-    inputs, said = _working(model, changes)
+    deadline = time.process_time() + PATIENCE
+    inputs, said = _working(model, changes, deadline)
     if inputs is not None:
         ran.clear()
         call(model, {"": inputs})
@@ -224,18 +225,18 @@ def working(model: Any, changes: dict[str, Any]) -> tuple[Calls, str]:
         # what holds a part that runs is not called for it again, nor what is in a part that is called here
         if any(f"{done}.".startswith(f"{name}.") for done in ran) or any(name.startswith(f"{done}.") for done in covered):
             continue
-        found, _ = _working(model.get_submodule(name), {})
+        found, _ = _working(model.get_submodule(name), {}, deadline + PATIENCE)
         if found is not None:
             calls[name] = found
             covered.append(name)
     return calls, said
 
 
-def _working(model: Any, changes: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+def _working(model: Any, changes: dict[str, Any], deadline: float) -> tuple[dict[str, Any] | None, str]:
     taken = inspect.signature(model.forward).parameters
-    said, began = "", time.process_time()
+    said = ""
     for tried, inputs in enumerate(candidates(model, changes)):
-        if tried > 40 or time.process_time() - began > PATIENCE:
+        if tried > 40 or time.process_time() > deadline:
             break
         for _ in range(3):
             try:
