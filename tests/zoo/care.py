@@ -77,6 +77,15 @@ def _speech(config: Any) -> dict[str, Any]:
     }
 
 
+def _codebooks(config: Any) -> dict[str, Any]:
+    """Text, and ids of each codebook."""
+    draw, books = torch.Generator().manual_seed(1), config.decoder.num_codebooks
+    return {
+        "input_ids": torch.randint(200, 300, (2, 16), generator=draw),
+        "decoder_input_ids": torch.randint(3, 60, (2 * books, 8), generator=draw),
+    }
+
+
 CARE: dict[str, Care] = {
     **{name: Care(left=f"needs the package {package}") for name, package in PACKAGES.items()},
     **{name: Care(config={"use_timm_backbone": False}, why="the default backbone needs the package timm")
@@ -85,6 +94,14 @@ CARE: dict[str, Care] = {
     "autoformer": SERIES,
     "informer": SERIES,
     "time_series_transformer": SERIES,
+    "step3p7": Care(config={"text_config": {"sliding_window": 64, "share_expert_dim": 1280}}, why="no default"),
+    "zamba": Care(tiny={"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+                  why="two layers that share their weights, at least"),
+    "musicgen": Care(inputs=_codebooks, why="the decoder takes a row per codebook"),
+    "musicgen_melody": Care(inputs=_codebooks, why="the decoder takes a row per codebook"),
+    "dbrx": Care(config={"attn_config": {"rope_theta": 500000.0, "kv_n_heads": 8}}, why="no default"),
+    "reformer": Care(config={"is_decoder": True}, why="its default is an encoder, which its only head does not take"),
+    "inkling": Care(cls="InklingForCausalLM", why="the model with sound cannot be saved (transformers 5.23)"),
     "deepseek_v2": Care(config={"num_experts_per_tok": 2}, why="no default"),
     "aya_vision": Care(config={"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
                        why="the default tower has a width that its heads do not divide"),
@@ -94,6 +111,6 @@ CARE: dict[str, Care] = {
     "blt": Care(tiny={"encoder_hash_byte_group_vocab": 512}, why="no other name of a vocabulary ends so"),
     "clap": Care(inputs=_sound, steps=(Step(1),), why="two inputs of unlike shapes"),
     "clvp": Care(inputs=_speech, why="two inputs of unlike shapes"),
-    "gemma3n": Care(cls="Gemma3nForCausalLM", why="its vision tower needs the package timm"),
+    "gemma3n": Care(cls="Gemma3nForCausalLM", tiny={"num_kv_shared_layers": 0}, why="its vision tower needs the package timm"),
     "chameleon": Care(tiny={"vocabulary_map": {"<image>": 100, "IMGIMGA": 101}}, why="no default"),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, mo
 from quanto_hf.nn import why_no_qmodule
 from quanto_hf.nn.registry import entry_of
 
-from .inputs import parts
+from .shrink import parts
 
 MAKERS = {"empty", "zeros", "ones", "randn", "rand", "full", "tensor"}
 # sizes of a module that takes numbers, those that are not 64

@@ -10,17 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .shrink import parts
+
 TEXT, BATCH = 16, 2
 # seconds of one processor after which no more arguments are tried
 PATIENCE = 4.0
-
-
-def parts(config: Any) -> Iterator[Any]:
-    """A config and all configs in it."""
-    yield config
-    for value in list(vars(config).values()):
-        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            yield from parts(value)
 
 
 def find(config: Any, *keys: str, default: Any = None) -> Any:

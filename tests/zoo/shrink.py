@@ -5,7 +5,16 @@ count is left as it is, and the width of a head is divided. How much a family be
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+
+def parts(config: Any) -> Iterator[Any]:
+    """A config and all configs in it."""
+    yield config
+    for value in list(vars(config).values()):
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            yield from parts(value)
 
 
 class Step(NamedTuple):
@@ -24,16 +33,18 @@ STEPS = (
     Step(1, 2, 1),
 )  # fmt: skip
 WIDEST = 64
+# the width of a model goes by these names, and is not divided to less than WIDEST
+HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim", "hidden_sizes", "embed_dims", "dim")
 VOCABULARY, POSITIONS = 320, 256
 
 # an int of such a name divides, if it is at least WIDEST
 WIDTH = re.compile(
     r"hidden|d_head|head_size|dim(s|_.*)?$|_dim|dim_|size$|sizes$|n_embd|d_model|d_ff|d_kv|d_inner|width|units|channels?(_size)?$|inter|"
-    r"filters?$|rank|planes|features?$|n_inner|embeds?$|state_size|lru|latent|inner|proj"
+    r"filters?$|rank|planes|features?$|n_inner|embeds?$|state_size|lru|latent|inner|proj|pos_feats|upsample_groups$"
 )
 # ... unless its name says that it is something else
 NO_WIDTH = re.compile(
-    r"vocab|position|image_size|img_size|patch|window|kernel|chunk|^num_|^n_(?!embd|inner)|max_|_id$|_ids$|rate|"
+    r"vocab|position|image_size|img_size|patch|window|kernel|chunk|^num_(?!pos_feats)|^n_(?!embd|inner)|max_|_id$|_ids$|rate|"
     r"length|stride|mem_|token|batch|sample|context|block_size|layers?$|spec_size|input_size|num_channels|codebook_size|"
     r"crop|queue|num_mel|buckets|group_size|hop|fft|index_topk|pool|pretrain|train_size|size_divisor|bins|sparse_block"
 )
@@ -161,7 +172,9 @@ class Shrinker:
         if value in layers and LAYERS.search(key) and not NO_LAYERS.search(key):
             return layers[value]
         if value >= WIDEST and WIDTH.search(key) and not NO_WIDTH.search(key):
-            return max(-(-value // step.width), 8)
+            small = -(-value // step.width)
+            # kernels for experts want rows of whole vectors
+            return max(small, 2) if small < WIDEST else -(-small // 8) * 8
         return value
 
 
@@ -173,9 +186,15 @@ def shrink(config: Any, step: Step, **changes: Any) -> Any:
         step: how far.
         changes: values that come last; a dict changes a part of the config.
     """
-    made = Shrinker(step).config(config.to_dict())
+    widest = max((getattr(part, name, 0) for part in parts(config) for name in HIDDEN), default=0, key=_number)
+    most = 1 << max(_number(widest) // WIDEST, 1).bit_length() - 1
+    made = Shrinker(step._replace(width=min(step.width, most))).config(config.to_dict())
     _update(made, changes)
     return type(config).from_dict(made)
+
+
+def _number(value: Any) -> int:
+    return value if type(value) is int else max(value) if isinstance(value, list) and value else 0
 
 
 def _update(values: dict[str, Any], changes: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ def walk(
         limit: seconds of a processor for one family; ten times as many by the clock.
     """
     # ends the processes of the families as well
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     waiting, running = list(reversed(names)), {}
     with tempfile.TemporaryDirectory() as place:
         try:
@@ -49,6 +49,7 @@ def walk(
                         os.kill(other, signal.SIGKILL)
                 time.sleep(0.02)
         finally:
+            signal.signal(signal.SIGTERM, before)
             for child in running:
                 os.kill(child, signal.SIGKILL)
 
