@@ -1,6 +1,6 @@
 """Weights, exact products and bounds for the tests of the native kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,20 @@ LEVELS: list[str] = NATIVE.levels() if NATIVE is not None else []
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 every_float = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
+
+
+def each_level() -> Iterator[str]:
+    """Each level of instructions that this processor offers, in use during the body of a loop, for tests whose exact
+    product serves all levels. A failed test shows the last one that is printed here."""
+    assert NATIVE is not None
+    before = NATIVE.level()
+    try:
+        for level in LEVELS:
+            NATIVE.use_level(level)
+            print("level", level)
+            yield level
+    finally:
+        NATIVE.use_level(before)
 
 
 @dataclass(frozen=True)

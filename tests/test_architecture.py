@@ -7,6 +7,8 @@ import inspect
 import re
 from pathlib import Path
 
+from taken_over import taken_over
+
 import quanto_hf
 
 ROOT = Path(__file__).parent.parent
@@ -201,7 +203,9 @@ def failed_examples(file):
 def test_the_examples_in_docstrings_run():
     # importing __main__ runs the command line
     files = [file for file in FILES if file.name != "__main__.py"]
-    assert [str(file) for file in files if failed_examples(file)] == []
+    # one of them has quanto_hf serve the QuantoConfig of transformers, which other tests find as it is
+    with taken_over():
+        assert [str(file) for file in files if failed_examples(file)] == []
 
 
 # What makes a tensor from numbers, or from none, and takes torch's default dtype where it is not told another.

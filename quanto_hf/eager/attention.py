@@ -7,19 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quanto_hf.eager.convert import convert
 from quanto_hf.eager.custom import register
-from quanto_hf.eager.modules import FloatFunctional, QConfigError
-from quanto_hf.eager.prepare import prepare
+from quanto_hf.eager.inside import QuantizedInside, linear_of
+from quanto_hf.eager.modules import FloatFunctional
 from quanto_hf.eager.stubs import DeQuantStub, QuantStub
-from quanto_hf.eager.verbs import prepare_qat
 
 __all__ = ["ObservedMultiheadAttention", "QuantizedMultiheadAttention"]
 
 
-class ObservedMultiheadAttention(nn.Module):
-    """``nn.MultiheadAttention`` with projections that can be observed. ``from_float`` makes it, and prepares what is in
-    it."""
+class ObservedMultiheadAttention(QuantizedInside):
+    """``nn.MultiheadAttention`` with projections that can be observed, and copies of the weights."""
 
     # nn.TransformerEncoderLayer asks for these before it takes a way of its own around this module
     _qkv_same_embed_dim = False
@@ -34,29 +31,13 @@ class ObservedMultiheadAttention(nn.Module):
         else:
             weights = (mod.q_proj_weight, mod.k_proj_weight, mod.v_proj_weight)
         biases: Any = (None, None, None) if mod.in_proj_bias is None else mod.in_proj_bias.chunk(3)
-        linears = [_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        linears = [_copied(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
         self.linear_Q, self.linear_K, self.linear_V = linears
-        self.out_proj = _linear(mod.out_proj.weight, mod.out_proj.bias)
+        self.out_proj = _copied(mod.out_proj.weight, mod.out_proj.bias)
         self.bias_k, self.bias_v = mod.bias_k, mod.bias_v
         self.q_scaling_product = FloatFunctional()
         self.quant_attn_output, self.quant_attn_output_weights = QuantStub(), QuantStub()
         self.dequant_q, self.dequant_k, self.dequant_v = DeQuantStub(), DeQuantStub(), DeQuantStub()
-
-    @classmethod
-    def from_float(cls, mod: nn.MultiheadAttention) -> nn.Module:
-        """The observed attention, with copies of the weights of ``mod``.
-
-        Raises:
-            QConfigError: ``mod`` has no qconfig.
-        """
-        qconfig: Any = getattr(mod, "qconfig", None)
-        if qconfig is None:
-            raise QConfigError("this MultiheadAttention has no qconfig")
-        observed = cls(mod).train(mod.training)
-        observed.qconfig = qconfig
-        if mod.training:
-            return prepare_qat(observed, inplace=True)
-        return prepare(observed, inplace=True)
 
     def forward(
         self,
@@ -132,12 +113,8 @@ class ObservedMultiheadAttention(nn.Module):
         return x.reshape(x.shape[0], x.shape[1], self.num_heads, self.head_dim).permute(1, 2, 0, 3)
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone())
-    return linear
+def _copied(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    return linear_of(weight.detach().clone(), None if bias is None else bias.detach().clone())
 
 
 def _shaped(mask: torch.Tensor | None, batch: int, heads: int) -> torch.Tensor | None:
@@ -159,13 +136,6 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 class QuantizedMultiheadAttention(ObservedMultiheadAttention):
     """Attention whose projections have int8 weights and outputs on grids."""
-
-    @classmethod
-    def from_observed(cls, mod: ObservedMultiheadAttention) -> nn.Module:
-        """What ``convert`` makes of an observed attention."""
-        new = convert(mod, inplace=False)
-        new.__class__ = cls
-        return new
 
 
 register(nn.MultiheadAttention, ObservedMultiheadAttention, QuantizedMultiheadAttention)

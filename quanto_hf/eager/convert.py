@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
@@ -17,7 +18,6 @@ from quanto_hf.eager.mappings import (
 )
 from quanto_hf.eager.modules import QConfigError
 from quanto_hf.eager.qat import RoundedWeight
-from quanto_hf.eager.ties import Ties
 from quanto_hf.eager.walk import children, device_of, has_qconfig
 from quanto_hf.ops.scratch import free
 
@@ -84,6 +84,38 @@ def convert(
     return module
 
 
+class _Ties:
+    """Which new modules come from modules with the same weight: they share the stored one."""
+
+    def __init__(self) -> None:
+        # the old weights are held, so that their ids stay theirs
+        self.groups: dict[int, tuple[nn.Parameter, list[tuple[str, nn.Module]]]] = {}
+
+    def note(self, old: nn.Module, new: nn.Module) -> None:
+        """A module was replaced."""
+        for name, parameter in old.named_parameters(remove_duplicate=False):
+            if parameter is not None:
+                self.groups.setdefault(id(parameter), (parameter, []))[1].append((name.rpartition(".")[2], new))
+
+    def share(self) -> None:
+        """Let new modules of one weight share the tensors that are equal in all of them."""
+        for _, users in self.groups.values():
+            first_name, first = users[0]
+            for name, module in users[1:]:
+                for held, parameter in list(module._parameters.items()):
+                    mine = first._parameters.get(first_name + held.removeprefix(name))
+                    if module is not first and held.startswith(name) and _equal(mine, parameter):
+                        module._parameters[held] = mine
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return False
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    return one.device.type == "meta" or torch.equal(one, other)
+
+
 class _Conversion:
     """One walk over a model."""
 
@@ -92,7 +124,7 @@ class _Conversion:
         self.done: dict[nn.Module, nn.Module] = {}
         self.changes: list[tuple[nn.Module, str, nn.Module]] = []
         self.hooks: list[tuple[nn.Module, dict[str, dict[int, Any]]]] = []
-        self.ties = Ties()
+        self.ties = _Ties()
 
     def convert(self, module: nn.Module, name: str) -> nn.Module:
         """The module that stands in the place of this one, and has converted children."""

@@ -51,30 +51,27 @@ def _check_norm(is_qat: bool, *modules: Any) -> None:
         )
 
 
-def _dims(conv: nn.Module) -> int:
-    return len(conv.kernel_size)  # type: ignore[arg-type]
+def _row(kind: str, *modules: Any) -> nn.Module:
+    """The class of :mod:`quanto_hf.eager.fused` for modules of which the first is a convolution, such as ConvBn2d."""
+    made: nn.Module = getattr(fused, f"{kind}{len(modules[0].kernel_size)}d")(*modules)
+    return made
+
+
+def _folded(conv: Any, bn: Any, transpose: bool = False) -> nn.Module:
+    made: nn.Module = fuse_conv_bn_eval(conv, bn, transpose)
+    return made
 
 
 def fuse_conv_bn(is_qat: bool, conv: Any, bn: Any) -> nn.Module:
     """A convolution and its batch norm: folded, or for training side by side."""
     _check_norm(is_qat, conv, bn)
-    made: nn.Module
-    if not is_qat:
-        made = fuse_conv_bn_eval(conv, bn)
-        return made
-    made = getattr(fused, f"ConvBn{_dims(conv)}d")(conv, bn)
-    return made
+    return _row("ConvBn", conv, bn) if is_qat else _folded(conv, bn)
 
 
 def fuse_conv_bn_relu(is_qat: bool, conv: Any, bn: Any, relu: nn.Module) -> nn.Module:
     """A convolution, its batch norm and a ReLU."""
     _check_norm(is_qat, conv, bn, relu)
-    made: nn.Module
-    if is_qat:
-        made = getattr(fused, f"ConvBnReLU{_dims(conv)}d")(conv, bn, relu)
-    else:
-        made = getattr(fused, f"ConvReLU{_dims(conv)}d")(fuse_conv_bn_eval(conv, bn), relu)
-    return made
+    return _row("ConvBnReLU", conv, bn, relu) if is_qat else _row("ConvReLU", _folded(conv, bn), relu)
 
 
 def fuse_linear_bn(is_qat: bool, linear: Any, bn: Any) -> nn.Module:
@@ -90,8 +87,7 @@ def fuse_convtranspose_bn(is_qat: bool, convt: Any, bn: Any) -> nn.Module:
             "a transposed convolution and its batch norm cannot be trained fused; leave them as they are"
         )
     _check_norm(is_qat, convt, bn)
-    made: nn.Module = fuse_conv_bn_eval(convt, bn, transpose=True)
-    return made
+    return _folded(convt, bn, transpose=True)
 
 
 def _in_a_row(made: type[nn.Sequential]) -> Fuser:

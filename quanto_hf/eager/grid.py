@@ -35,9 +35,7 @@ def round_to_grid(
         tensor([0.0000, 0.5000, 3.0000])
     """
     values = x.to(torch.promote_types(x.dtype, torch.float32))
-    if axis is not None:
-        shape = [-1 if d == axis % x.dim() else 1 for d in range(x.dim())]
-        scale, zero_point = scale.view(shape), zero_point.view(shape)
+    scale, zero_point = _along(axis, x, scale), _along(axis, x, zero_point)
     codes = values.detach() / scale.detach()
     if number(dtype).is_float:
         on_range = (codes >= quant_min) & (codes <= quant_max)
@@ -76,9 +74,7 @@ def round_with_learned_scale(
     values = x.to(torch.promote_types(x.dtype, torch.float32))
     count = x.numel() / scale.numel()
     shrink = 1.0 / max(count * max(abs(quant_max), abs(quant_min)), 1.0) ** 0.5
-    if axis is not None:
-        shape = [-1 if d == axis % x.dim() else 1 for d in range(x.dim())]
-        scale, zero_point = scale.view(shape), zero_point.view(shape)
+    scale, zero_point = _along(axis, x, scale), _along(axis, x, zero_point)
     step = scale.detach() + shrink * (scale - scale.detach())
     low, high = quant_min - zero_point.to(scale.dtype), quant_max - zero_point.to(scale.dtype)
     steps = torch.minimum(torch.maximum(values / step, low), high)
@@ -87,3 +83,8 @@ def round_with_learned_scale(
     product = codes * step
     difference: torch.Tensor = (product - product.detach()).to(x.dtype)
     return rounded + difference
+
+
+def _along(axis: int | None, x: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
+    """One number for each channel, in a shape that broadcasts to ``x``; without an axis as it is."""
+    return each if axis is None else each.view([-1 if d == axis % x.dim() else 1 for d in range(x.dim())])

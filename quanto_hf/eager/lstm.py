@@ -5,11 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from quanto_hf.eager.convert import convert
 from quanto_hf.eager.custom import register
+from quanto_hf.eager.inside import QuantizedInside, linear_of
 from quanto_hf.eager.modules import FloatFunctional, QConfigError
-from quanto_hf.eager.prepare import prepare
-from quanto_hf.eager.verbs import prepare_qat
 
 __all__ = ["ObservedLSTM", "QuantizedLSTM"]
 
@@ -26,7 +24,7 @@ class LSTMStep(nn.Module):
     def __init__(self, weight_ih: Any, weight_hh: Any, bias_ih: Any, bias_hh: Any) -> None:
         super().__init__()
         self.hidden_size: int = weight_hh.shape[1]
-        self.igates, self.hgates = _linear(weight_ih, bias_ih), _linear(weight_hh, bias_hh)
+        self.igates, self.hgates = linear_of(weight_ih, bias_ih), linear_of(weight_hh, bias_hh)
         self.gates = FloatFunctional()
         self.input_gate, self.forget_gate, self.output_gate = nn.Sigmoid(), nn.Sigmoid(), nn.Sigmoid()
         self.cell_gate, self.cell_output = nn.Tanh(), nn.Tanh()
@@ -49,16 +47,8 @@ class LSTMStep(nn.Module):
         return self.ogate_cy.mul(self.output_gate(o), self.cell_output(c)), c
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
-    linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
-    if bias is not None:
-        linear.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
-    return linear
-
-
-class ObservedLSTM(nn.Module):
-    """An LSTM of steps that are observed. ``from_float`` makes it, and prepares what is in it.
+class ObservedLSTM(QuantizedInside):
+    """An LSTM of steps that are observed.
 
     Inputs and outputs are those of ``nn.LSTM`` with a batch dimension.
     """
@@ -85,14 +75,7 @@ class ObservedLSTM(nn.Module):
             raise QConfigError(
                 "an LSTM with proj_size has no static quantization; use quantize_dynamic, or qconfig None"
             )
-        qconfig: Any = getattr(mod, "qconfig", None)
-        if qconfig is None:
-            raise QConfigError("this LSTM has no qconfig")
-        observed = cls(mod).train(mod.training)
-        observed.qconfig = qconfig
-        if mod.training:
-            return prepare_qat(observed, inplace=True)
-        return prepare(observed, inplace=True)
+        return super().from_float(mod)
 
     def flatten_parameters(self) -> None:
         """Nothing to do: weights are not in one piece of memory."""
@@ -140,13 +123,6 @@ _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 class QuantizedLSTM(ObservedLSTM):
     """An LSTM whose products have int8 weights, and whose sums and states are on grids."""
-
-    @classmethod
-    def from_observed(cls, mod: ObservedLSTM) -> nn.Module:
-        """What ``convert`` makes of an observed LSTM."""
-        new = convert(mod, inplace=False)
-        new.__class__ = cls
-        return new
 
 
 register(nn.LSTM, ObservedLSTM, QuantizedLSTM)

@@ -3,7 +3,7 @@
 Imports: ``qtypes`` and torch. Never: a scheme (a fit does not know how codes are stored).
 """
 
-from quanto_hf.fit.base import FITS, NO_CONTEXT, Context, Fit, Rounded, fit_by_name, name_of_fit, register
+from quanto_hf.fit.base import FITS, NO_CONTEXT, AnyFit, Context, Fit, Rounded, fit_by_name, name_of_fit, register
 from quanto_hf.fit.grid import Grid
 from quanto_hf.fit.hqq import Hqq
 from quanto_hf.fit.mse import Mse, MseGain
@@ -23,6 +23,7 @@ __all__ = [
     "NO_CONTEXT",
     "Absmax",
     "AbsmaxOptimizer",
+    "AnyFit",
     "Context",
     "Fit",
     "Grid",

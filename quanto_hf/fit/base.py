@@ -103,6 +103,10 @@ class Fit(ABC):
         return f"{type(self).__name__}()"
 
 
+# what a caller may give for a fit: one, its name, or None for the default
+AnyFit = Fit | str | None
+
+
 def register(cls: F) -> F:
     """Class decorator: make the fit known by its name."""
     FITS[cls.name] = cls()
@@ -123,7 +127,7 @@ def fit_by_name(fit: "Fit | str") -> Fit:
     return FITS[fit]
 
 
-def name_of_fit(fit: Fit | str | None) -> str | None:
+def name_of_fit(fit: AnyFit) -> str | None:
     """The name by which :func:`fit_by_name` finds a fit that computes the same, or None: a fit with other arguments
     than the registered one, or of a class of the user's own, has no such name.
 

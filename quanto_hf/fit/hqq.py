@@ -29,7 +29,7 @@ class Hqq(Fit):
         self.p, self.beta, self.kappa, self.iterations = p, beta, kappa, iterations
 
     def refuses(self, grid: Grid) -> str | None:
-        """See :class:`Fit`: symmetric grids."""
+        """Why the grid is refused, or None: symmetric ones have no zero to move."""
         if grid.has_zero:
             return None
         return (
@@ -38,7 +38,7 @@ class Hqq(Fit):
         )
 
     def __call__(self, values: torch.Tensor, grid: Grid, kind: ScaleType) -> ScaleZero:
-        """See :class:`Fit`.
+        """Scale and zero of each row.
 
         Raises:
             ValueError: the grid is symmetric.

@@ -28,7 +28,6 @@ class Mse(Fit):
     block_bytes = 26
 
     def __call__(self, values: torch.Tensor, grid: Grid, kind: ScaleType) -> ScaleZero:
-        """See :class:`Fit`."""
         return search(values, grid, kind)[0]
 
 
@@ -46,7 +45,6 @@ class MseGain(Fit):
     block_bytes = 26
 
     def __call__(self, values: torch.Tensor, grid: Grid, kind: ScaleType) -> ScaleZero:
-        """See :class:`Fit`."""
         (scale, zero), error = search(values, grid, kind)
         size = torch.linalg.vector_norm(values, dim=1, keepdim=True)
         # a group of zeros has no error and no size; where the error is all there is, the gain is left alone

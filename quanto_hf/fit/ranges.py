@@ -46,13 +46,13 @@ class Absmax(Fit):
     block_bytes = 26
 
     def refuses(self, grid: Grid) -> str | None:
-        """See :class:`Fit`: asymmetric grids."""
+        """Why the grid is refused, or None: asymmetric ones."""
         if grid.has_zero:
             return "fit='absmax' has no zero; choose symmetric=True, or fit='minmax', 'mse' or 'hqq'"
         return None
 
     def __call__(self, values: torch.Tensor, grid: Grid, kind: ScaleType) -> ScaleZero:
-        """See :class:`Fit`.
+        """Scale of each row.
 
         Raises:
             ValueError: the grid is asymmetric.
@@ -70,7 +70,6 @@ class Minmax(Fit):
     block_bytes = 26
 
     def __call__(self, values: torch.Tensor, grid: Grid, kind: ScaleType) -> ScaleZero:
-        """See :class:`Fit`."""
         if not grid.has_zero:
             return Absmax()(values, grid, kind)
         return affine_scale_zero(values, grid, kind)

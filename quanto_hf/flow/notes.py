@@ -7,7 +7,7 @@ from torch import nn
 from quanto_hf.flow.assign import Assignment
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.nn.registry import slots_of
-from quanto_hf.nn.slots import find
+from quanto_hf.nn.slots import find, module_at
 from quanto_hf.schemes import TensorSpec, notes
 
 
@@ -29,7 +29,7 @@ def warn_of_notes(model: nn.Module, assignment: Assignment) -> None:
     layers = {}
     for name, choice in assignment.chosen.items():
         (owner, leaf), scheme = find(model, name), choice.scheme()
-        module = model.get_submodule(owner)
+        module = module_at(model, owner)
         layers[name] = scheme, scheme.tensors(slots_of(module)[leaf].matrix_shape, getattr(module, leaf).dtype)
     for note in notes(layers):
         warnings.warn(note, stacklevel=3)

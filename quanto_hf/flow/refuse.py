@@ -9,7 +9,7 @@ from quanto_hf.fit import Fit
 from quanto_hf.flow.assign import Choice
 from quanto_hf.nn import QuantizedInput, QuantizedWeight
 from quanto_hf.nn.learned import LearnedScales
-from quanto_hf.nn.slots import find
+from quanto_hf.nn.slots import find, module_at
 from quanto_hf.qtypes import QType
 
 # of weights that can be quantized
@@ -29,7 +29,7 @@ def refuse_other_dtypes(model: nn.Module, names: Iterable[str]) -> None:
         ValueError: a weight is not in float32, bfloat16 or float16; the text names modules and dtypes.
     """
     found = {name: find(model, name) for name in names}
-    floats = {name: model.get_submodule(owner)._parameters.get(leaf) for name, (owner, leaf) in found.items()}
+    floats = {name: module_at(model, owner)._parameters.get(leaf) for name, (owner, leaf) in found.items()}
     wrong = {name: weight.dtype for name, weight in floats.items() if weight is not None and weight.dtype not in DTYPES}
     if wrong:
         first = next(iter(wrong.values()))

@@ -7,6 +7,8 @@ from quanto_hf.nn.activation import QuantizedInput
 from quanto_hf.nn.aqlm import QuantizedLinear
 from quanto_hf.nn.qconv import QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d, QConvTranspose3d
 from quanto_hf.nn.qembedding import QEmbedding, QEmbeddingBag
+from quanto_hf.nn.qexperts import QExperts, QTransposedExperts, QUngatedExperts
+from quanto_hf.nn.qexperts_own import QLlama4Experts
 from quanto_hf.nn.qlinear import QLinear
 from quanto_hf.nn.qweight import QuantizedWeight, State
 from quanto_hf.nn.registry import QMODULES, qmodule_for, register_qmodule, source_of, why_no_qmodule
@@ -21,7 +23,11 @@ __all__ = [
     "QConvTranspose3d",
     "QEmbedding",
     "QEmbeddingBag",
+    "QExperts",
     "QLinear",
+    "QLlama4Experts",
+    "QTransposedExperts",
+    "QUngatedExperts",
     "QuantizedInput",
     "QuantizedLinear",
     "QuantizedWeight",

@@ -91,6 +91,12 @@ class QuantizedInput(nn.Module):
     # a bound call, which must not outlive a change of how inputs are rounded
     _bound: BoundCall | None
 
+    def _take_activations(self, activations: QType | None, static: bool) -> None:
+        """Round inputs to ``activations`` from now on, where they can be rounded."""
+        self.activations = activations if self.rounds_inputs else None
+        if static and self.rounds_inputs:
+            self.make_static()
+
     @property
     def static_scale(self) -> torch.Tensor | None:
         """The scale of inputs that is held, or None."""

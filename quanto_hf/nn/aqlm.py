@@ -57,7 +57,7 @@ class QuantizedLinear(QLinear):
 
     @classmethod
     def from_module(cls, module: nn.Linear, *args: Any, **kwargs: Any) -> "QuantizedLinear":
-        """See :class:`QLinear`."""
+        """A PREPARED layer that shares weight and bias with ``module``, and remembers its type."""
         layer = super().from_module(module, *args, **kwargs)
         assert isinstance(layer, QuantizedLinear)
         layer.source_cls = type(module)

@@ -46,7 +46,14 @@ class HoldsStored(nn.Module):
     @property
     def slots(self) -> tuple[Slot, ...]:
         """The slots that are quantized."""
-        return tuple(self.slot(name) for name in self.slot_schemes or self.slot_names)
+        return tuple([self.slot(name) for name in self.slot_schemes or self.slot_names])
+
+    def _declared_slots(self) -> tuple[Slot, ...]:
+        """:attr:`slots` without shapes, which names do not need: a layer is asked for these 10 times while it is
+        loaded."""
+        if not self.slot_schemes:
+            return self.declared
+        return tuple(self.declared[self.slot_names.index(name)] for name in self.slot_schemes)
 
     def slot(self, name: str | None = None) -> Slot:
         """A slot of this module; None is the only one.
@@ -80,19 +87,24 @@ class HoldsStored(nn.Module):
 
     def slot_stored_as(self, name: str) -> Slot | None:
         """The slot that a stored tensor of this name belongs to."""
-        return next((slot for slot in self.slots if name in slot.names(self.scheme_of(slot))), None)
+        found = (slot for slot in self._declared_slots() if name in slot.names(self.scheme_of(slot)))
+        return next((self.slot(slot.name) for slot in found), None)
 
     # ------------------------------------------------------------------------------------------------ their tensors
 
     @property
     def stored_names(self) -> tuple[str, ...]:
         """Names of the parameters that hold packed weights."""
-        return tuple(name for slot in self.slots for name in slot.names(self.scheme_of(slot)))
+        return tuple([name for slot in self._declared_slots() for name in slot.names(self.scheme_of(slot))])
 
     @property
     def kept_names(self) -> tuple[str, ...]:
         """Names of the tensors that keep their dtype whatever the model is converted to."""
         return (*self.stored_names, INPUT_SCALE)
+
+    def holds(self, slot: Slot) -> bool:
+        """Whether a slot is held packed, or its empty tensors are there to be filled."""
+        return any(self._parameters.get(name) is not None for name in slot.names(self.scheme_of(slot)))
 
     def held(self, name: str) -> torch.Tensor | None:
         """A parameter or buffer, or None."""
@@ -123,13 +135,24 @@ class HoldsStored(nn.Module):
         columns = slot.matrix_shape[-1]
         return slot.from_matrix(self.scheme_of(slot).dequantize(self.tensors(slot.name), columns, self.weight_dtype))
 
+    def dequantized_part(self, name: str | None, begin: int, end: int) -> torch.Tensor:
+        """:meth:`dequantized` for the entries from ``begin`` to ``end`` along the first dimension of the parameter of a
+        slot whose rows are stored each on its own."""
+        slot = self.slot(name)
+        part = slot.of((end - begin, *slot.shape[1:]))
+        # stored rows follow each other as those of the parameter do
+        each = {key: len(tensor) // slot.shape[0] for key, tensor in self.tensors(slot.name).items()}
+        held = {key: tensor[begin * each[key] : end * each[key]] for key, tensor in self.tensors(slot.name).items()}
+        return part.from_matrix(self.scheme_of(slot).dequantize(held, part.matrix_shape[-1], self.weight_dtype))
+
     def set_tensors(self, tensors: dict[str, torch.Tensor], name: str | None = None) -> None:
         """Hold these stored tensors, named as by the scheme, for a slot."""
         # lets go of the tensors that were held before
         self._bound = None
         slot = self.slot(name)
         for part, tensor in tensors.items():
-            self._parameters[slot.stored(part)] = self.as_stored(slot.stored(part), tensor, slot)
+            name = slot.stored(part)
+            self._parameters[name] = self.as_stored(name, tensor, slot)
         # the others last, as in a module that was made frozen
         stored = self.stored_names
         for other in [other for other in self._parameters if other not in stored]:

@@ -46,7 +46,6 @@ class LearnedScales(QuantizedWeight):
 
     @property
     def kept_names(self) -> tuple[str, ...]:
-        """See :class:`QuantizedWeight`."""
         return (*super().kept_names, SCALE, ZERO)
 
     def expect_learned(self) -> None:

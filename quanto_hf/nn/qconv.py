@@ -87,7 +87,7 @@ class QuantizedConvTranspose(QuantizedConv):
 
 @register_qmodule(nn.Conv1d, by_default=[QUANTIZE])
 class QConv1d(QuantizedConv, nn.Conv1d):
-    """See :class:`QuantizedConv`.
+    """``nn.Conv1d`` with a quantized weight.
 
     Example:
         >>> from quanto_hf.schemes import make_scheme
@@ -100,24 +100,24 @@ class QConv1d(QuantizedConv, nn.Conv1d):
 
 @register_qmodule(nn.Conv2d, by_default=[QUANTIZE])
 class QConv2d(QuantizedConv, nn.Conv2d):
-    """See :class:`QuantizedConv`."""
+    """``nn.Conv2d`` with a quantized weight."""
 
 
 @register_qmodule(nn.Conv3d, by_default=[QUANTIZE])
 class QConv3d(QuantizedConv, nn.Conv3d):
-    """See :class:`QuantizedConv`."""
+    """``nn.Conv3d`` with a quantized weight."""
 
 
 @register_qmodule(nn.ConvTranspose1d)
 class QConvTranspose1d(QuantizedConvTranspose, nn.ConvTranspose1d):
-    """See :class:`QuantizedConvTranspose`."""
+    """``nn.ConvTranspose1d`` with a quantized weight."""
 
 
 @register_qmodule(nn.ConvTranspose2d)
 class QConvTranspose2d(QuantizedConvTranspose, nn.ConvTranspose2d):
-    """See :class:`QuantizedConvTranspose`."""
+    """``nn.ConvTranspose2d`` with a quantized weight."""
 
 
 @register_qmodule(nn.ConvTranspose3d)
 class QConvTranspose3d(QuantizedConvTranspose, nn.ConvTranspose3d):
-    """See :class:`QuantizedConvTranspose`."""
+    """``nn.ConvTranspose3d`` with a quantized weight."""

@@ -1,19 +1,16 @@
 """Embeddings whose weight is quantized: only the rows that are read are dequantized."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quanto_hf.fit import Fit
 from quanto_hf.nn.bound_call import Call
 from quanto_hf.nn.registry import register_qmodule
 from quanto_hf.nn.rounded import RoundedModule
 from quanto_hf.ops.watched import recording
-from quanto_hf.qtypes import QType
-from quanto_hf.schemes import Scheme
 
 CONSTANTS = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
@@ -25,24 +22,6 @@ class QuantizedTable(RoundedModule):
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None
-
-    @classmethod
-    def from_module(
-        cls,
-        module: nn.Module,
-        scheme: Scheme,
-        activations: QType | None = None,
-        fit: Fit | str | None = None,
-        static: bool = False,
-    ) -> Any:
-        """See :class:`RoundedModule`. Its inputs are row numbers: there is nothing to round.
-
-        Raises:
-            ValueError: :meth:`refuses_module` has a reason.
-        """
-        if (reason := cls.refuses_module(module)) is not None:
-            raise ValueError(reason)
-        return super().from_module(module, scheme, None, fit)
 
     @classmethod
     def refuses_module(cls, module: nn.Module) -> str | None:
@@ -59,14 +38,21 @@ class QuantizedTable(RoundedModule):
         """(num_embeddings, embedding_dim)"""
         return (self.num_embeddings, self.embedding_dim)
 
+    def _fast_rows(self, index: torch.Tensor) -> torch.Tensor | None:
+        """What the bound call gives, or None if it does not serve, as before the weight is packed."""
+        if recording():
+            return None
+        call = self.bound_call()
+        return None if call is None else call(index, self.weight_dtype)
+
+    def _rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of the FROZEN weight, shape (*index.shape, embedding_dim), without the bound call."""
+        return self.scheme.rows(self.tensors(), index, self.embedding_dim, self.weight_dtype)
+
     def _read(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of the FROZEN weight, shape (*index.shape, embedding_dim)."""
-        if not recording():
-            call = self.bound_call()
-            out = None if call is None else call(index, self.weight_dtype)
-            if out is not None:
-                return out
-        return self.scheme.rows(self.tensors(), index, self.embedding_dim, self.weight_dtype)
+        out = self._fast_rows(index)
+        return self._rows(index) if out is None else out
 
     def _bind_stored(self, tensors: Mapping[str, torch.Tensor]) -> Call | None:
         """The call that reads rows of these stored tensors, or None where there is none."""
@@ -89,8 +75,11 @@ class QEmbedding(QuantizedTable, nn.Embedding):  # type: ignore[misc]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The rows with these numbers, shape (*input.shape, embedding_dim)."""
+        out = self._fast_rows(input)
+        if out is not None:
+            return out
         if self.is_frozen:
-            return self._read(input)
+            return self._rows(input)
         weight = self.round_weight(self.sources()) if self.rounding else self.weight
         return F.embedding(input, weight, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
 

@@ -7,22 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quanto_hf.fit import Fit
-from quanto_hf.nn.activation import QuantizedInput
-from quanto_hf.nn.autocast import autocasts
 from quanto_hf.nn.bound_call import Call
-from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.nn.prepared import straight_through
 from quanto_hf.nn.prepared_op import linear_in_graph
-from quanto_hf.nn.qweight import QuantizedWeight
 from quanto_hf.nn.registry import LOAD, QUANTIZE, register_qmodule
+from quanto_hf.nn.rounded import RoundedModule, autocasts
 from quanto_hf.ops.watched import as_a_node, recording, sizes, transformed
 from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
 
+# looked up once: each layer of each token asks
+_any_autocast = torch._C._is_any_autocast_enabled
+
 
 @register_qmodule(nn.Linear, by_default=[LOAD, QUANTIZE])
-class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
+class QLinear(RoundedModule, nn.Linear):
     """A linear layer with a quantized weight.
 
     PREPARED, ``weight`` is a float Parameter, and the forward pass gives what the packed weight would give, so that a
@@ -76,23 +75,6 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
         self.make_empty(device)
         if static:
             self.make_static(device=device)
-
-    @classmethod
-    def from_module(
-        cls,
-        module: nn.Linear,
-        scheme: Scheme,
-        activations: QType | None = None,
-        fit: Fit | str | None = None,
-        static: bool = False,
-    ) -> "QLinear":
-        """A PREPARED layer that shares weight and bias with ``module``."""
-        layer = cls.__new__(cls)
-        layer._adopt(module, scheme, fit)
-        layer.activations = activations
-        if static:
-            layer.make_static(device=module.weight.device)
-        return layer
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -158,7 +140,7 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
         """What the bound call gives for the tensors that are held, or None if it does not serve: each layer of each
         token pays for what stands here (3 us)."""
         call = self.bound_call()
-        if call is None or (torch._C._is_any_autocast_enabled() and autocasts(x)):
+        if call is None or (_any_autocast() and autocasts(x)):
             return None
         parameters = self._parameters
         return call(x, parameters["bias"] if "bias" in parameters else self.bias)
@@ -171,8 +153,3 @@ class QLinear(LearnedScales, QuantizedInput, QuantizedWeight, nn.Linear):
             return None
         self._check_calibrated()
         return self.scheme.bind(tensors, self.in_features, self.activations.name, self.static_scale)
-
-    def extra_repr(self) -> str:
-        """Features, bias, the scheme, and what happens to the input."""
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return text + f", weights={self.scheme}" + self._describe_input() + self._describe_state()

@@ -93,7 +93,9 @@ class QuantizedWeight(FloatTwin):
             return self.dequantized(name)
         stored = next(iter(self.tensors(name).values()))
         slot, write = self.slot(name), partial(write_weight, self, name)
-        view = WeightView(slot.shape, self.weight_dtype, stored.device, partial(self.dequantized, name), write)
+        make, part = partial(self.dequantized, name), partial(self.dequantized_part, name)
+        whole = not (self.scheme_of(slot).by_rows and slot.rows_first)
+        view = WeightView(slot.shape, self.weight_dtype, stored.device, make, write, None if whole else part)
         # transformers initialises tensors that do not have this mark
         view._is_hf_initialized = True  # type: ignore[attr-defined]
         return view

@@ -1,45 +1,28 @@
-"""Quantized modules that compute with a float copy of their rounded weight: all but the linear layer."""
-
-from typing import Any
+"""What quantized modules with one weight share, and whether torch.autocast is on."""
 
 import torch
-from torch import nn
 
-from quanto_hf.fit import Fit
 from quanto_hf.nn.activation import QuantizedInput
-from quanto_hf.nn.autocast import autocasts
 from quanto_hf.nn.learned import LearnedScales
-from quanto_hf.qtypes import QType
-from quanto_hf.schemes import Scheme
+from quanto_hf.nn.qweight import QuantizedWeight
 
 
-class RoundedModule(LearnedScales, QuantizedInput):
-    """Mixin: how such a module is made, and what it multiplies with. The other base is the float module type."""
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast would convert ``x``, which is on some device, for a product.
 
-    @classmethod
-    def from_module(
-        cls,
-        module: nn.Module,
-        scheme: Scheme,
-        activations: QType | None = None,
-        fit: Fit | str | None = None,
-        static: bool = False,
-    ) -> Any:
-        """A PREPARED module that shares its parameters with a float one.
+    Example:
+        >>> with torch.autocast("cpu"):
+        ...     autocasts(torch.ones(1)), autocasts(torch.ones(1, device="meta"))
+        (True, False)
+    """
+    device = x.device.type
+    # there is no autocast on the meta device, and asking for its state is an error
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.is_floating_point()
 
-        Args:
-            module: the float module.
-            scheme: how the weight is stored.
-            activations: number type to which inputs are rounded, or None.
-            fit: what finds the scales of the weight; None is the default of the scheme.
-            static: whether inputs are rounded with one scale that calibration finds.
-        """
-        layer = cls.__new__(cls)
-        layer._adopt(module, scheme, fit)
-        layer.activations = activations
-        if static:
-            layer.make_static(device=layer.weight.device)
-        return layer
+
+class RoundedModule(LearnedScales, QuantizedInput, QuantizedWeight):
+    """Mixin of modules with a ``weight``, scales that can be learned, and inputs that can be rounded. The other base is
+    the float module type."""
 
     @property
     def rounds(self) -> bool:

@@ -11,6 +11,7 @@ from quanto_hf.nn.held import HoldsStored
 from quanto_hf.nn.saved_by import layer_is_made
 from quanto_hf.nn.slots import note_left
 from quanto_hf.nn.subclasses import own_attributes, source_class
+from quanto_hf.qtypes import QType
 from quanto_hf.schemes import Scheme
 
 Fits = Fit | str | None | Mapping[str, Fit | str | None]
@@ -38,20 +39,30 @@ class FloatTwin(HoldsStored):
 
     @classmethod
     def from_module(
-        cls, module: Any, scheme: Any, activations: Any = None, fit: Any = None, static: bool = False
+        cls, module: Any, scheme: Any, activations: QType | None = None, fit: Any = None, static: bool = False
     ) -> Any:
         """A PREPARED module that shares its parameters with a float one.
 
         Args:
             module: the float module.
             scheme: how all slots are stored; or slot name -> scheme, where a slot that is not there stays float.
-            activations: not used: inputs of such a module are not rounded.
+            activations: number type to which inputs are rounded, or None. Where inputs cannot be rounded, as those of
+                an embedding, it is not used.
             fit: what finds the scales, None for the default of the scheme; or slot name -> fit.
-            static: not used.
+            static: whether inputs are rounded with one scale that calibration finds, and not with those of each token.
+
+        Raises:
+            ValueError: :meth:`refuses_module` has a reason.
         """
+        if (reason := cls.refuses_module(module)) is not None:
+            raise ValueError(reason)
         made = cls.__new__(cls)
         made._adopt(module, scheme, fit)
+        made._take_activations(activations, static)
         return made
+
+    def _take_activations(self, activations: QType | None, static: bool) -> None:
+        """Round inputs as :meth:`from_module` was told to; modules that do so have a method of their own."""
 
     @classmethod
     def refuses_module(cls, module: nn.Module) -> str | None:

@@ -11,9 +11,10 @@ class WeightView(torch.Tensor):
     """A float view of a quantized weight.
 
     Shape, dtype and device cost nothing: T5 asks for the dtype at every step. Any operation dequantizes the weight
-    and returns plain tensors, which are copies: ``weight.T`` or ``weight[0]`` does not lead back to the layer. What is
-    written into the view itself, or into its ``data``, is handed to the layer, which stores it or refuses. It is made
-    anew at each read and never stored.
+    and returns plain tensors, which are copies: ``weight.T`` or ``weight[0]`` does not lead back to the layer. One
+    entry along the first dimension is dequantized alone: ``weight[0]`` of stacked experts, and
+    ``weight.view(experts, inner, width)[0]``. What is written into the view itself, or into its ``data``, is handed to
+    the layer, which stores it or refuses. It is made anew at each read and never stored.
 
     Args:
         shape: of the weight.
@@ -21,9 +22,11 @@ class WeightView(torch.Tensor):
         device: of the weight.
         make: dequantizes the weight.
         write: takes the name of an operation, and what it has made of the weight.
+        part: dequantizes the entries from one to another along the first dimension; None where that is no less work.
     """
 
     _make: Callable[[], torch.Tensor]
+    _part: Callable[[int, int], torch.Tensor] | None
     _write: Callable[[str, torch.Tensor], None]
 
     @staticmethod
@@ -34,10 +37,11 @@ class WeightView(torch.Tensor):
         device: torch.device,
         make: Callable[[], torch.Tensor],
         write: Callable[[str, torch.Tensor], None],
+        part: Callable[[int, int], torch.Tensor] | None = None,
     ) -> "WeightView":
         """See the class."""
         view: WeightView = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        view._make, view._write = make, write
+        view._make, view._write, view._part = make, write, part
         return view
 
     # subclass handling belongs to __torch_dispatch__ alone: results are plain tensors
@@ -53,6 +57,9 @@ class WeightView(torch.Tensor):
             RuntimeError: the operation writes into it what the layer cannot store.
         """
         kwargs = kwargs or {}
+        if not kwargs and func in PARTS and isinstance(args[0], WeightView) and args[0]._part is not None:
+            if (found := PARTS[func](*args)) is not None:
+                return found
         given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
         into = [given.get(a.name) for a in func._schema.arguments if a.is_write]
         # a list of tensors is one argument of torch._foreach_mul_ and the like
@@ -106,3 +113,40 @@ class WeightView(torch.Tensor):
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return repr(self.dequantize())
+
+
+# ------------------------------------------------------------------------------------------------ parts of a weight
+
+
+def _select(view: WeightView, dim: int, index: int) -> torch.Tensor | None:
+    """One entry along the first dimension."""
+    if dim != 0 or not -len(view) <= index < len(view):
+        return None
+    assert view._part is not None
+    index = index + len(view) if index < 0 else index
+    return view._part(index, index + 1)[0]
+
+
+def _split_rows(view: WeightView, shape: list[int]) -> torch.Tensor | None:
+    """The view of a weight of two dimensions as a stack of matrices, which still is one."""
+    free = -1 in shape
+    known = torch.Size(size for size in shape if size != -1).numel()
+    sizes = [view.numel() // known if size == -1 else size for size in shape] if known else shape
+    if view.dim() != 2 or len(sizes) != 3 or sizes[2] != view.shape[1] or (free and view.numel() % known):
+        return None
+    part, each = view._part, sizes[1]
+    assert part is not None
+
+    def rows(begin: int, end: int) -> torch.Tensor:
+        return part(begin * each, end * each).view(end - begin, each, -1)
+
+    def write(operation: str, value: torch.Tensor) -> None:
+        view._write(operation, value.reshape(view.shape))
+
+    return WeightView(tuple(sizes), view.dtype, view.device, lambda: view.dequantize().view(sizes), write, rows)
+
+
+PARTS: dict[Any, Callable[..., torch.Tensor | None]] = {
+    torch.ops.aten.select.int: _select,
+    torch.ops.aten.view.default: _split_rows,
+}

@@ -4,7 +4,7 @@ A quantized weight goes through them as a value (``weight.py``); kernels are in 
 ``qtypes`` and torch. Never: a scheme, a module, transformers. Nobody above imports a device: what is offered is here.
 """
 
-from quanto_hf.ops.activation import ACTIVATION_GROUP, TOKEN, activation_group, round_activations
+from quanto_hf.ops.activation import ACTIVATION_GROUP, TOKEN, activation_group, round_activations, scale_gradient
 from quanto_hf.ops.cpu import kernels  # noqa: F401  the native ones are asked first
 
 from quanto_hf.ops.torch import blocks, experts, rows  # noqa: F401  isort: skip
@@ -20,7 +20,6 @@ from quanto_hf.ops.linear_rounded import linear_rounded, linear_rounded_op
 from quanto_hf.ops.packing import pack, packed_width, row_lengths, unpack
 from quanto_hf.ops.quantize import quantize_op
 from quanto_hf.ops.registry import OPS
-from quanto_hf.ops.straight_through import scale_gradient
 from quanto_hf.ops.weight import AqlmWeight, GroupedWeight, Weight
 
 __all__ = [

@@ -1,7 +1,7 @@
 """What int8 and float8 activations are: the rounding of x, and how many of its columns share a scale.
 
-This is the definition that the native kernels are compared with (``cpu/int8.py``). No data is needed: a scale is found
-when its numbers pass, unless one is given that was found before (static activations).
+This is the definition that the native kernels are compared with (``cpu/csrc/int8*.h``). No data is needed: a scale is
+found when its numbers pass, unless one is given that was found before (static activations).
 """
 
 import torch
@@ -91,3 +91,10 @@ def round_activations(
     rounded = numbers * scale
     # not an index with "...", which a trace turns into the number of a dimension
     return rounded.flatten(-2).narrow(-1, 0, features) if grouped else rounded
+
+
+def scale_gradient(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """The same values, with the gradient multiplied by ``factor``. The gradient of a step size grows with the number of
+    values that share it; Esser et al., 2020, https://arxiv.org/abs/1902.08153, section 2.2, divides by its root."""
+    scaled = tensor * factor
+    return (tensor - scaled).detach() + scaled

@@ -24,7 +24,7 @@ class Loops(NamedTuple):
         search: as of :func:`quanto_hf.fit.aqlm.search.search`.
         sweep: as of :func:`quanto_hf.fit.aqlm.sweep.sweep`.
         product: ``a @ b``, equal to the last bit for any number of threads.
-        code_sums: as of :func:`quanto_hf.fit.aqlm.loops.code_sums`.
+        code_sums: as of :func:`quanto_hf.fit.aqlm.loops.torch_code_sums`.
     """
 
     refuses: Callable[[], str | None]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from quanto_hf.ops.grouped_weight import FLOATS, block_rows
+from quanto_hf.ops.grouped_weight import FLOATS, block_rows, check_devices
 from quanto_hf.ops.scratch import scratch
 from quanto_hf.ops.watched import sizes
 from quanto_hf.qtypes import QType
@@ -99,9 +99,7 @@ class AqlmWeight(NamedTuple):
                 f"scales of {codes.shape[0]} row groups have shape ({codes.shape[0]}, 1, 1, 1) and a float dtype, but "
                 f"these have shape {tuple(scales.shape)} and dtype {scales.dtype}"
             )
-        for name, tensor in (("codebooks", codebooks), ("scales", scales)):
-            if tensor.device != codes.device:
-                raise ValueError(f"the {name} are on {tensor.device}, but the codes are on {codes.device}; move one")
+        check_devices(codes.device, "codes are", {"codebooks are": codebooks, "scales are": scales})
 
     # ------------------------------------------------------------------------------------------- what it stands for
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from quanto_hf.ops.dequantize import check_dtype, weight_title
-from quanto_hf.ops.grouped_weight import FLOATS
+from quanto_hf.ops.grouped_weight import FLOATS, check_devices
 from quanto_hf.ops.index import check_index
 from quanto_hf.ops.registry import Op
 from quanto_hf.ops.selfcheck import WEIGHT_TOLERANCE, largest
@@ -25,8 +25,7 @@ def _check(index: torch.Tensor, weight: Weight, dtype: Any) -> None:
         raise ValueError(f"rows are chosen by integers of 8 to 64 bits, but these have dtype {index.dtype}")
     weight.check()
     check_dtype(dtype)
-    if index.device != weight.device:
-        raise ValueError(f"the row numbers are on {index.device}, but the weight is on {weight.device}; move one")
+    check_devices(weight.device, "weight is", {"row numbers are": index})
     check_index(index, weight.shape[0], "row", "the weight")
 
 

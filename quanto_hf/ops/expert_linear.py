@@ -1,7 +1,7 @@
 """The ops ``expert_linear`` and ``expert_linear_grad_input``: each row of a float input times the quantized weight of
 its own expert, as the layers of a mixture of experts compute it, and the gradient to the input.
 
-Their kernels in plain torch are in ``torch/experts.py``, the native one in ``cpu/experts.py``.
+Their kernels in plain torch are in ``torch/experts.py``, the native one in ``cpu/rows.py``.
 """
 
 from collections.abc import Callable, Hashable
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from quanto_hf.ops.grouped_weight import FLOATS, sample_weights
+from quanto_hf.ops.grouped_weight import FLOATS, check_devices, sample_weights
 from quanto_hf.ops.index import check_index
 from quanto_hf.ops.registry import Op
 from quanto_hf.ops.selfcheck import FEW_ROWS, TOLERANCE, off
@@ -28,8 +28,7 @@ def _check_ids(rows: torch.Tensor, experts: torch.Tensor, weight: GroupedWeight)
             f"the experts of {rows.shape[0]} rows have shape ({rows.shape[0]},) and dtype torch.int64, "
             f"but these have shape {tuple(experts.shape)} and dtype {experts.dtype}"
         )
-    if experts.device != weight.device:
-        raise ValueError(f"the expert ids are on {experts.device}, but the weight is on {weight.device}; move one")
+    check_devices(weight.device, "weight is", {"expert ids are": experts})
     check_index(experts, weight.shape[0], "expert", "the weight")
 
 
@@ -43,9 +42,7 @@ def _check(x: torch.Tensor, experts: torch.Tensor, weight: GroupedWeight, bias: 
     count, rows, columns = weight.shape
     if x.shape[1] != columns:
         raise ValueError(f"these experts take inputs of shape (rows, {columns}), but the input has {tuple(x.shape)}")
-    for name, tensor in (("input", x), ("bias", bias)):
-        if tensor is not None and tensor.device != weight.device:
-            raise ValueError(f"the {name} is on {tensor.device}, but the weight is on {weight.device}; move one")
+    check_devices(weight.device, "weight is", {"input is": x, "bias is": bias})
     if bias is not None and (tuple(bias.shape) != (count, rows) or bias.dtype != x.dtype):
         raise ValueError(
             f"the bias of {count} experts with {rows} features has shape {(count, rows)} and dtype {x.dtype}, "
@@ -171,8 +168,7 @@ def _grad_check(grad: torch.Tensor, experts: torch.Tensor, weight: GroupedWeight
     weight.check(LEAD)
     if grad.dim() != 2 or grad.shape[1] != weight.shape[1]:
         raise ValueError(f"the gradient has shape {tuple(grad.shape)}, but the experts have {weight.shape[1]} rows")
-    if grad.device != weight.device:
-        raise ValueError(f"the gradient is on {grad.device}, but the weight is on {weight.device}; move one")
+    check_devices(weight.device, "weight is", {"gradient is": grad})
     _check_ids(grad, experts, weight)
 
 

@@ -18,9 +18,32 @@ BLOCK_WEIGHT_BYTES = 4 << 20
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_devices(device: torch.device, owner: str, tensors: dict[str, torch.Tensor | None]) -> None:
+    """Raise ValueError unless all tensors are on one device.
+
+    Args:
+        device: the device of ``owner``.
+        owner: how errors name what the others must be beside, with its verb: "weight is".
+        tensors: the others, by what errors call them: "input is", "row numbers are".
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"the {name} on {tensor.device}, but the {owner} on {device}; move one")
+
+
 def groups(in_features: int, group_size: int) -> int:
     """Groups per row; ``group_size`` -1 means one group for the whole row (per channel)."""
     return -(-in_features // group_size) if group_size > 0 else 1
+
+
+def cuts(columns: int, group_size: int) -> list[tuple[slice, slice]]:
+    """The columns, and the groups, of the full groups of a row and of the shorter last one."""
+    size = group_size if group_size > 0 else max(columns, 1)
+    full = columns // size
+    found = [(slice(0, full * size), slice(0, full))] if full else []
+    if columns % size:
+        found.append((slice(full * size, columns), slice(full, full + 1)))
+    return found
 
 
 def block_rows(columns: int, dtype: torch.dtype) -> int:
@@ -111,8 +134,7 @@ class GroupedWeight(NamedTuple):
                     f"the {name} of a {qtype} weight with group_size {group_size} has shape {wanted} and a float "
                     f"dtype, but this one has shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
                 )
-            if tensor is not None and tensor.device != packed.device:
-                raise ValueError(f"the {name} is on {tensor.device}, but the codes are on {packed.device}; move one")
+        check_devices(packed.device, "codes are", {"scale is": scale, "zero is": zero})
         if zero is not None and zero.dtype != scale.dtype:
             raise ValueError(f"scale and zero have the same dtype, but these have {scale.dtype} and {zero.dtype}")
 
@@ -124,17 +146,12 @@ class GroupedWeight(NamedTuple):
         weight = decode_reference(self.packed, kind, self.in_features)
         zero = None if self.zero is None else self.zero.float()
         columns, scale, offset = self.in_features, self.scale.float(), symmetric_offset(kind)
-        size = self.group_size if self.group_size > 0 else max(columns, 1)
-        whole = columns // size * size
         parts = []
-        for start, end, width in ((0, whole, size), (whole, columns, columns - whole)):
-            if start < end:
-                count = (end - start) // width
-                part = weight.narrow(-1, start, end - start).unflatten(-1, (count, width))
-                steps, *lows = (
-                    t.narrow(-1, start // size, count).unsqueeze(-1) for t in (scale, zero) if t is not None
-                )
-                parts.append(((part - (lows[0] if lows else offset)) * steps).flatten(-2))
+        for cut, which in cuts(columns, self.group_size):
+            width, count = cut.stop - cut.start, which.stop - which.start
+            part = weight.narrow(-1, cut.start, width).unflatten(-1, (count, width // count))
+            steps, *lows = (t.narrow(-1, which.start, count).unsqueeze(-1) for t in (scale, zero) if t is not None)
+            parts.append(((part - (lows[0] if lows else offset)) * steps).flatten(-2))
         return (weight if not parts else parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(dtype)
 
     def into(self, out: torch.Tensor) -> torch.Tensor:
@@ -146,16 +163,11 @@ class GroupedWeight(NamedTuple):
         exact = out.dtype is torch.float32 or (out.dtype is torch.bfloat16 and self.scale.dtype is torch.bfloat16)
         work = out if exact else scratch("float32", tuple(out.shape), torch.float32, out.device)
         decode(self.packed, self.type, work)
-        columns, offset = work.shape[1], symmetric_offset(self.type)
-        size = self.group_size if self.group_size > 0 else max(columns, 1)
+        offset = symmetric_offset(self.type)
         scale = self.scale.to(work.dtype)
         zero = None if self.zero is None else self.zero.to(work.dtype)
-        full = columns // size
-        parts = [(slice(0, full * size), slice(0, full), size)] if full else []
-        if columns % size:
-            parts.append((slice(full * size, columns), slice(full, full + 1), columns - full * size))
-        for cut, which, width in parts:
-            part = work[:, cut].unflatten(1, (-1, width))
+        for cut, which in cuts(work.shape[1], self.group_size):
+            part = work[:, cut].unflatten(1, (which.stop - which.start, -1))
             if zero is not None:
                 part.sub_(zero[:, which, None])
             elif offset:

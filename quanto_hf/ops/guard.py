@@ -14,8 +14,6 @@ import torch
 from quanto_hf.ops.watched import watched
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-# arguments that are no tensors: a bias that there is not, and the dtype of a result
-OTHERS = frozenset((type(None), torch.dtype))
 
 
 def guarded(
@@ -29,7 +27,7 @@ def guarded(
         device: the type of the device that the arguments must be on.
     """
     is_there, unmoved = attrgetter(f"is_{device}"), whereabouts(stored)
-    grad, tensor, parameter = torch.is_grad_enabled, torch.Tensor, torch.nn.Parameter
+    grad, tensor, parameter, dtype = torch.is_grad_enabled, torch.Tensor, torch.nn.Parameter, torch.dtype
 
     def guard(*args: Any) -> torch.Tensor | None:
         if watched() or not unmoved():
@@ -40,7 +38,8 @@ def guarded(
             if kind is tensor or kind is parameter:
                 if not is_there(arg) or not arg.is_contiguous() or arg.is_neg() or (followed and arg.requires_grad):
                     return None
-            elif kind not in OTHERS:
+            elif arg is not None and kind is not dtype:
+                # neither a bias that there is not, nor the dtype of a result
                 return None
         return call(*args)
 

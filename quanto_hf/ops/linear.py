@@ -1,6 +1,6 @@
 """The ops ``linear`` and ``linear_grad_input``: a float input times a quantized weight, and the gradient to the input.
 
-Their kernels are in ``torch/blocks.py`` and ``cpu/linear.py``.
+Their kernels are in ``torch/blocks.py`` and ``cpu/products.py``.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from quanto_hf.ops.dequantize import weight_title
-from quanto_hf.ops.grouped_weight import FLOATS
+from quanto_hf.ops.grouped_weight import FLOATS, check_devices
 from quanto_hf.ops.registry import Op
 from quanto_hf.ops.selfcheck import FEW, FEW_ROWS, MANY, TOLERANCE, off
 from quanto_hf.ops.watched import transformed, wants_grad
@@ -28,10 +28,8 @@ def check_operands(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -
     rows, columns = weight.shape
     if x.shape[-1] != columns:
         raise ValueError(f"this weight takes inputs of shape (..., {columns}), but the input has {tuple(x.shape)}")
-    for name, tensor in (("input", x), ("bias", bias)):
-        # torch would say so too, but not for every kernel before memory is read
-        if tensor is not None and tensor.device != weight.device:
-            raise ValueError(f"the {name} is on {tensor.device}, but the weight is on {weight.device}; move one")
+    # torch would say so too, but not for every kernel before memory is read
+    check_devices(weight.device, "weight is", {"input is": x, "bias is": bias})
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != rows or bias.dtype != x.dtype):
         raise ValueError(
             f"the bias has shape {tuple(bias.shape)} and dtype {bias.dtype}, "
@@ -112,8 +110,7 @@ def _grad_check(grad: torch.Tensor, weight: Weight) -> None:
     weight.check()
     if grad.shape[-1] != weight.shape[0]:
         raise ValueError(f"the gradient has {grad.shape[-1]} features, but the weight has {weight.shape[0]} rows")
-    if grad.device != weight.device:
-        raise ValueError(f"the gradient is on {grad.device}, but the weight is on {weight.device}; move one")
+    check_devices(weight.device, "weight is", {"gradient is": grad})
 
 
 def _grad_samples(seed: int) -> list[tuple[Any, ...]]:

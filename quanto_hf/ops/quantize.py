@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quanto_hf.ops.grouped_weight import GroupedWeight, groups
+from quanto_hf.ops.grouped_weight import GroupedWeight, check_devices, cuts, groups
 from quanto_hf.ops.packing import pack, packed_width
 from quanto_hf.ops.registry import Op
 from quanto_hf.ops.scratch import scratch
@@ -70,8 +70,7 @@ def empty_weight(shape: tuple[int, int], qtype: str, group_size: int, asymmetric
 
 def _check(rows: torch.Tensor, out: GroupedWeight, recipe: Recipe) -> None:
     out.check()
-    if rows.device != out.device:
-        raise ValueError(f"the rows are on {rows.device}, but the codes are on {out.device}; move one")
+    check_devices(out.device, "codes are", {"rows are": rows})
     if tuple(rows.shape) != out.shape or not rows.is_floating_point():
         raise ValueError(f"a weight of shape {out.shape} and a float dtype is wanted, not {rows.dtype} {rows.shape}")
 
@@ -98,7 +97,7 @@ def _quantize_block(rows: torch.Tensor, out: GroupedWeight, recipe: Recipe) -> N
     codes = out.packed
     if out.type.is_packed:
         codes = scratch("codes", (n, columns), torch.uint8, rows.device)
-    for cut, which in _cuts(columns, out.group_size):
+    for cut, which in cuts(columns, out.group_size):
         # (rows * groups, columns of a group): what shares a scale is a row
         part = values[:, cut].unflatten(1, (which.stop - which.start, -1))
         width = part.shape[-1]
@@ -115,16 +114,6 @@ def _quantize_block(rows: torch.Tensor, out: GroupedWeight, recipe: Recipe) -> N
         recipe.encode(u, codes[:, cut].unflatten(1, (which.stop - which.start, -1)))
     if out.type.is_packed:
         out.packed.copy_(pack(codes, out.type.bits))
-
-
-def _cuts(columns: int, group_size: int) -> list[tuple[slice, slice]]:
-    """Columns and groups of the full groups, and of the shorter last one."""
-    size = group_size if group_size > 0 else columns
-    full = columns // size
-    cuts = [(slice(0, full * size), slice(0, full))] if full else []
-    if columns % size:
-        cuts.append((slice(full * size, columns), slice(full, full + 1)))
-    return cuts
 
 
 def _errors(run: Callable[..., Any], recipe: Recipe, key: Any, dtype: torch.dtype) -> list[tuple[float, float]]:

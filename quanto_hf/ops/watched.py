@@ -52,7 +52,8 @@ def traced() -> bool:
 
 def recording() -> bool:
     """True where a graph is made of what is called: under torch.compile and export, and inside torch.jit.trace."""
-    return torch.compiler.is_compiling() or traced()
+    # not traced(): each layer of each token asks, and a call costs as much as what it looks up
+    return torch.compiler.is_compiling() or _tracer() is not None
 
 
 def faked() -> bool:

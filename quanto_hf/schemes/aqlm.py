@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from quanto_hf.fit import NO_CONTEXT, Context, Fit
+from quanto_hf.fit import NO_CONTEXT, AnyFit, Context
 from quanto_hf.fit.aqlm import Layout, quantize_aqlm
 from quanto_hf.fit.aqlm.loops import runs_native
 from quanto_hf.fit.aqlm.memory import fit_bytes
@@ -70,7 +70,7 @@ class Aqlm(Scheme):
 
     @classmethod
     def knows(cls, name: str) -> bool:
-        """See :class:`Scheme`.
+        """Whether a name has the form aqlm-KxB.
 
         Example:
             >>> Aqlm.knows("aqlm-1x16"), Aqlm.knows("int4"), Aqlm.knows("aqlm-0x8")
@@ -80,7 +80,7 @@ class Aqlm(Scheme):
 
     @classmethod
     def named(cls, name: str, group_size: int | None = None, symmetric: bool | None = None) -> "Aqlm":
-        """See :class:`Scheme`: blocks of one row, and of 8 columns by default."""
+        """The scheme of a name: blocks of one row and ``group_size`` columns, 8 by default."""
         found = NAME.fullmatch(name)
         assert found is not None
         if symmetric is False:
@@ -89,7 +89,7 @@ class Aqlm(Scheme):
 
     @classmethod
     def refuses_group_size(cls, name: str, group_size: Any) -> str | None:
-        """See :class:`Scheme`: any number of columns may share a code."""
+        """Why ``group_size`` is refused, or None: any whole number of columns may share a code."""
         if type(group_size) is int and group_size >= 1:
             return None
         return (
@@ -98,21 +98,18 @@ class Aqlm(Scheme):
         )
 
     def asked(self) -> dict[str, Any]:
-        """See :class:`Scheme`."""
         return {"weights": f"aqlm-{self.num_codebooks}x{self.nbits}", "group_size": self.in_group}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """See :class:`Scheme`."""
         return ("codes", "codebooks", "scales")
 
     @property
     def float_names(self) -> tuple[str, ...]:
-        """See :class:`Scheme`."""
         return ("codebooks", "scales")
 
-    def refuses_fit(self, fit: "Fit | str | None" = None) -> str | None:
-        """See :class:`Scheme`: it takes no fit, and what can be read is more than what can be made.
+    def refuses_fit(self, fit: AnyFit = None) -> str | None:
+        """Why a weight cannot be made, or None: a fit is given, or codes have more bits than can be fitted.
 
         Example:
             >>> Aqlm(1, 20).refuses_fit()
@@ -124,15 +121,13 @@ class Aqlm(Scheme):
         return None if reason is None else f"{self} weights can be read, but not made: {reason}"
 
     def refuses_training(self) -> str | None:
-        """See :class:`Scheme`."""
         return "fitting takes seconds"
 
-    def wants_moments(self, fit: "Fit | str | None" = None) -> bool:
-        """See :class:`Scheme`: with them the errors of outputs are made small; for 2 bits that halves them."""
+    def wants_moments(self, fit: AnyFit = None) -> bool:
+        """Always: with second moments the error of the outputs is made small. At 2 bits that halves it."""
         return True
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
-        """See :class:`Scheme`."""
         if len(shape) != 2:
             return f"{self} weights have 2 dimensions"
         for what, size, group in (("out_features", shape[0], self.out_group), ("in_features", shape[1], self.in_group)):
@@ -141,7 +136,7 @@ class Aqlm(Scheme):
         return None
 
     def tensors(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorSpec]:
-        """See :class:`Scheme`.
+        """Names, shapes and dtypes of the stored tensors.
 
         Returns:
             ``codes``: the smallest signed integers with ``nbits`` bits, shape (rows / out_group, columns / in_group,
@@ -161,7 +156,7 @@ class Aqlm(Scheme):
         }
 
     def candidates(self, stored: Mapping[str, TensorSpec]) -> list[TensorSpec]:
-        """See :class:`Scheme`: the codes tell the shape, the codebooks the dtype."""
+        """The weight with these tensors: codes give its shape, codebooks its dtype. One or none."""
         codes, books = stored.get("codes"), stored.get("codebooks")
         if codes is None or len(codes.shape) != 3:
             return []
@@ -175,7 +170,7 @@ class Aqlm(Scheme):
 
     @classmethod
     def notes(cls, layers: Mapping[str, tuple["Aqlm", Mapping[str, TensorSpec]]]) -> tuple[str, ...]:
-        """See :class:`Scheme`: codebooks that take more than half a bit per weight. They have the same size in a small
+        """A sentence about codebooks that take more than half a bit per weight. They have the same size in a small
         layer as in a large one.
 
         Example:
@@ -201,9 +196,9 @@ class Aqlm(Scheme):
         )
 
     def quantize(
-        self, weight: torch.Tensor, fit: "Fit | str | None" = None, context: Context = NO_CONTEXT
+        self, weight: torch.Tensor, fit: AnyFit = None, context: Context = NO_CONTEXT
     ) -> dict[str, torch.Tensor]:
-        """See :class:`Scheme`. Codebooks and codes are fitted together; no other fit is known.
+        """The stored tensors: codebooks, scales and codes are fitted together.
 
         Raises:
             ValueError: the weight cannot be cut into blocks, has NaN or infinite values, or a fit is given.
@@ -215,10 +210,7 @@ class Aqlm(Scheme):
         self.tensors(tuple(weight.shape), weight.dtype)  # refuses what it cannot store
         made = quantize_aqlm(
             weight.detach(),
-            num_codebooks=self.num_codebooks,
-            nbits=self.nbits,
-            out_group=self.out_group,
-            in_group=self.in_group,
+            **asdict(self),
             hessian=context.moment,
             seed=context.seed,
             iterations=context.iterations,
@@ -230,30 +222,29 @@ class Aqlm(Scheme):
         self,
         shape: tuple[int, int],
         dtype: torch.dtype,
-        fit: "Fit | str | None" = None,
+        fit: AnyFit = None,
         *,
         device: str = "cpu",
         calibrated: bool = False,
     ) -> int:
-        """See :class:`Scheme`: about what is measured."""
+        """Most bytes of temporaries, within a few percent of what was measured."""
         if not shape[0] or not shape[1]:
             return 0
         return fit_bytes(shape, self.layout, dtype, calibrated=calibrated, native=runs_native(torch.device(device)))
 
     def work(self, shape: tuple[int, int], calibrated: bool = False) -> float:
-        """See :class:`Scheme`: products of numbers."""
+        """Multiplications of two numbers."""
         return products(shape, self.layout, calibrated)
 
     def speed(self, calibrated: bool = False) -> float | None:
-        """See :class:`Scheme`: on a random weight, in 0.1 to 0.3 s."""
+        """Multiplications per second, measured on a random weight in 0.1 to 0.3 s."""
         return products_per_second(self.layout, calibrated)
 
     def trainable(self, tensors: Tensors) -> Trainable | None:
-        """See :class:`Scheme`: codebooks and scales."""
+        """Codebooks and scales."""
         return TrainableBooks(tensors, self.layout)
 
     def weight(self, tensors: Tensors, in_features: int) -> AqlmWeight:
-        """See :class:`Scheme`."""
         return AqlmWeight(tensors["codes"], tensors["codebooks"], tensors["scales"])
 
     def __str__(self) -> str:

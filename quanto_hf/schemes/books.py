@@ -27,7 +27,6 @@ class TrainableBooks(Trainable):
         self.values = [self.codebooks, self.gain]
 
     def weight(self) -> torch.Tensor:
-        """See :class:`Trainable`."""
         books = self.codebooks.flatten(2)
         groups = F.embedding(self.codes[..., 0], books[0])
         for k in range(1, books.shape[0]):
@@ -37,6 +36,5 @@ class TrainableBooks(Trainable):
         return cut.transpose(1, 2).reshape(rows * self.layout.out_group, columns * self.layout.in_group)
 
     def store(self) -> None:
-        """See :class:`Trainable`."""
         self.tensors["codebooks"].copy_(self.codebooks * self.size)
         self.tensors["scales"].copy_(self.start * self.gain.exp())

@@ -1,4 +1,4 @@
-"""Grouped schemes with scales that somebody else has: an observer, or training."""
+"""Methods of grouped schemes for scales that are given: by an observer, or by training."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Maybe = torch.Tensor | None
 
 
-def encode(scheme: "Grouped", weight: torch.Tensor, scale: torch.Tensor, zero: Maybe) -> dict[str, torch.Tensor]:
+def encode(scheme: "Grouped", weight: torch.Tensor, scale: torch.Tensor, zero: Maybe = None) -> dict[str, torch.Tensor]:
     """The stored tensors of a weight, shape (..., out_features, in_features). Scale and zero are rounded to their
     stored dtype before a code is chosen.
 
@@ -44,7 +44,7 @@ def encode(scheme: "Grouped", weight: torch.Tensor, scale: torch.Tensor, zero: M
     return {"packed": pack(codes, scheme.type.bits), **result}
 
 
-def fake_quantize(scheme: "Grouped", weight: torch.Tensor, scale: torch.Tensor, zero: Maybe) -> torch.Tensor:
+def fake_quantize(scheme: "Grouped", weight: torch.Tensor, scale: torch.Tensor, zero: Maybe = None) -> torch.Tensor:
     """The numbers that :func:`encode` stores for a weight of 2 dimensions, float32, with gradients: to the weight where
     it is inside of the range, to the scale those of Esser et al., "Learned Step Size Quantization", 2020,
     https://arxiv.org/abs/1902.08153, and to the zero those of Bhalgat et al., "LSQ+", 2020,

@@ -7,14 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from quanto_hf.fit import BFLOAT16, FLOAT32, NO_CONTEXT, Context, Fit, Grid, ScaleType, fit_by_name
+from quanto_hf.fit import BFLOAT16, FLOAT32, AnyFit, Fit, Grid, ScaleType, fit_by_name
 from quanto_hf.ops import GroupedWeight, activation_group, groups, packed_width, row_lengths
 from quanto_hf.ops.decode import decode_reference
 from quanto_hf.qtypes import QTYPES, QType, qtype
+from quanto_hf.schemes import given, quantizing
 from quanto_hf.schemes.base import Scheme
-from quanto_hf.schemes.given import encode, fake_quantize
 from quanto_hf.schemes.making import any_of
-from quanto_hf.schemes.quantizing import quantize_weight, workspace_bytes
 from quanto_hf.schemes.stored import Tensors, TensorSpec
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -63,7 +62,6 @@ class Grouped(Scheme):
 
     @classmethod
     def knows(cls, name: str) -> bool:
-        """See :class:`Scheme`."""
         try:
             return qtype(name).name in cls.qtypes()
         except ValueError:
@@ -71,7 +69,6 @@ class Grouped(Scheme):
 
     @classmethod
     def named(cls, name: str, group_size: int | None = None, symmetric: bool | None = None) -> "Grouped":
-        """See :class:`Scheme`."""
         kind = qtype(name)
         return cls(
             kind.name,
@@ -81,14 +78,13 @@ class Grouped(Scheme):
 
     @classmethod
     def refuses_group_size(cls, name: str, group_size: Any) -> str | None:
-        """See :class:`Scheme`: a number type of the scheme may have fewer."""
+        """Why no number type of the scheme has such groups, or None; one of them may refuse more."""
         sizes = (PER_CHANNEL, *GROUP_SIZES)
         if group_size in sizes:
             return None
         return f"group_size={reprlib.repr(group_size)}; choose one of {', '.join(map(str, sizes))}"
 
     def asked(self) -> dict[str, Any]:
-        """See :class:`Scheme`."""
         return {"weights": self.qtype, "group_size": self.group_size, "symmetric": self.symmetric}
 
     @property
@@ -109,16 +105,15 @@ class Grouped(Scheme):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """See :class:`Scheme`."""
         return ("packed", "scale") if self.symmetric else ("packed", "scale", "zero")
 
     @property
     def signed_scales(self) -> bool:
-        """See :class:`Scheme`: symmetric int4 and int2, whose grids are -8 to 7 and -2 to 1."""
+        """True for symmetric int4 and int2, whose grids are -8 to 7 and -2 to 1."""
         return self.type.kind == "int" and -self.grid.lowest > self.grid.highest
 
-    def refuses_fit(self, fit: "Fit | str | None" = None) -> str | None:
-        """See :class:`Scheme`.
+    def refuses_fit(self, fit: AnyFit = None) -> str | None:
+        """Why the fit finds no scales of this grid, or None.
 
         Example:
             >>> from quanto_hf.schemes import Affine
@@ -131,15 +126,15 @@ class Grouped(Scheme):
             return str(error)
 
     def refuses_learning(self) -> str | None:
-        """See :class:`Scheme`: all can."""
+        """None: scales of groups can be trained."""
         return None
 
-    def wants_moments(self, fit: "Fit | str | None" = None) -> bool:
-        """See :class:`Scheme`: as the fit does."""
+    def wants_moments(self, fit: AnyFit = None) -> bool:
+        """Whether the fit does."""
         return self.fit_of(fit).wants_moments
 
     def tensors(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorSpec]:
-        """See :class:`Scheme`.
+        """Names, shapes and dtypes of the stored tensors.
 
         Returns:
             ``packed``: codes, ``QType.storage``, shape (..., rows, ``ops.packing.packed_width(columns, bits)``);
@@ -157,7 +152,7 @@ class Grouped(Scheme):
         return specs
 
     def candidates(self, stored: Mapping[str, TensorSpec]) -> list[TensorSpec]:
-        """See :class:`Scheme`: the last byte of a row may be partly used. The dtype of the weight is not known."""
+        """One per number of columns, as the last byte of a row may be partly used. The dtype is not known: bfloat16."""
         packed = stored.get("packed")
         if packed is None or len(packed.shape) < 2:
             return []
@@ -168,63 +163,32 @@ class Grouped(Scheme):
         """The best fit that needs no data, by KL on the bundled model and cosine on MiniLM; see docs/accuracy.md."""
         return fit_by_name(self.type.fit)
 
-    def fit_of(self, fit: "Fit | str | None") -> Fit:
+    def fit_of(self, fit: AnyFit) -> Fit:
         """The fit of a name; None is the default."""
         return self.default_fit() if fit is None else fit_by_name(fit)
 
-    def quantize(
-        self, weight: torch.Tensor, fit: "Fit | str | None" = None, context: Context = NO_CONTEXT
-    ) -> dict[str, torch.Tensor]:
-        """See :class:`Scheme`. One native pass over the weight, or torch on blocks of rows through reused buffers:
-        about 8 MB beyond the result. A fit that wants second moments sees the whole weight in float32.
-        """
-        return quantize_weight(self, weight, self.fit_of(fit), context)
-
-    def workspace_bytes(
-        self,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        fit: "Fit | str | None" = None,
-        *,
-        device: str = "cpu",
-        calibrated: bool = False,
-    ) -> int:
-        """See :class:`Scheme`: in torch, as on an accelerator, an upper bound within a few MB. With second moments
-        about what a fit takes that holds the weight, what is left of it, and three moments, in float32."""
-        return workspace_bytes(self, shape, self.fit_of(fit), device, calibrated)
+    quantize = quantizing.quantize
+    workspace_bytes = quantizing.workspace_bytes
+    encode = given.encode
+    fake_quantize = given.fake_quantize
 
     def scaled(self, tensors: Tensors, factor: float) -> dict[str, torch.Tensor] | None:
-        """See :class:`Scheme`."""
         kind, scale = self.scale_type, tensors["scale"]
         made = kind.store(kind.read(scale) * factor)
         exact = torch.equal(kind.read(made) / factor, kind.read(scale))
         return {"scale": made} if exact else None
 
-    def encode(
-        self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
-        """See :class:`Scheme`."""
-        return encode(self, weight, scale, zero)
-
     def read_scale(self, stored: torch.Tensor) -> torch.Tensor:
-        """See :class:`Scheme`."""
         return self.scale_type.read(stored)
 
-    def fake_quantize(
-        self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """See :class:`Scheme`."""
-        return fake_quantize(self, weight, scale, zero)
-
     def weight(self, tensors: Tensors, in_features: int) -> GroupedWeight:
-        """See :class:`Scheme`: scales are floats there."""
+        """The value that the ops take. Its scales are floats, whatever the stored ones are."""
         packed, scale, zero = tensors["packed"], tensors["scale"], tensors.get("zero")
         if not self.scale_type.is_float:
             scale, zero = self.scale_type.read(scale), None if zero is None else self.scale_type.read(zero)
         return GroupedWeight(packed, scale, zero, self.qtype, self.group_size, in_features)
 
     def at_ends(self, tensors: Tensors, in_features: int) -> torch.Tensor:
-        """See :class:`Scheme`."""
         numbers = decode_reference(tensors["packed"], self.type, in_features)
         # packed integers are stored without a sign
         unsigned = self.type.kind == "int" and self.type.is_packed
@@ -232,7 +196,6 @@ class Grouped(Scheme):
         return (numbers <= low) | (numbers >= high)
 
     def activation_group(self, activations: QType) -> int:
-        """See :class:`Scheme`."""
         return activation_group(self.type, activations)
 
     def __str__(self) -> str:

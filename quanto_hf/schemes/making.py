@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from quanto_hf.fit import NO_CONTEXT, Context, Fit
+from quanto_hf.fit import NO_CONTEXT, AnyFit, Context
 from quanto_hf.qtypes import common_names
 from quanto_hf.schemes.stored import Tensors, Trainable
 
@@ -36,7 +36,7 @@ class Making(ABC):
         """Why a weight of this shape cannot be stored, or None."""
         return None
 
-    def refuses_fit(self, fit: "Fit | str | None" = None) -> str | None:
+    def refuses_fit(self, fit: AnyFit = None) -> str | None:
         """Why no float weight can be quantized so, in one sentence, or None. It is asked before a model is changed.
 
         Args:
@@ -52,13 +52,13 @@ class Making(ABC):
         """Why scales cannot be trained, in one sentence, or None."""
         return f"{self} weights have no scales that can be learned; leave out learn_scales, or choose {with_scales()}"
 
-    def wants_moments(self, fit: "Fit | str | None" = None) -> bool:
+    def wants_moments(self, fit: AnyFit = None) -> bool:
         """Whether :meth:`quantize` with this fit makes use of ``Context.moment``."""
         return False
 
     @abstractmethod
     def quantize(
-        self, weight: torch.Tensor, fit: "Fit | str | None" = None, context: Context = NO_CONTEXT
+        self, weight: torch.Tensor, fit: AnyFit = None, context: Context = NO_CONTEXT
     ) -> dict[str, torch.Tensor]:
         """The stored tensors of a float weight, on its device.
 
@@ -75,7 +75,7 @@ class Making(ABC):
         self,
         shape: tuple[int, int],
         dtype: torch.dtype,
-        fit: "Fit | str | None" = None,
+        fit: AnyFit = None,
         *,
         device: str = "cpu",
         calibrated: bool = False,

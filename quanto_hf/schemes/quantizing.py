@@ -1,10 +1,10 @@
-"""How grouped schemes quantize: by the op, or with a fit that chooses the codes of a whole weight."""
+"""Methods of grouped schemes that quantize: by the op, or with a fit that chooses the codes of a whole weight."""
 
 from typing import TYPE_CHECKING
 
 import torch
 
-from quanto_hf.fit import Context, Fit, native_fit
+from quanto_hf.fit import NO_CONTEXT, AnyFit, Context, Fit, native_fit
 from quanto_hf.ops import pack, quantize_op
 from quanto_hf.ops.quantize import BLOCK_VALUES, NOT_FINITE, Recipe
 
@@ -19,8 +19,14 @@ ERROR_ROWS, ERROR_BYTES = 64, 12
 TABLE_BYTES = 20 << 20
 
 
-def quantize_weight(scheme: "Grouped", weight: torch.Tensor, fit: Fit, context: Context) -> Parts:
-    """See :meth:`quanto_hf.schemes.Scheme.quantize`."""
+def quantize(scheme: "Grouped", weight: torch.Tensor, fit: AnyFit = None, context: Context = NO_CONTEXT) -> Parts:
+    """The stored tensors of a float weight: one native pass over it, or torch on blocks of rows through reused buffers,
+    about 8 MB beyond the result. A fit that wants second moments sees the whole weight in float32.
+
+    Raises:
+        ValueError: the weight has another shape or dtype than a weight, or NaN or infinite values.
+    """
+    fit = scheme.fit_of(fit)
     if weight.dim() < 2 or not weight.is_floating_point():
         raise ValueError(
             f"a weight has a float dtype and at least 2 dimensions, "
@@ -40,9 +46,19 @@ def quantize_weight(scheme: "Grouped", weight: torch.Tensor, fit: Fit, context: 
     return result
 
 
-def workspace_bytes(scheme: "Grouped", shape: tuple[int, int], fit: Fit, device: str, calibrated: bool) -> int:
-    """See :meth:`quanto_hf.schemes.Scheme.workspace_bytes`."""
+def workspace_bytes(
+    scheme: "Grouped",
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    fit: AnyFit = None,
+    *,
+    device: str = "cpu",
+    calibrated: bool = False,
+) -> int:
+    """Most bytes of temporaries. In torch, as on an accelerator, an upper bound within a few MB. With second moments
+    about what a fit takes that holds the weight, what is left of it, and three moments, in float32."""
     rows, columns = shape
+    fit = scheme.fit_of(fit)
     if not rows or not columns:
         return 0
     if calibrated and fit.wants_moments:

@@ -15,9 +15,9 @@ import pytest
 import torch
 import transformers as tf
 from aqlm_models import LAYOUTS, Layout, logits, write
+from taken_over import taken_over
 from tiny_models import relative, save, tokens
 from torch import nn
-from transformers.quantizers import auto
 
 import quanto_hf
 from quanto_hf import QLinear, QuantoConfig
@@ -32,14 +32,9 @@ every_kind = pytest.mark.parametrize("kind", [*PUBLISHED, *OURS])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def taken_over():
+def served():
     """quanto_hf serves "aqlm" for these tests."""
-    register = importlib.import_module("quanto_hf.hf.load.register")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(register, "_overrides", set())
-        for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
-            patch.setitem(mapping, "aqlm", mapping["aqlm"])
-        quanto_hf.install(override="aqlm")
+    with taken_over("aqlm"):
         yield
 
 

@@ -28,13 +28,28 @@ def tokenizer():
     return transformers.AutoTokenizer.from_pretrained(quanto_hf.tiny_lm())
 
 
+class Remembering(torch.nn.Module):
+    """A model that answers the same input once."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.known = model, {}
+
+    def forward(self, input_ids, **how):
+        key = input_ids.numpy().tobytes()
+        if key not in self.known:
+            self.known[key] = self.model(input_ids=input_ids, **how)
+        return self.known[key]
+
+
 @pytest.fixture(scope="module")
 def results(exact, tokenizer):
     """Evaluation of the float model and of each number type, made once."""
     inputs = windows(tokenizer(quanto_hf.heldout_text())["input_ids"], 256)[:40]
-    made = {"float": evaluate(exact, inputs)}
+    reference = Remembering(exact)
+    made = {"float": evaluate(reference, inputs)}
     for weights in RISE:
-        made[weights] = evaluate(load(weights), inputs, reference=exact)
+        made[weights] = evaluate(load(weights), inputs, reference=reference)
     return made
 
 

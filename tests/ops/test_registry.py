@@ -49,8 +49,11 @@ def test_torch_library_finds_no_fault(op: Op, qtype: str | None):
     assert cases
     for args in cases:
         torch.library.opcheck(op.operator(kind), args, test_utils=("test_schema", "test_faketensor"))
-    # tracing costs 50 times as much: one shape of each number type
-    torch.library.opcheck(op.operator(kind), cases[-1], test_utils=("test_aot_dispatch_dynamic",))
+    # tracing costs 50 times as much: one shape of AQLM, and of a third of the number types, all of them over the ops
+    # (the gradients of products are traced with all, below)
+    turn = list(QTYPES).index(qtype) if qtype else 0
+    if qtype is None or (turn + turn // 3 + list(OPS).index(op.name)) % 3 == 0:
+        torch.library.opcheck(op.operator(kind), cases[-1], test_utils=("test_aot_dispatch_dynamic",))
 
 
 @every_qtype

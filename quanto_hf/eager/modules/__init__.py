@@ -48,8 +48,7 @@ from quanto_hf.eager.modules.norm import (
 from quanto_hf.eager.modules.on_grid import OnGrid
 from quanto_hf.eager.modules.quantize import DeQuantize, Quantize
 from quanto_hf.eager.modules.recurrent import GRU, LSTM, GRUCell, LSTMCell, RNNCell, StoredRecurrent
-from quanto_hf.eager.modules.reference import as_reference
-from quanto_hf.eager.modules.stored_weights import StoredWeights
+from quanto_hf.eager.modules.stored_weights import StoredWeights, as_reference
 
 __all__ = [
     "ELU",

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from quanto_hf.eager.modules.kept import WithReLU
 from quanto_hf.eager.modules.weighted import Stored, Weighted
 from quanto_hf.nn.qconv import (
     QConv1d,
@@ -57,10 +58,8 @@ class Conv1d(Weighted, QConv1d):
     stored = StoredConv1d
 
 
-class ConvReLU1d(Conv1d):
+class ConvReLU1d(WithReLU, Conv1d):
     """A convolution and a ReLU, of which only the output of the second is rounded."""
-
-    relu = True
 
 
 class StoredConvTranspose1d(StoredConvTranspose, nn.ConvTranspose1d):
@@ -84,10 +83,8 @@ class Conv2d(Weighted, QConv2d):
     stored = StoredConv2d
 
 
-class ConvReLU2d(Conv2d):
+class ConvReLU2d(WithReLU, Conv2d):
     """A convolution and a ReLU, of which only the output of the second is rounded."""
-
-    relu = True
 
 
 class StoredConvTranspose2d(StoredConvTranspose, nn.ConvTranspose2d):
@@ -111,10 +108,8 @@ class Conv3d(Weighted, QConv3d):
     stored = StoredConv3d
 
 
-class ConvReLU3d(Conv3d):
+class ConvReLU3d(WithReLU, Conv3d):
     """A convolution and a ReLU, of which only the output of the second is rounded."""
-
-    relu = True
 
 
 class StoredConvTranspose3d(StoredConvTranspose, nn.ConvTranspose3d):

@@ -9,11 +9,11 @@ from torch import nn
 
 from quanto_hf.eager.modules.errors import QConfigError
 from quanto_hf.eager.modules.kept import bare
-from quanto_hf.eager.modules.stored_weights import StoredWeights, observer_for, weight_observer
+from quanto_hf.eager.modules.stored_weights import StoredWeight, observer_for, weight_observer
 from quanto_hf.nn.qembedding import rows_of_bags
 
 
-class StoredEmbedding(StoredWeights):
+class StoredEmbedding(StoredWeight):
     """What both embeddings share."""
 
     @classmethod
@@ -38,19 +38,6 @@ class StoredEmbedding(StoredWeights):
         new: Any = bare(cls, mod)
         new.hold("weight", mod.weight, weight_observer(mod, use_precomputed_fake_quant))
         return new
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight as a float tensor."""
-        return self.weight_of("weight")
-
-    @weight.setter
-    def weight(self, value: torch.Tensor) -> None:
-        self.refuse(value)
-
-    def extra_repr(self) -> str:
-        """As of the float module, and the weights."""
-        return f"{super().extra_repr()}, {self.weights_repr()}"
 
 
 class Embedding(StoredEmbedding, nn.Embedding):

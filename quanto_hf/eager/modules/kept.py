@@ -31,6 +31,17 @@ class KeepsNamed(nn.Module):
         return super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
 
 
+class WithReLU:
+    """Mixin of modules with a fused ReLU, which comes before the output is rounded."""
+
+    relu = True
+
+
+def as_parameter(tensor: torch.Tensor | None) -> nn.Parameter | None:
+    """A Parameter as it is, another tensor as a new one, and None."""
+    return tensor if tensor is None or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach())
+
+
 def settings_of(module: nn.Module) -> dict[str, Any]:
     """What a module was made with: everything but its tensors, children, hooks and what quantization has added."""
     own = set(nn.Module().__dict__) | {"qconfig", "activation_post_process", "parametrizations"}

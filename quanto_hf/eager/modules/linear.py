@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quanto_hf.eager.modules.kept import WithReLU
 from quanto_hf.eager.modules.weighted import Stored, Weighted
 from quanto_hf.nn.qlinear import QLinear
 
@@ -22,10 +23,8 @@ class Linear(Weighted, QLinear):
     stored = StoredLinear
 
 
-class LinearReLU(Linear):
+class LinearReLU(WithReLU, Linear):
     """A linear layer and a ReLU, of which only the output of the second is rounded."""
-
-    relu = True
 
 
 class DynamicLinear(Linear):
@@ -34,7 +33,5 @@ class DynamicLinear(Linear):
     is_dynamic = True
 
 
-class DynamicLinearReLU(DynamicLinear):
-    """The same with a ReLU."""
-
-    relu = True
+class DynamicLinearReLU(WithReLU, DynamicLinear):
+    """A :class:`DynamicLinear` and a ReLU."""

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from quanto_hf.eager.modules.kept import WithReLU
 from quanto_hf.eager.modules.on_grid import OnGrid
 
 
@@ -41,16 +42,12 @@ class BatchNorm3d(Norm, nn.BatchNorm3d):
     """``nn.BatchNorm3d`` with a rounded output."""
 
 
-class BNReLU2d(BatchNorm2d):
+class BNReLU2d(WithReLU, BatchNorm2d):
     """A batch norm and a ReLU, of which only the output of the second is rounded."""
 
-    relu = True
 
-
-class BNReLU3d(BatchNorm3d):
+class BNReLU3d(WithReLU, BatchNorm3d):
     """A batch norm and a ReLU, of which only the output of the second is rounded."""
-
-    relu = True
 
 
 class LayerNorm(Norm, nn.LayerNorm):

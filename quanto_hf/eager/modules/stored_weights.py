@@ -25,6 +25,8 @@ INT4 = Affine("int4", symmetric=False)
 # what torch calls them, and what their codes are stored as
 CODES = {"qint8": torch.int8, "int8": torch.int8, "quint8": torch.uint8, "uint8": torch.uint8, "quint4x2": torch.uint8}
 
+_REFERENCES: dict[type[Any], type[Any]] = {}
+
 
 @dataclass
 class Held:
@@ -200,10 +202,6 @@ class StoredWeights(KeepsNamed):
             self.weight_dtype = probe.dtype
         return self
 
-    def refuse(self, value: Any) -> None:
-        """Setter of ``weight`` in modules that answer with a float copy."""
-        refuse_write(self, "weight = ...")
-
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of nn.Module; refuses a float weight where a quantized one is held, which nothing would read."""
         if name in self.__dict__.get("held", {}):
@@ -214,6 +212,35 @@ class StoredWeights(KeepsNamed):
         """The stored weights in a few words."""
         kinds = sorted({how.dtype for how in self.__dict__.get("held", {}).values()})
         return f"weights={'/'.join(kinds)}" + (", reference" if self.is_reference else "")
+
+
+class StoredWeight(StoredWeights):
+    """Mixin of modules with one such weight. The other base is the float module type, or has it."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as a float tensor."""
+        return self.weight_of("weight")
+
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        refuse_write(self, "weight = ...")
+
+    def extra_repr(self) -> str:
+        """As of the float module, the grid if there is one, and the weights."""
+        return f"{super().extra_repr()}, {self.weights_repr()}"
+
+
+def as_reference(cls: type[Any]) -> type[Any]:
+    """The class whose modules keep the float weight, round it in each forward pass, and give the numbers of ``cls``.
+
+    Args:
+        cls: a class that has ``is_reference``.
+    """
+    if cls not in _REFERENCES:
+        text = f"A {cls.__name__} that keeps its float weight."
+        _REFERENCES[cls] = type(f"Reference{cls.__name__}", (cls,), {"is_reference": True, "__doc__": text})
+    return _REFERENCES[cls]
 
 
 def scale_axis(observer: Any, dims: int, default: int) -> int:

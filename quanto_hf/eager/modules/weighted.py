@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from quanto_hf.eager.modules.kept import bare
+from quanto_hf.eager.modules.kept import as_parameter, bare
 from quanto_hf.eager.modules.on_grid import OnGrid
 from quanto_hf.eager.modules.stored_weights import (
     INT8,
-    StoredWeights,
+    StoredWeight,
     encoded,
     is_symmetric_int8,
     scale_axis,
@@ -55,7 +55,7 @@ class Weighted(OnGrid):
         if cls.is_reference or not is_symmetric_int8(observer) or axis != cls.row_axis:
             new = bare(cls.stored, inner)
             new.relu, new.is_reference = cls.relu, cls.is_reference
-            new.register_parameter("bias", _parameter(bias))
+            new.register_parameter("bias", as_parameter(bias))
             new.hold("weight", weight, observer)
         else:
             new = _packed(cls, inner, weight.detach(), bias, observer)
@@ -76,7 +76,7 @@ class Weighted(OnGrid):
         return nn.Sequential(module, nn.ReLU()) if self.relu else module
 
 
-class Stored(OnGrid, StoredWeights):
+class Stored(StoredWeight, OnGrid):
     """Mixin of modules whose weight is float16, or has a zero point, or is a reference. The other base is the float
     module type."""
 
@@ -109,19 +109,6 @@ class Stored(OnGrid, StoredWeights):
         """
         raise NotImplementedError
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight as a float tensor."""
-        return self.weight_of("weight")
-
-    @weight.setter
-    def weight(self, value: torch.Tensor) -> None:
-        self.refuse(value)
-
-    def extra_repr(self) -> str:
-        """As of the float module, the grid, and the weights."""
-        return f"{super().extra_repr()}, {self.weights_repr()}"
-
 
 def inner_of(mod: nn.Module) -> nn.Module:
     """The module that has the weight: of a fused one the first child."""
@@ -142,10 +129,6 @@ def has_dynamic_input(mod: nn.Module) -> bool:
     return bool(getattr(observer, "is_dynamic", False)) or is_memoryless(observer)
 
 
-def _parameter(bias: torch.Tensor | None) -> nn.Parameter | None:
-    return bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach())
-
-
 def _packed(cls: Any, inner: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None, observer: Any) -> Any:
     """A FROZEN module of the class, with this weight in int8."""
     new = cls.__new__(cls)
@@ -153,7 +136,7 @@ def _packed(cls: Any, inner: nn.Module, weight: torch.Tensor, bias: torch.Tensor
     for name in new.constants:
         setattr(new, name, getattr(inner, name))
     new._setup(INT8, weight.dtype)
-    new._parameters["bias"] = _parameter(bias)
+    new._parameters["bias"] = as_parameter(bias)
     if weight.device.type == "meta":
         new.make_empty()
         return new

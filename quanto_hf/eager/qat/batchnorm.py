@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from quanto_hf.eager.modules.kept import bare
+from quanto_hf.eager.modules.kept import WithReLU
 from quanto_hf.eager.qat.weighted import RoundedWeight
 
 
@@ -27,6 +27,10 @@ class WithBatchNorm(RoundedWeight):
     def adopt(self, mod: Any) -> None:
         """Take the batch norm of a fused module, its second child."""
         self.bn = mod[1]
+
+    def adopted(self) -> list[nn.Module]:
+        """The batch norm."""
+        return [self.bn]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The product with the rounded weight, the batch norm, and the fused ReLU."""
@@ -75,13 +79,6 @@ class WithBatchNorm(RoundedWeight):
         self.bn.train(True)
         return self
 
-    def to_float(self) -> nn.Module:
-        """The float modules in a row."""
-        kind: Any = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.nn."))
-        module: nn.Module = bare(kind, self)
-        module._parameters.update(self._parameters)
-        return nn.Sequential(module, self.bn, *[nn.ReLU()] * self.relu)
-
 
 class ConvBn1d(WithBatchNorm, nn.Conv1d):
     """``nn.Conv1d`` and ``nn.BatchNorm1d``."""
@@ -95,22 +92,16 @@ class ConvBn3d(WithBatchNorm, nn.Conv3d):
     """``nn.Conv3d`` and ``nn.BatchNorm3d``."""
 
 
-class ConvBnReLU1d(ConvBn1d):
+class ConvBnReLU1d(WithReLU, ConvBn1d):
     """``nn.Conv1d``, ``nn.BatchNorm1d`` and ReLU."""
 
-    relu = True
 
-
-class ConvBnReLU2d(ConvBn2d):
+class ConvBnReLU2d(WithReLU, ConvBn2d):
     """``nn.Conv2d``, ``nn.BatchNorm2d`` and ReLU."""
 
-    relu = True
 
-
-class ConvBnReLU3d(ConvBn3d):
+class ConvBnReLU3d(WithReLU, ConvBn3d):
     """``nn.Conv3d``, ``nn.BatchNorm3d`` and ReLU."""
-
-    relu = True
 
 
 class LinearBn1d(WithBatchNorm, nn.Linear):

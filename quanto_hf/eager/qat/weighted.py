@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quanto_hf.eager.modules.errors import QConfigError
-from quanto_hf.eager.modules.kept import bare
+from quanto_hf.eager.modules.kept import WithReLU, bare
 from quanto_hf.nn.observers import is_memoryless
 
 
@@ -50,6 +50,10 @@ class RoundedWeight(nn.Module):
     def adopt(self, mod: nn.Module) -> None:
         """Take over what else a fused module has."""
 
+    def adopted(self) -> list[nn.Module]:
+        """What :meth:`adopt` took."""
+        return []
+
     @property
     def rounded_weight(self) -> torch.Tensor:
         """The weight on its grid."""
@@ -61,11 +65,12 @@ class RoundedWeight(nn.Module):
         return out.relu() if self.relu else out
 
     def to_float(self) -> nn.Module:
-        """A float module with the same parameters: with the ReLU if one is fused."""
+        """A float module with the same parameters; with a fused batch norm or ReLU a sequence of them."""
         kind: Any = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.nn."))
         module: nn.Module = bare(kind, self)
         module._parameters.update(self._parameters)
-        return nn.Sequential(module, nn.ReLU()) if self.relu else module
+        after = [*self.adopted(), *[nn.ReLU()] * self.relu]
+        return nn.Sequential(module, *after) if after else module
 
 
 class Linear(RoundedWeight, nn.Linear):
@@ -76,10 +81,8 @@ class Linear(RoundedWeight, nn.Linear):
         return self.finish(F.linear(input, self.rounded_weight, self.bias))
 
 
-class LinearReLU(Linear):
+class LinearReLU(WithReLU, Linear):
     """``nn.Linear`` with a rounded weight, and ReLU."""
-
-    relu = True
 
 
 class DynamicLinear(Linear):
@@ -120,22 +123,16 @@ class Conv3d(_Conv, nn.Conv3d):
     """``nn.Conv3d`` with a rounded weight."""
 
 
-class ConvReLU1d(Conv1d):
+class ConvReLU1d(WithReLU, Conv1d):
     """``nn.Conv1d`` with a rounded weight, and ReLU."""
 
-    relu = True
 
-
-class ConvReLU2d(Conv2d):
+class ConvReLU2d(WithReLU, Conv2d):
     """``nn.Conv2d`` with a rounded weight, and ReLU."""
 
-    relu = True
 
-
-class ConvReLU3d(Conv3d):
+class ConvReLU3d(WithReLU, Conv3d):
     """``nn.Conv3d`` with a rounded weight, and ReLU."""
-
-    relu = True
 
 
 class _Table(RoundedWeight):

@@ -3,7 +3,7 @@
 import torch
 
 from quanto_hf.fit.aqlm.layout import Layout, decode
-from quanto_hf.fit.aqlm.loops import code_sums, product, search, total
+from quanto_hf.fit.aqlm.loops import loops_on, total
 from quanto_hf.fit.aqlm.metric import Metric
 
 # k-means sees at most this many groups for each vector: more do not change what it finds.
@@ -31,7 +31,7 @@ def start(targets: torch.Tensor, weights: torch.Tensor, layout: Layout, seed: in
     rows, columns, width = targets.shape
     rest = targets.reshape(-1, width).clone()
     each = weights.repeat_interleave(columns)
-    codebooks, codes = [], []
+    codebooks, codes, loops = [], [], loops_on(rest.device)
     for _ in range(layout.num_codebooks):
         order = torch.randperm(rest.shape[0], generator=generator, device="cpu", dtype=torch.int64).to(rest.device)
         book = _first_vectors(rest, order, layout.size)
@@ -39,13 +39,13 @@ def start(targets: torch.Tensor, weights: torch.Tensor, layout: Layout, seed: in
         values, value_weights = rest[sample].contiguous(), each[sample].contiguous()
         code = torch.zeros(values.shape[0], 1, dtype=torch.int32, device=rest.device)
         for _ in range(ROUNDS):
-            search(values, book, code, 1)
-            sums, totals = code_sums(values, value_weights, code, layout.size)
+            loops.search(values, book, code, 1)
+            sums, totals = loops.code_sums(values, value_weights, code, layout.size)
             means = (sums / totals.unsqueeze(-1).clamp(min=1e-30)).float()
             # a vector that is nearest to no group stays where it is
             book = torch.where(totals.unsqueeze(-1) > 0, means, book)
         code = torch.zeros(rest.shape[0], 1, dtype=torch.int32, device=rest.device)
-        search(rest, book, code, 1)
+        loops.search(rest, book, code, 1)
         rest -= decode(code, book)
         codebooks.append(book[0])
         codes.append(code)
@@ -82,20 +82,20 @@ def least_squares(
     Returns:
         New codebooks.
     """
-    flat = codes.reshape(-1, codes.shape[-1])
+    flat, loops = codes.reshape(-1, codes.shape[-1]), loops_on(codes.device)
 
     def gathered(groups: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the groups of each vector, after the Hessian."""
         if metric is not None:
-            groups = layout.to_groups(product(layout.to_weight(groups), metric.hessian))
-        return code_sums(groups.reshape(flat.shape[0], -1), weights, flat, layout.size)[0]
+            groups = layout.to_groups(loops.product(layout.to_weight(groups), metric.hessian))
+        return loops.code_sums(groups.reshape(flat.shape[0], -1), weights, flat, layout.size)[0]
 
     if metric is None:
-        diagonal = code_sums(targets.reshape(flat.shape[0], -1), weights, flat, layout.size)[1].unsqueeze(-1)
+        diagonal = loops.code_sums(targets.reshape(flat.shape[0], -1), weights, flat, layout.size)[1].unsqueeze(-1)
     else:
         # with a single column group this would stay a view of one row
         curvature = metric.diagonal(layout).expand(codes.shape[0], -1, -1).reshape(flat.shape[0], -1).contiguous()
-        diagonal = code_sums(curvature, weights, flat, layout.size)[0]
+        diagonal = loops.code_sums(curvature, weights, flat, layout.size)[0]
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
     solution = codebooks.double()
     residual = gathered(targets - decode(codes, codebooks))

@@ -19,36 +19,17 @@ SUMMED = 1 << 14
 TOLERANCE = 1e-4
 
 
-def search(targets: torch.Tensor, codebooks: torch.Tensor, codes: torch.Tensor, beam: int) -> None:
-    """See :func:`quanto_hf.fit.aqlm.search.search`."""
-    native = _loops(targets.device)
-    (torch_search if native is None else native.search)(targets, codebooks, codes, beam)
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum of all values, in an order that no number of threads changes; a tensor without dimensions."""
+    return torch.stack([part.sum() for part in values.flatten().split(SUMMED)]).sum()
 
 
-def sweep(
-    state: torch.Tensor,
-    weight: torch.Tensor | None,
-    follow: torch.Tensor,
-    lower: torch.Tensor,
-    to: torch.Tensor,
-    codebooks: torch.Tensor,
-    codes: torch.Tensor,
-    out_group: int,
-    beam: int,
-) -> None:
-    """See :func:`quanto_hf.fit.aqlm.sweep.sweep`."""
-    native = _loops(state.device)
-    run = torch_sweep if native is None else native.sweep
-    run(state, weight, follow, lower, to, codebooks, codes, out_group, beam)
+def row_totals(values: torch.Tensor) -> torch.Tensor:
+    """The same for each row of a matrix."""
+    return torch.stack([part.sum(1) for part in values.split(SUMMED, dim=1)]).sum(0)
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b``, float32 matrices."""
-    native = _loops(a.device)
-    return a @ b if native is None else native.product(a, b)
-
-
-def code_sums(
+def torch_code_sums(
     values: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted sum, and sum of weights, of the groups of each code.
@@ -62,23 +43,6 @@ def code_sums(
     Returns:
         float64, shapes (K, size, values) and (K, size).
     """
-    native = _loops(values.device)
-    return (_torch_code_sums if native is None else native.code_sums)(values, weights, codes, size)
-
-
-def total(values: torch.Tensor) -> torch.Tensor:
-    """The sum of all values, in an order that no number of threads changes; a tensor without dimensions."""
-    return torch.stack([part.sum() for part in values.flatten().split(SUMMED)]).sum()
-
-
-def row_totals(values: torch.Tensor) -> torch.Tensor:
-    """The same for each row of a matrix."""
-    return torch.stack([part.sum(1) for part in values.split(SUMMED, dim=1)]).sum(0)
-
-
-def _torch_code_sums(
-    values: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
     each = weights.double().repeat_interleave(values.shape[0] // weights.shape[0])
     weighted = values.double() * each[:, None]
     sums = weighted.new_zeros((codes.shape[1], size, values.shape[1]))
@@ -89,6 +53,10 @@ def _torch_code_sums(
     return sums, totals
 
 
+# what the native loops are compared with: the definition of each
+TORCH = Loops(lambda: None, lambda: "torch", torch_search, torch_sweep, torch.matmul, torch_code_sums)
+
+
 def runs_native(device: torch.device) -> bool:
     """Whether the loops on this device are the native ones."""
     if refuses_loops(device) is not None:
@@ -97,8 +65,9 @@ def runs_native(device: torch.device) -> bool:
     return why_wrong(loops.label(), loops) is None
 
 
-def _loops(device: torch.device) -> Loops | None:
-    return LOOPS[device.type] if runs_native(device) else None
+def loops_on(device: torch.device) -> Loops:
+    """The loops for tensors on this device: the native ones, or those in torch."""
+    return LOOPS[device.type] if runs_native(device) else TORCH
 
 
 @checked(lambda label, loops: f"{label} loops of additive codebooks")
@@ -159,5 +128,5 @@ def _sums_error(loops: Loops) -> float:
         codes.reshape(-1, 3),
         torch.rand(37, generator=torch.Generator().manual_seed(2), dtype=torch.float32),
     )
-    made, exact = (run(values, weights, codes, 70) for run in (loops.code_sums, _torch_code_sums))
+    made, exact = (run(values, weights, codes, 70) for run in (loops.code_sums, torch_code_sums))
     return max(float((a - b).abs().nan_to_num(nan=torch.inf).max()) for a, b in zip(made, exact, strict=True))

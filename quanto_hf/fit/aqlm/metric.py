@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from quanto_hf.fit.aqlm.layout import Layout
-from quanto_hf.fit.aqlm.loops import product, total
+from quanto_hf.fit.aqlm.loops import loops_on, total
 
 # Share of the mean of the diagonal that is added to it. Inputs that the calibration never saw would cost nothing else.
 DAMPING = 0.01
@@ -70,7 +70,7 @@ class Metric:
         size = columns * width
         upper = torch.eye(size, device=self.hessian.device, dtype=torch.float32)
         weighted = self.hessian.new_zeros(size, size)  # (V D)^T
-        factors = torch.empty_like(self.lower)
+        factors, product = torch.empty_like(self.lower), loops_on(self.hessian.device).product
         for j in range(columns - 1, -1, -1):
             here, end = slice(j * width, (j + 1) * width), (j + 1) * width
             # what the groups to the right leave of the columns of this one, as rows: those above it, and its own block

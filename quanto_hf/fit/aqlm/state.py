@@ -4,7 +4,7 @@ import torch
 
 from quanto_hf.fit.aqlm.books import least_squares, start
 from quanto_hf.fit.aqlm.layout import Layout, decode
-from quanto_hf.fit.aqlm.loops import product, row_totals, search, sweep
+from quanto_hf.fit.aqlm.loops import loops_on, row_totals
 from quanto_hf.fit.aqlm.metric import Metric
 
 
@@ -20,6 +20,7 @@ class State:
     def __init__(self, layout: Layout, weight: torch.Tensor, seed: int) -> None:
         self.layout = layout
         self.metric: Metric | None = None
+        self.loops = loops_on(weight.device)
         self.groups = layout.to_groups(weight)
         # by way of the largest value: the square of a value may be out of the range of float32
         self.set_scales(self.groups.abs().amax((1, 2)))
@@ -40,7 +41,7 @@ class State:
         made = decode(self.codes, self.codebooks)
         image = made
         if self.metric is not None:
-            image = self.layout.to_groups(product(self.layout.to_weight(made), self.metric.hessian))
+            image = self.layout.to_groups(self.loops.product(self.layout.to_weight(made), self.metric.hessian))
         along = row_totals((image * self.targets).flatten(1))
         square = row_totals((image * made).flatten(1))
         self.set_scales(torch.where(square > 0, self.scales * (along / square), self.scales))
@@ -53,11 +54,11 @@ class State:
         """Better codes for the codebooks."""
         if self.metric is None:
             count, width = self.layout.num_codebooks, self.layout.width
-            search(self.targets.view(-1, width), self.codebooks, self.codes.view(-1, count), beam)
+            self.loops.search(self.targets.view(-1, width), self.codebooks, self.codes.view(-1, count), beam)
             return
         metric, made = self.metric, decode(self.codes, self.codebooks)
-        gradient = product(self.layout.to_weight(self.targets - made), metric.hessian)
-        self._sweep(gradient, None, metric.hessian, metric.lower, metric.inverse, beam)
+        gradient = self.loops.product(self.layout.to_weight(self.targets - made), metric.hessian)
+        self._sweep(beam, gradient, None, metric.hessian, metric.lower, metric.inverse)
 
     def set_metric(self, metric: Metric, beam: int) -> None:
         """Go on with the error of outputs, and choose codes for it that look ahead."""
@@ -68,18 +69,11 @@ class State:
             return
         upper, lower = factors
         weight = self.layout.to_weight(self.targets)
-        self._sweep(weight.clone(), weight, upper, lower, lower, beam)
+        self._sweep(beam, weight.clone(), weight, upper, lower, lower)
 
-    def _sweep(
-        self,
-        state: torch.Tensor,
-        weight: torch.Tensor | None,
-        follow: torch.Tensor,
-        lower: torch.Tensor,
-        to: torch.Tensor,
-        beam: int,
-    ) -> None:
-        sweep(state, weight, follow, lower, to, self.codebooks, self.codes, self.layout.out_group, beam)
+    def _sweep(self, beam: int, *problem: torch.Tensor | None) -> None:
+        """Better codes for a problem: what :func:`quanto_hf.fit.aqlm.sweep.sweep` takes before the codebooks."""
+        self.loops.sweep(*problem, self.codebooks, self.codes, self.layout.out_group, beam)
 
     def round(self, dtype: torch.dtype, beam: int) -> None:
         """Round codebooks and scales to the dtype in which they are stored, and then choose the codes.

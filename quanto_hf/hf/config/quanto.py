@@ -53,6 +53,8 @@ class QuantoConfig(FormatConfig):
             not ``mlp``) quantizes it.
         default_skips: False also quantizes output and task heads, routers and gates. Tied weights stay float all the
             same.
+        split_experts: save each expert of a mixture under a name of its own, as most published checkpoints and vLLM
+            have them, and not all of a layer as one tensor. Both load again.
         dequantize: load with float weights in plain layers: those of the quantized checkpoint, or, of a float one,
             the weights rounded as they would be.
         format_version: format of the checkpoint; written by the library.
@@ -78,6 +80,7 @@ class QuantoConfig(FormatConfig):
     fit: str | None = None
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     default_skips: bool = True
+    split_experts: bool = False
     dequantize: bool = False
     static_activations: bool = False
     qat: bool = False
@@ -120,7 +123,7 @@ class QuantoConfig(FormatConfig):
         names = self.modules_to_not_convert
         if names is not None and not (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)):
             problems.append(f"modules_to_not_convert={SHORT.repr(names)}; give a list of names or patterns, or None")
-        for flag in ("default_skips", "dequantize", "static_activations", "qat", "learn_scales"):
+        for flag in ("default_skips", "split_experts", "dequantize", "static_activations", "qat", "learn_scales"):
             if not isinstance(getattr(self, flag), bool):
                 problems.append(f"{flag}={SHORT.repr(getattr(self, flag))}; choose True or False")
         if not isinstance(self.overrides, Mapping):

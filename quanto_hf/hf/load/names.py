@@ -8,13 +8,13 @@ from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from quanto_hf.nn import QuantizedWeight
-from quanto_hf.nn.slots import Slot, joined
+from quanto_hf.nn.slots import Slot, joined, module_at
 
 
 def split_name(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that owns a parameter, and the parameter's own name."""
     path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
+    return module_at(model, path), leaf
 
 
 def slot_at(model: nn.Module, name: str) -> tuple[QuantizedWeight, Slot] | None:
@@ -27,8 +27,9 @@ def slot_at(model: nn.Module, name: str) -> tuple[QuantizedWeight, Slot] | None:
     if not isinstance(module, QuantizedWeight):
         return None
     # beside the placeholder a layer holds the empty tensors for what is made of it
-    found = (slot for slot in module.slots if slot.name == leaf and module.tensors(leaf))
-    return next(((module, slot) for slot in found), None)
+    if leaf not in (module.slot_schemes or module.slot_names) or not module.holds(slot := module.slot(leaf)):
+        return None
+    return module, slot
 
 
 def stored_name(slot: Slot, name: str, part: str) -> str:

@@ -16,13 +16,14 @@ def own_floats(model: Any, every: bool) -> None:
         every: of a float checkpoint, which would stay mapped as a whole for the sake of some norms. Of a quantized one
             only those that do not begin at a cache line, whose products would have other last bits.
     """
-    layers = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+    modules = list(model.modules())
+    layers = [module for module in modules if isinstance(module, QuantizedWeight)]
     stored = {id(layer._parameters.get(name)) for layer in layers for name in layer.stored_names}
     # the former ones too, so that no other tensor gets the number of one that is gone
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     # tensors of inference mode, in which the caller may be, cannot be trained later
     with torch.inference_mode(False):
-        for module in model.modules():
+        for module in modules:
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     if tensor is not None and tensor.device.type == "cpu" and id(tensor) not in stored:

@@ -16,11 +16,12 @@ from quanto_hf.hf.config.refusals import refuse_optimum_quanto
 from quanto_hf.hf.load import building
 from quanto_hf.hf.load.assigning import new_assignment, saved_assignment, warn_of_floats, was_written_from
 from quanto_hf.hf.load.checking import check_before_loading, expect_guards
+from quanto_hf.hf.load.expert_names import packed_conversions
 from quanto_hf.hf.load.finishing import dequantized, finish_layers, finish_offload
 from quanto_hf.hf.load.finite import refuse_not_finite
 from quanto_hf.hf.load.legacy import LegacyHooks
 from quanto_hf.hf.load.loading import QuantizeWeights
-from quanto_hf.hf.load.merging import merge_late
+from quanto_hf.hf.load.merging import late
 from quanto_hf.hf.load.model_dtype import know_dtypes
 from quanto_hf.hf.load.names import waiting_slot
 from quanto_hf.hf.load.own_floats import own_floats
@@ -127,8 +128,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             refuse_optimum_quanto(self._headers or (), files)
         if self.pre_quantized:
             take_stored_dtypes(model, self._headers or {})
-        self.kept = kept_dtypes(model, self._dtype)
-        self._stored = kept_tensors(model)
+        self.kept, self._stored = kept_dtypes(model, self._dtype), kept_tensors(model)
         self._device_map = kwargs.get("device_map")
         return model
 
@@ -147,14 +147,14 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         # the first hook after the model was built
         if building.end():
             building.tie_alone(model)
-        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
-        if not self.pre_quantized:
-            conversions = self._conversions = merge_late(conversions)
+        made = super().update_weight_conversions(weight_conversions, model)
+        conversions = self._conversions = (
+            [*made, *packed_conversions(made, model)] if self.pre_quantized else late(made)
+        )
         if self._headers is not None:
-            # a copy: conversions remember which names they have seen
-            seen = copy.deepcopy(conversions)
+            seen, complete = copy.deepcopy(conversions), was_written_from(model)
             try:
-                check_before_loading(model, self._headers, seen, self.pre_quantized, complete=was_written_from(model))
+                check_before_loading(model, self._headers, seen, self.pre_quantized, complete)
             except CheckpointError as error:
                 hint = self.quantization_config.hint()
                 raise (CheckpointError(f"{error}\n({hint})") if hint else error) from None

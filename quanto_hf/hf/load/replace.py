@@ -23,6 +23,7 @@ from quanto_hf.hf.config.quanto import QuantoConfig
 from quanto_hf.hf.config.refusals import refuse_no_config
 from quanto_hf.nn import QuantizedInput, QuantizedWeight
 from quanto_hf.nn.learned import LearnedScales
+from quanto_hf.nn.slots import module_at
 
 
 def empty_module(
@@ -88,7 +89,7 @@ def replace_by_assignment(
     refuse_other_dtypes(model, assignment.chosen)
     made: dict[nn.Module, nn.Module] = {}
     for name, choices in by_module(model, assignment.chosen).items():
-        module = model.get_submodule(name)
+        module = module_at(model, name)
         made[module] = empty_module(module, choices, config, pre_quantized, cls)
     replace_modules(model, made)
     note_reasons(model, assignment)

@@ -79,7 +79,7 @@ class Deferred:
             return False
         return any(get_device(self.device_map, name) == "disk" for name in targets_of(origin.converter, first))
 
-    def takes(self, model: torch.nn.Module, first: str, name: str, pieces: list[torch.Tensor]) -> bool:
+    def takes(self, model: torch.nn.Module, first: str, name: str, piece: torch.Tensor) -> bool:
         """Whether a tensor is left for later: it goes to disk, and comes from safetensors files, which can be read
         again.
 
@@ -87,7 +87,7 @@ class Deferred:
             model: the one that is loaded.
             first: the first of the names that the loader makes together.
             name: of this one.
-            pieces: what the loader has made of it: one tensor, or rows to be put under each other.
+            piece: what the loader has made of it, or the first of the pieces along its first dimension.
         """
         origin = self._made_from(model).get(first)
         owner, leaf = split_name(model, name)
@@ -96,7 +96,7 @@ class Deferred:
             return False
         if origin.converter is None and len(origin.parts) > 1:
             return False
-        self.taken[name] = Taken(first, TensorSpec(tuple(pieces[0].shape), pieces[0].dtype))
+        self.taken[name] = Taken(first, TensorSpec(tuple(piece.shape), piece.dtype))
         return True
 
     def _made_from(self, model: Any) -> Mapping[str, Origin]:

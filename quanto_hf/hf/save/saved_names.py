@@ -11,6 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 from quanto_hf.hf.load.checking import check_before_loading
+from quanto_hf.hf.load.expert_names import packed_conversions
 from quanto_hf.io import CheckpointError
 from quanto_hf.schemes import TensorSpec
 
@@ -55,7 +56,9 @@ def _why_not_loaded(model: Any, state: dict[str, torch.Tensor], original: bool) 
         return None
     headers = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in saved.items()}
     try:
-        check_before_loading(model, headers, get_model_conversion_mapping(model), True, complete=True)
+        conversions = get_model_conversion_mapping(model)
+        conversions += packed_conversions(conversions, model)
+        check_before_loading(model, headers, conversions, True, complete=True)
     except CheckpointError as problem:
         return problem
     return None

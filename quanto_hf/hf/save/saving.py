@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def _watched(save: Any, is_base: bool) -> Any:
     def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_described(model):
             return save(model, *args, **kwargs)
-        with described(model), scaled_back(model):
+        with described(model), scaled_back(model), _split(model):
             given = _argument("state_dict", args, kwargs) if is_base else None
             if given is None:
                 return _save_whole(save, model, args, kwargs)
@@ -72,6 +73,12 @@ def _watched(save: Any, is_base: bool) -> Any:
 
     save_pretrained.saves_whole = True  # type: ignore[attr-defined]
     return save_pretrained
+
+
+def _split(model: Any) -> AbstractContextManager[None]:
+    from quanto_hf.hf.load.expert_names import split_on_saving
+
+    return split_on_saving(model)
 
 
 def given_state() -> dict[str, Any] | None:

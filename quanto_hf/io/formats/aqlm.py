@@ -27,7 +27,6 @@ class AqlmFormat(Format):
     spoiled: ClassVar[Mapping[str, Any]] = {"num_codebooks": "an interrupted save"}
 
     def part_of(self, leaf: str) -> str | None:
-        """See :class:`Format`."""
         return leaf if leaf in ("codes", "codebooks", "scales") else None
 
     def scheme(self, config: Mapping[str, Any]) -> Aqlm:
@@ -44,13 +43,13 @@ class AqlmFormat(Format):
             raise ValueError(f"{error} ({sizes})") from None
 
     def schemes(self, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> dict[str, Scheme]:
-        """See :class:`Format`: the modules that have one of the stored tensors."""
+        """The scheme of each module that has one of the stored tensors in ``headers``."""
         scheme = self.scheme(config)
         owners = (name.rpartition(".") for name in headers)
         return {owner: scheme for owner, dot, leaf in owners if dot and self.part_of(leaf) is not None}
 
     def describe(self, model: nn.Module, loaded: bool) -> dict[str, Any]:
-        """See :class:`Format`: what stayed float in a model that was not in this format before."""
+        """The list of float parameters, for a model that was not in this format before."""
         if loaded:
             return {}
         stored = {

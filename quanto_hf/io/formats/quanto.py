@@ -111,14 +111,12 @@ class QuantoFormat(Format):
     guarded: ClassVar[bool] = True
 
     def version(self, config: Mapping[str, Any]) -> int:
-        """See :class:`Format`."""
         version = config.get("format_version")
         check_version(version)
         assert isinstance(version, int)
         return version
 
     def refuses_saved(self, config: Mapping[str, Any]) -> str | None:
-        """See :class:`Format`."""
         if config.get("schemes") is not None:
             return None
         return (
@@ -127,14 +125,11 @@ class QuantoFormat(Format):
         )
 
     def schemes(self, config: Mapping[str, Any], headers: Mapping[str, TensorSpec]) -> dict[str, Scheme]:
-        """See :class:`Format`."""
         entries = config.get("schemes")
         return read_modules([] if entries is None else entries)
 
     def describe(self, model: nn.Module, loaded: bool) -> dict[str, Any]:
-        """See :class:`Format`."""
         return {"schemes": describe_modules(model), "format_version": FORMAT_VERSION}
 
     def metadata(self) -> dict[str, str]:
-        """See :class:`Format`."""
         return {VERSION_KEY: str(FORMAT_VERSION)}

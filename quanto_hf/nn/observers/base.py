@@ -88,6 +88,9 @@ class RangeObserver(Observer):
     """
 
     eps: torch.Tensor
+    # the range that was seen
+    min_val: torch.Tensor
+    max_val: torch.Tensor
     schemes: tuple[str, ...] = ("per_tensor_affine", "per_tensor_symmetric")
 
     def __init__(
@@ -121,6 +124,18 @@ class RangeObserver(Observer):
     def is_symmetric(self) -> bool:
         """Whether 0 is the middle of the range."""
         return self.qscheme.endswith("symmetric")
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point of what was seen.
+
+        Returns:
+            float32 scale and int32 zero point (float32 for float qparams), shape (1,), or (channels,) of an observer of
+            channels.
+
+        Raises:
+            RuntimeError: nothing was observed, or values that are NaN or infinite.
+        """
+        return self.qparams_of(self.min_val, self.max_val)
 
     def qparams_of(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point of the range from ``low`` to ``high``, one for each of their elements.

@@ -1,4 +1,4 @@
-"""The smallest and the largest value."""
+"""The smallest and the largest value, and their moving averages."""
 
 from typing import Any
 
@@ -23,9 +23,6 @@ class MinMaxObserver(RangeObserver):
         [0.0199..., 0.0]
     """
 
-    min_val: torch.Tensor
-    max_val: torch.Tensor
-
     def __init__(self, *args: Any, memoryless: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.memoryless = memoryless
@@ -46,18 +43,41 @@ class MinMaxObserver(RangeObserver):
         self.min_val.copy_(low)
         self.max_val.copy_(high)
 
-    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point of the tensor.
-
-        Returns:
-            float32 scale and int32 zero point, shape (1,).
-
-        Raises:
-            RuntimeError: nothing was observed, or values that are NaN or infinite.
-        """
-        return self.qparams_of(self.min_val, self.max_val)
-
     def reset(self) -> None:
         """Forget what was seen."""
         self.min_val.fill_(float("inf"))
         self.max_val.fill_(float("-inf"))
+
+
+@register("moving_average")
+class MovingAverageMinMaxObserver(MinMaxObserver):
+    """Remembers the moving average of the smallest and of the largest value of each tensor.
+
+    Args:
+        averaging_constant: weight of the newest tensor; with 1 only that one counts.
+
+    All others: see :class:`RangeObserver`.
+
+    Example:
+        >>> observer = MovingAverageMinMaxObserver(averaging_constant=0.5)
+        >>> for high in (1.0, 3.0):
+        ...     _ = observer(torch.tensor([0.0, high]))
+        >>> float(observer.max_val)
+        2.0
+    """
+
+    def __init__(self, averaging_constant: float = 0.01, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.averaging_constant = averaging_constant
+        if self.is_dynamic and averaging_constant != 1:
+            raise ValueError(f"is_dynamic needs averaging_constant=1, not {averaging_constant}")
+
+    def update(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Take in the range of one tensor: the first one as it is."""
+        if self.memoryless:
+            super().update(low, high)
+            return
+        # where, not if: a branch on a value would break the graph of torch.compile
+        first = self.min_val > self.max_val
+        for mean, new in ((self.min_val, low), (self.max_val, high)):
+            mean.copy_(torch.where(first, new, mean + self.averaging_constant * (new - mean)))

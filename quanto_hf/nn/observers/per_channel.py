@@ -1,4 +1,4 @@
-"""The smallest and the largest value of each channel."""
+"""The smallest and the largest value of each channel, and their moving averages."""
 
 from typing import Any
 
@@ -24,8 +24,6 @@ class PerChannelMinMaxObserver(RangeObserver):
         [1.0, 2.0]
     """
 
-    min_val: torch.Tensor
-    max_val: torch.Tensor
     schemes = ("per_channel_affine", "per_channel_symmetric", "per_channel_affine_float_qparams")
 
     def __init__(
@@ -66,17 +64,26 @@ class PerChannelMinMaxObserver(RangeObserver):
         """What is remembered after one more tensor."""
         return torch.minimum(low, self.min_val), torch.maximum(high, self.max_val)
 
-    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point of each channel.
-
-        Returns:
-            float32 scale and int32 zero point (float32 for float qparams), shape (channels,).
-
-        Raises:
-            RuntimeError: nothing was observed, or values that are NaN or infinite.
-        """
-        return self.qparams_of(self.min_val, self.max_val)
-
     def reset(self) -> None:
         """Forget what was seen."""
         self.min_val, self.max_val = self.eps.new_empty(0), self.eps.new_empty(0)
+
+
+@register("moving_average_per_channel")
+class MovingAveragePerChannelMinMaxObserver(PerChannelMinMaxObserver):
+    """Remembers the moving average of the smallest and of the largest value of each channel.
+
+    Args:
+        averaging_constant: weight of the newest tensor; with 1 only that one counts.
+
+    All others: see :class:`PerChannelMinMaxObserver`.
+    """
+
+    def __init__(self, averaging_constant: float = 0.01, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.averaging_constant = averaging_constant
+
+    def combine(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is remembered after one more tensor."""
+        c = self.averaging_constant
+        return self.min_val + c * (low - self.min_val), self.max_val + c * (high - self.max_val)

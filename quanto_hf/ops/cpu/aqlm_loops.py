@@ -23,14 +23,7 @@ def _address(tensor: torch.Tensor | None, dtype: torch.dtype = torch.float32) ->
 
 
 def native_search(targets: torch.Tensor, codebooks: torch.Tensor, codes: torch.Tensor, beam: int) -> None:
-    """Better codes, in place (:func:`quanto_hf.fit.aqlm.search.search`).
-
-    Args:
-        targets: shape (groups, values).
-        codebooks: shape (K, vectors, values).
-        codes: shape (groups, K).
-        beam: 1 to ``MAX_BEAM``.
-    """
+    """Better codes, in place: the arguments of :func:`quanto_hf.fit.aqlm.search.search`, ``beam`` <= ``MAX_BEAM``."""
     assert NATIVE is not None
     NATIVE.aqlm_search(
         _address(codebooks),
@@ -54,19 +47,8 @@ def native_sweep(
     out_group: int,
     beam: int,
 ) -> None:
-    """Better codes, column group after column group, in place (:func:`quanto_hf.fit.aqlm.sweep.sweep`).
-
-    Args:
-        state: shape (out_features, in_features); overwritten.
-        weight: the same, or None.
-        follow: shape (in_features, in_features).
-        lower: shape (column groups, in_group, in_group).
-        to: the same.
-        codebooks: shape (K, vectors, values).
-        codes: shape (row groups, column groups, K).
-        out_group: rows of a group.
-        beam: 1 to ``MAX_BEAM``.
-    """
+    """Better codes, column group after column group, in place: the arguments of
+    :func:`quanto_hf.fit.aqlm.sweep.sweep`, ``beam`` up to ``MAX_BEAM``."""
     assert NATIVE is not None
     NATIVE.aqlm_sweep(
         _address(codebooks),
@@ -105,17 +87,8 @@ def native_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def native_code_sums(
     values: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sum, and sum of weights, of the groups of each code, in float64.
-
-    Args:
-        values: shape (groups, values).
-        weights: shape (row groups,): as many groups one after another share a weight.
-        codes: shape (groups, K).
-        size: vectors of a codebook.
-
-    Returns:
-        Shapes (K, size, values) and (K, size).
-    """
+    """Weighted sum, and sum of weights, of the groups of each code: the arguments and the result of
+    :func:`quanto_hf.fit.aqlm.loops.torch_code_sums`."""
     assert NATIVE is not None
     groups, count = codes.shape
     sums = values.new_zeros((count, size, values.shape[1]), dtype=torch.float64)

@@ -96,8 +96,11 @@ def bound_product(
             if refuses(x, weight, bias, *rest):
                 return None
             trusted.add(key)
+        # a slice of a torch.Size takes 0.1 us more
+        size = [*shape]
+        size[-1] = rows
         # not torch.empty, which looks at the default device
-        out = x.new_empty((*shape[:-1], rows))
+        out = x.new_empty(size)
         bias_at = 0 if bias is None else bias.data_ptr()
         run(*at, x.data_ptr(), bias_at, out.data_ptr(), count, kind, threads(), *more)
         return out

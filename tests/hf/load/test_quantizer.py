@@ -193,22 +193,16 @@ def test_a_model_without_linear_layers_to_quantize_warns(llama):
 
 
 def test_a_model_whose_weights_are_mostly_in_modules_that_cannot_be_quantized_warns(tmp_path):
-    config = transformers.MixtralConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
+    config = transformers.LlamaConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
     )
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"78% of the weights of MixtralForCausalLM stay in float.*MixtralExperts"):
-        model = transformers.MixtralForCausalLM.from_pretrained(tmp_path, quantization_config=QuantoConfig("int8"))
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"9\d% of the weights of LlamaForCausalLM stay in float.*Embedding"):
+        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=QuantoConfig("int8"))
     model.save_pretrained(tmp_path / "saved")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        transformers.MixtralForCausalLM.from_pretrained(tmp_path / "saved")
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "saved")
 
 
 def test_a_model_can_be_dequantized_after_it_was_saved(llama, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from aqlm_models import Layout, linears
+from forked import MODELS, Program, run_all
 from safetensors.torch import save_file
 from tiny_models import llama_config
 
@@ -81,13 +82,19 @@ def checkpoints(tmp_path_factory):
         file.unlink()
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_the_peak_is_the_quantized_model_and_little_more(weights, checkpoints):
+@pytest.fixture(scope="module")
+def loads(checkpoints):
+    """What became of the program for each number type, and the bytes of the largest tensor."""
     large, tiny, largest = checkpoints
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(large), weights, str(tiny)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    types = ("int8", "int4")
+    programs = [Program(CHILD, arguments=[str(large), weights, str(tiny)]) for weights in types]
+    done = run_all(programs, MODELS, environment={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return dict(zip(types, done, strict=True)), largest
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_the_peak_is_the_quantized_model_and_little_more(weights, loads):
+    done, largest = loads[0][weights], loads[1]
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     print(weights, {name: f"{value / MB:.0f} MB" for name, value in measured.items()}, f"largest {largest / MB:.0f} MB")

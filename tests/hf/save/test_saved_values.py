@@ -2,7 +2,6 @@
 whose tensors have another dtype, or are not finite."""
 
 import copy
-import importlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,8 +12,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from taken_over import taken_over
 from torch import nn
-from transformers.quantizers import auto
 
 import quanto_hf
 from quanto_hf import AqlmConfig, CheckpointError, QuantoConfig
@@ -49,12 +48,10 @@ def folders(tmp_path_factory: Any) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def served(monkeypatch: Any) -> None:
+def served() -> Iterator[None]:
     """quanto_hf serves "aqlm" for one test."""
-    monkeypatch.setattr(importlib.import_module("quanto_hf.hf.load.register"), "_overrides", set())
-    for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
-        monkeypatch.setitem(mapping, "aqlm", mapping["aqlm"])
-    quanto_hf.install(override="aqlm")
+    with taken_over("aqlm"):
+        yield
 
 
 def load(folder: Path, **options: Any) -> Any:

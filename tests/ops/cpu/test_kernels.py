@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_weights import FLOATS, LEVELS, Exact, Kind, Weight, classes, every_float, make_weight, native, needs_native
+from native_weights import (
+    FLOATS,
+    LEVELS,
+    Exact,
+    Kind,
+    Weight,
+    classes,
+    each_level,
+    every_float,
+    make_weight,
+    native,
+    needs_native,
+)
 from torch import nn
 
 from quanto_hf.nn import QLinear
@@ -59,52 +71,56 @@ def random_x(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 
 @any_kind
 @every_float
-def test_the_product_is_that_of_float64(level: str, kind: Kind, dtype: torch.dtype):
-    # Two of the eight shapes for each combination, and a third of the numbers of rows for each, so that each shape
-    # and each number of rows meets every dtype and level with many kinds.
-    turn = ALL_KINDS.index(kind) + list(FLOATS.values()).index(dtype) + 3 * LEVELS.index(level)
-    for i, (n, k) in enumerate((SHAPES[turn % 8], SHAPES[(5 * turn + 3) % 8])):
-        weight, rows = make_weight(kind, n, k, seed=turn), ROWS[(turn + i) % 3 :: 3]
+def test_the_product_is_that_of_float64(kind: Kind, dtype: torch.dtype):
+    # Three of the eight shapes for each combination, and a third of the numbers of rows for each, so that over the
+    # dtypes each kind meets all shapes, and each shape and dtype meets every number of rows with many kinds.
+    number = ALL_KINDS.index(kind)
+    first = number + 3 * list(FLOATS.values()).index(dtype)
+    for turn in range(first, first + 3):
+        n, k = SHAPES[turn % 8]
+        weight, rows = make_weight(kind, n, k, seed=turn), ROWS[(turn + number) % 3 :: 3]
         x, bias = random_x(rows[-1], k, dtype), torch.randn(n).to(dtype) if turn % 2 else None
         exact = Exact.of(x, weight, bias)
-        for m in rows:
-            exact.check(native()(*weight.linear(x[:m], bias)), m)
+        for _level in each_level():
+            for m in rows:
+                exact.check(native()(*weight.linear(x[:m], bias)), m)
 
 
 @every_kind
 @every_float
-def test_every_kernel_meets_every_shape(level: str, kind: Kind, dtype: torch.dtype):
-    # Three of the eight shapes for each combination, so that over the dtypes a kind meets all of them at each level.
-    first = KINDS.index(kind) + LEVELS.index(level) + 3 * list(FLOATS.values()).index(dtype)
+def test_every_kernel_meets_every_shape(kind: Kind, dtype: torch.dtype):
+    # Three of the eight shapes for each combination, so that over the dtypes a kind meets all of them.
+    first = KINDS.index(kind) + 3 * list(FLOATS.values()).index(dtype)
     for shape in (SHAPES[(first + step) % 8] for step in range(3)):
         weight, x, bias = make_weight(kind, *shape), random_x(17, shape[1], dtype), torch.randn(shape[0]).to(dtype)
         with_bias, without = Exact.of(x, weight, bias), Exact.of(x, weight)
-        for m in (1, 2, 8, 17):
-            with_bias.check(native()(*weight.linear(x[:m], bias)), m)
-            without.check(native()(*weight.linear(x[:m])), m)
+        for _level in each_level():
+            for m in (1, 2, 8, 17):
+                with_bias.check(native()(*weight.linear(x[:m], bias)), m)
+                without.check(native()(*weight.linear(x[:m])), m)
 
 
 @every_kind
 @every_float
-def test_scales_may_have_any_float_dtype(level: str, kind: Kind, dtype: torch.dtype):
+def test_scales_may_have_any_float_dtype(kind: Kind, dtype: torch.dtype):
     for scale_dtype in FLOATS.values():
         weight, x = make_weight(kind, 17, 200, scale_dtype=scale_dtype), random_x(17, 200, dtype)
         exact = Exact.of(x, weight)
-        for m in (1, 5, 17):
-            exact.check(native()(*weight.linear(x[:m])), m)
+        for _level in each_level():
+            for m in (1, 5, 17):
+                exact.check(native()(*weight.linear(x[:m])), m)
 
 
 @every_float
 @pytest.mark.parametrize("group_size", [-1, 32])
-def test_the_code_minus_128_of_a_foreign_checkpoint_is_multiplied_right(
-    level: str, dtype: torch.dtype, group_size: int
-):
+def test_the_code_minus_128_of_a_foreign_checkpoint_is_multiplied_right(dtype: torch.dtype, group_size: int):
     # our own int8 ends at -127, and the magnitude of -128 does not fit into 7 bits
     weight, x = make_weight(Kind("int8", group_size), 17, 200), random_x(17, 200, dtype)
     weight.packed.fill_(-128)
     exact = Exact.of(x, weight)
-    for m in (1, 8, 17):
-        exact.check(native()(*weight.linear(x[:m])), m)
+    for _level in each_level():
+        for m in (1, 8, 17):
+            exact.check(native()(*weight.linear(x[:m])), m)
 
 
 # Hypothesis keeps its examples out of the repository: the same ones come in every run.
@@ -150,18 +166,19 @@ def test_whatever_is_asked_the_product_is_that_of_float64(
 
 @every_kind
 @every_float
-def test_rows_of_zeros_give_the_bias_to_the_bit(level: str, kind: Kind, dtype: torch.dtype):
+def test_rows_of_zeros_give_the_bias_to_the_bit(kind: Kind, dtype: torch.dtype):
     weight, x, bias = make_weight(kind, 17, 200), random_x(9, 200, dtype), torch.randn(17).to(dtype)
     weight.scale[::2] = 0
-    for m in (1, 2, 5, 9):
-        made = native()(*weight.linear(x[:m], bias))
-        assert torch.equal(made[:, ::2], bias[::2].expand(m, -1))
-        assert (native()(*weight.linear(x[:m]))[:, ::2] == 0).all()
+    for _level in each_level():
+        for m in (1, 2, 5, 9):
+            made = native()(*weight.linear(x[:m], bias))
+            assert torch.equal(made[:, ::2], bias[::2].expand(m, -1))
+            assert (native()(*weight.linear(x[:m]))[:, ::2] == 0).all()
 
 
 @every_kind
 @every_float
-def test_codes_that_stand_for_zero_give_the_bias(level: str, kind: Kind, dtype: torch.dtype):
+def test_codes_that_stand_for_zero_give_the_bias(kind: Kind, dtype: torch.dtype):
     weight, x, bias = make_weight(kind, 17, 200), random_x(9, 200, dtype), torch.randn(17).to(dtype)
     number = QTYPES[kind.qtype]
     code = {"int": number.levels // 2 if number.is_packed else 0, "float": 0, "table": 0}[number.kind]
@@ -171,25 +188,28 @@ def test_codes_that_stand_for_zero_give_the_bias(level: str, kind: Kind, dtype: 
     if weight.zero is not None:
         weight.zero.fill_(code)
     assert not weight.dense().any()
-    for m in (1, 2, 5, 9):
-        made = native()(*weight.linear(x[:m], bias))
-        if weight.zero is None:
-            assert torch.equal(made, bias.expand(m, -1))
-        else:  # number * x and zero * x may be summed on their own: see Exact
-            Exact.of(x[:m], weight, bias).check(made)
+    exact = Exact.of(x, weight, bias)
+    for _level in each_level():
+        for m in (1, 2, 5, 9):
+            made = native()(*weight.linear(x[:m], bias))
+            if weight.zero is None:
+                assert torch.equal(made, bias.expand(m, -1))
+            else:  # number * x and zero * x may be summed on their own: see Exact
+                exact.check(made, m)
 
 
 @every_kind
 @every_float
-def test_an_input_of_zeros_gives_the_bias_to_the_bit(level: str, kind: Kind, dtype: torch.dtype):
+def test_an_input_of_zeros_gives_the_bias_to_the_bit(kind: Kind, dtype: torch.dtype):
     weight, bias = make_weight(kind, 17, 200), torch.randn(17).to(dtype)
-    for m in (1, 2, 5, 9):
-        assert torch.equal(native()(*weight.linear(torch.zeros(m, 200, dtype=dtype), bias)), bias.expand(m, -1))
+    for _level in each_level():
+        for m in (1, 2, 5, 9):
+            assert torch.equal(native()(*weight.linear(torch.zeros(m, 200, dtype=dtype), bias)), bias.expand(m, -1))
 
 
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])  # float16 ends before
-def test_a_scale_of_any_size_brings_an_input_of_the_inverse_size_back(level: str, kind: Kind, dtype: torch.dtype):
+def test_a_scale_of_any_size_brings_an_input_of_the_inverse_size_back(kind: Kind, dtype: torch.dtype):
     # Products are about 1; sums of numbers and inputs alone would overflow, or vanish. The bfloat16 product of the
     # processor, which torch's own uses too, takes a number below the smallest normal one, 2^-126, for zero.
     for power in (-140, -100, 100):
@@ -197,15 +217,16 @@ def test_a_scale_of_any_size_brings_an_input_of_the_inverse_size_back(level: str
         weight = make_weight(kind, 17, 200, size=max(size, 2.0**-149 * 64), scale_dtype=torch.float32)
         x = (random_x(17, 200, torch.float32) * 2.0 ** min(-power, 120)).to(dtype)
         exact = Exact.of(x, weight, tiny=2.0**-126)
-        for m in (1, 2, 5, 17):
-            made = native()(*weight.linear(x[:m]))
-            assert torch.isfinite(made).all()
-            exact.check(made, m)
+        for _level in each_level():
+            for m in (1, 2, 5, 17):
+                made = native()(*weight.linear(x[:m]))
+                assert torch.isfinite(made).all()
+                exact.check(made, m)
 
 
 @every_kind
 @every_float
-def test_subnormal_inputs_and_scales(level: str, kind: Kind, dtype: torch.dtype):
+def test_subnormal_inputs_and_scales(kind: Kind, dtype: torch.dtype):
     smallest = torch.finfo(dtype).smallest_normal
     x = (random_x(17, 200, torch.float32) * smallest / 8).to(dtype)
     assert ((x != 0) & (x.abs() < smallest)).any()
@@ -214,8 +235,9 @@ def test_subnormal_inputs_and_scales(level: str, kind: Kind, dtype: torch.dtype)
     for size in (1.0, 2.0**-130):
         weight = make_weight(kind, 17, 200, size=size, scale_dtype=torch.float32)
         exact = Exact.of(x, weight, tiny=tiny)
-        for m in (1, 2, 5, 17):
-            exact.check(native()(*weight.linear(x[:m])), m)
+        for _level in each_level():
+            for m in (1, 2, 5, 17):
+                exact.check(native()(*weight.linear(x[:m])), m)
 
 
 def fraction_of_largest(dtype: torch.dtype) -> float:
@@ -224,22 +246,23 @@ def fraction_of_largest(dtype: torch.dtype) -> float:
 
 @every_kind
 @every_float
-def test_huge_inputs_do_not_overflow_where_the_product_does_not(level: str, kind: Kind, dtype: torch.dtype):
+def test_huge_inputs_do_not_overflow_where_the_product_does_not(kind: Kind, dtype: torch.dtype):
     # Partial sums are left to the order of the sum, here as in torch. So the sum of the magnitudes is what fits.
     n, k = 17, 200
     x = (random_x(17, k, torch.float32).clamp(-1, 1) * fraction_of_largest(dtype)).to(dtype)
     weight = make_weight(kind, n, k, size=1.0, scale_dtype=torch.float32)
     weight.scale /= weight.wide().sum(1, keepdim=True)
     exact = Exact.of(x, weight)
-    for m in (1, 2, 5, 17):
-        made = native()(*weight.linear(x[:m]))
-        assert torch.isfinite(made).all()
-        exact.check(made, m)
+    for _level in each_level():
+        for m in (1, 2, 5, 17):
+            made = native()(*weight.linear(x[:m]))
+            assert torch.isfinite(made).all()
+            exact.check(made, m)
 
 
 @every_kind
 @every_float
-def test_a_product_beyond_the_dtype_is_an_infinity_of_its_sign_as_in_torch(level: str, kind: Kind, dtype: torch.dtype):
+def test_a_product_beyond_the_dtype_is_an_infinity_of_its_sign_as_in_torch(kind: Kind, dtype: torch.dtype):
     n, k = 17, 200
     weight = make_weight(kind, n, k, size=1.0)
     dense = weight.dense()
@@ -248,8 +271,9 @@ def test_a_product_beyond_the_dtype_is_an_infinity_of_its_sign_as_in_torch(level
         x = (sign * dense[row].sign() * fraction_of_largest(dtype)).to(dtype).expand(9, k).contiguous()
         expected = F.linear(x, dense.to(dtype))[:, row]
         assert (classes(expected) == sign).all()
-        for m in (1, 2, 5, 9):
-            assert torch.equal(native()(*weight.linear(x[:m]))[:, row], expected[:m])
+        for _level in each_level():
+            for m in (1, 2, 5, 9):
+                assert torch.equal(native()(*weight.linear(x[:m]))[:, row], expected[:m])
 
 
 # ---------------------------------------------------------------------------------------------------- NaN and infinity
@@ -265,10 +289,11 @@ def check_classes(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None = N
     # torch agrees, so that this is no opinion of ours
     assert torch.equal(classes(F.linear(x, dense.to(x.dtype), bias)), expected)
     assert expected.any()
-    for m in (1, 2, 5, len(x)):
-        rows = range(0, len(x) - m + 1, m)
-        made = torch.cat([native()(*weight.linear(x[i : i + m], bias)) for i in rows])
-        assert torch.equal(classes(made), expected[: len(made)]), f"{m} rows"
+    for _level in each_level():
+        for m in (1, 2, 5, len(x)):
+            rows = range(0, len(x) - m + 1, m)
+            made = torch.cat([native()(*weight.linear(x[i : i + m], bias)) for i in rows])
+            assert torch.equal(classes(made), expected[: len(made)]), f"{m} rows"
 
 
 SPECIALS = (float("inf"), float("-inf"), float("nan"))
@@ -276,9 +301,9 @@ SPECIALS = (float("inf"), float("-inf"), float("nan"))
 
 @every_kind
 @every_float
-def test_nan_and_infinity_in_the_input(level: str, kind: Kind, dtype: torch.dtype):
-    # one of two shapes, so that over the dtypes every kind meets both at each level
-    turn = KINDS.index(kind) + list(FLOATS.values()).index(dtype) + LEVELS.index(level)
+def test_nan_and_infinity_in_the_input(kind: Kind, dtype: torch.dtype):
+    # one of two shapes, so that over the dtypes every kind meets both
+    turn = KINDS.index(kind) + list(FLOATS.values()).index(dtype)
     n, k = ((17, 200), (33, 513))[turn % 2]
     weight, x = make_weight(kind, n, k), random_x(20, k, dtype)
     for row, column in enumerate((0, 1, 31, 32, 63, 64, 127, 128, k - 73, k - 2, k - 1)):
@@ -293,7 +318,7 @@ def test_nan_and_infinity_in_the_input(level: str, kind: Kind, dtype: torch.dtyp
 
 @every_float
 @pytest.mark.parametrize("qtype", ["float8_e4m3fn", "float8_e5m2"])
-def test_nan_and_infinity_in_the_codes(level: str, qtype: str, dtype: torch.dtype):
+def test_nan_and_infinity_in_the_codes(qtype: str, dtype: torch.dtype):
     weight, x = make_weight(Kind(qtype, -1), 33, 513), random_x(20, 513, dtype)
     infinities = (0x7F, 0xFF) if qtype == "float8_e4m3fn" else (0x7C, 0xFC)  # e4m3 has none, but another NaN
     for code, row, column in zip(
@@ -305,7 +330,7 @@ def test_nan_and_infinity_in_the_codes(level: str, qtype: str, dtype: torch.dtyp
 
 @every_kind
 @every_float
-def test_nan_and_infinity_in_scales_and_zeros(level: str, kind: Kind, dtype: torch.dtype):
+def test_nan_and_infinity_in_scales_and_zeros(kind: Kind, dtype: torch.dtype):
     for name in ("scale", "zero") if kind.asymmetric else ("scale",):
         weight, x = make_weight(kind, 33, 513), random_x(20, 513, dtype)
         tensor = getattr(weight, name)
@@ -317,7 +342,7 @@ def test_nan_and_infinity_in_scales_and_zeros(level: str, kind: Kind, dtype: tor
 
 
 @every_float
-def test_memory_behind_the_last_scale_has_no_part_in_the_result(level: str, dtype: torch.dtype):
+def test_memory_behind_the_last_scale_has_no_part_in_the_result(dtype: torch.dtype):
     # a call with NaN among 32 scales leaves it in the scratch memory of the thread; the next one has 18 of them
     torch.set_num_threads(1)
     kind = Kind("int4", 64, True)
@@ -325,30 +350,30 @@ def test_memory_behind_the_last_scale_has_no_part_in_the_result(level: str, dtyp
     x = random_x(1, 18 * 64, dtype)
     exact = Exact.of(x, short)
     long.scale[:] = torch.nan
-    native()(*long.linear(random_x(1, 32 * 64, dtype)))
-    exact.check(native()(*short.linear(x)))
+    for _level in each_level():
+        native()(*long.linear(random_x(1, 32 * 64, dtype)))
+        exact.check(native()(*short.linear(x)))
 
 
 @every_float
 @pytest.mark.parametrize("qtype", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("group_size", [-1, 64])
-def test_all_256_codes_of_a_float8_are_decoded_nan_and_infinity_too(
-    level: str, qtype: str, dtype: torch.dtype, group_size: int
-):
+def test_all_256_codes_of_a_float8_are_decoded_nan_and_infinity_too(qtype: str, dtype: torch.dtype, group_size: int):
     kind = Kind(qtype, group_size)
     codes = torch.arange(256, dtype=torch.uint8).repeat(5, 1)
     weight = Weight(codes, torch.ones(5, groups(256, group_size)), None, kind, 256)
     expected = codes.view(QTYPES[qtype].float_dtype).to(dtype)
-    made = native(dequantize_op)(*weight.rest(), dtype)
-    assert torch.equal(made.nan_to_num(12345.0), expected.nan_to_num(12345.0))
-    assert torch.equal(classes(made), classes(expected))
-    assert (classes(made) != 0).any()
     # the same code by code: one column of ones, all others zero, is taken apart by rows of the weight
-    weight = Weight(codes[0, :, None].contiguous(), torch.ones(256, 1), None, Kind(qtype, -1), 1)
-    for m in (1, 9):
-        made = native()(*weight.linear(torch.ones(m, 1, dtype=dtype)))
-        assert torch.equal(classes(made), classes(expected[0]).expand(m, -1))
-        assert torch.equal(made.nan_to_num(12345.0), expected[0].nan_to_num(12345.0).expand(m, -1))
+    column = Weight(codes[0, :, None].contiguous(), torch.ones(256, 1), None, Kind(qtype, -1), 1)
+    for _level in each_level():
+        made = native(dequantize_op)(*weight.rest(), dtype)
+        assert torch.equal(made.nan_to_num(12345.0), expected.nan_to_num(12345.0))
+        assert torch.equal(classes(made), classes(expected))
+        assert (classes(made) != 0).any()
+        for m in (1, 9):
+            made = native()(*column.linear(torch.ones(m, 1, dtype=dtype)))
+            assert torch.equal(classes(made), classes(expected[0]).expand(m, -1))
+            assert torch.equal(made.nan_to_num(12345.0), expected[0].nan_to_num(12345.0).expand(m, -1))
 
 
 # ---------------------------------------------------------------------------------------------------- threads
@@ -356,14 +381,15 @@ def test_all_256_codes_of_a_float8_are_decoded_nan_and_infinity_too(
 
 @every_kind
 @every_float
-def test_results_do_not_depend_on_the_number_of_threads(level: str, kind: Kind, dtype: torch.dtype):
+def test_results_do_not_depend_on_the_number_of_threads(kind: Kind, dtype: torch.dtype):
     weight, x, bias = make_weight(kind, 200, 200), random_x(70, 200, dtype), torch.randn(200).to(dtype)
-    for m in (1, 2, 7, 70):
+    for _level in each_level():
         made = []
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            made.append(native()(*weight.linear(x[:m], bias)))
-        assert all(torch.equal(made[0], other) for other in made[1:]), f"{m} rows"
+            made.append([native()(*weight.linear(x[:m], bias)) for m in (1, 2, 7, 70)])
+        for m, first, *others in zip((1, 2, 7, 70), *made, strict=True):
+            assert all(torch.equal(first, other) for other in others), f"{m} rows"
 
 
 @every_float
@@ -393,9 +419,9 @@ def shifted(tensor: torch.Tensor, offset: int) -> torch.Tensor:
 
 @every_kind
 @every_float
-def test_tensors_may_start_anywhere(level: str, kind: Kind, dtype: torch.dtype):
+def test_tensors_may_start_anywhere(kind: Kind, dtype: torch.dtype):
     weight, x, bias = make_weight(kind, 33, 513), random_x(17, 513, dtype), torch.randn(33).to(dtype)
-    # one of two odd addresses, so that over the dtypes every kind meets both at each level
+    # one of two odd addresses, so that over the dtypes every kind meets both
     offset = 1 + 2 * ((KINDS.index(kind) + list(FLOATS.values()).index(dtype)) % 2)
     moved = Weight(
         shifted(weight.packed, offset),
@@ -405,10 +431,11 @@ def test_tensors_may_start_anywhere(level: str, kind: Kind, dtype: torch.dtype):
         513,
     )
     assert moved.packed.data_ptr() % 4 == offset
-    for m in (1, 2, 5, 17):
-        expected = native()(*weight.linear(x[:m], bias))
-        assert torch.equal(native()(*moved.linear(shifted(x[:m], offset), shifted(bias, offset))), expected)
-    assert torch.equal(native(dequantize_op)(*moved.rest(), dtype), native(dequantize_op)(*weight.rest(), dtype))
+    for _level in each_level():
+        for m in (1, 2, 5, 17):
+            expected = native()(*weight.linear(x[:m], bias))
+            assert torch.equal(native()(*moved.linear(shifted(x[:m], offset), shifted(bias, offset))), expected)
+        assert torch.equal(native(dequantize_op)(*moved.rest(), dtype), native(dequantize_op)(*weight.rest(), dtype))
 
 
 def strided(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -420,14 +447,16 @@ def strided(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 @every_kind
 @every_float
-def test_tensors_need_not_be_contiguous(level: str, kind: Kind, dtype: torch.dtype):
+def test_tensors_need_not_be_contiguous(kind: Kind, dtype: torch.dtype):
     weight, x, bias = make_weight(kind, 17, 200), random_x(9, 200, dtype), torch.randn(17).to(dtype)
-    expected = native()(*weight.linear(x, bias))
     for i in range(2):
         parts = [None if t is None else strided(t)[i] for t in (weight.packed, weight.scale, weight.zero)]
         other = Weight(*parts, kind, 200)
-        assert torch.equal(native()(*other.linear(strided(x)[i], strided(bias[None])[i][0])), expected)
-        assert torch.equal(native(dequantize_op)(*other.rest(), dtype), native(dequantize_op)(*weight.rest(), dtype))
+        for _level in each_level():
+            expected = native()(*weight.linear(x, bias))
+            assert torch.equal(native()(*other.linear(strided(x)[i], strided(bias[None])[i][0])), expected)
+            dense = native(dequantize_op)(*weight.rest(), dtype)
+            assert torch.equal(native(dequantize_op)(*other.rest(), dtype), dense)
 
 
 def test_a_view_with_the_negative_bit_is_read_as_what_it_says(level: str):
@@ -505,23 +534,27 @@ def test_a_tensor_on_another_device_is_never_read_as_memory(which: int):
 
 @any_kind
 @every_float
-def test_a_weight_is_dequantized_to_the_bit(level: str, kind: Kind, dtype: torch.dtype):
-    # Three of the eight shapes for each combination, so that over the dtypes a kind meets all of them at each level.
+def test_a_weight_is_dequantized_to_the_bit(kind: Kind, dtype: torch.dtype):
+    # Three of the eight shapes for each combination, so that over the dtypes a kind meets all of them.
     number, order = ALL_KINDS.index(kind), list(FLOATS.values()).index(dtype)
     for i in range(3 * order, 3 * order + 3):
         scale_dtype = list(FLOATS.values())[(i + number) % 3]
         weight = make_weight(kind, *SHAPES[(i + number) % 8], scale_dtype=scale_dtype)
-        assert torch.equal(native(dequantize_op)(*weight.rest(), dtype), dequantize_op.reference(*weight.rest(), dtype))
+        expected = dequantize_op.reference(*weight.rest(), dtype)
+        for _level in each_level():
+            assert torch.equal(native(dequantize_op)(*weight.rest(), dtype), expected)
 
 
 @every_kind
 @every_float
-def test_tiny_and_huge_weights_are_dequantized_to_the_bit(level: str, kind: Kind, dtype: torch.dtype):
+def test_tiny_and_huge_weights_are_dequantized_to_the_bit(kind: Kind, dtype: torch.dtype):
     for size in (2.0**-145, 2.0**-128, 2.0**-20, 2.0**127):
         weight = make_weight(kind, 17, 200, size=size, scale_dtype=torch.float32)
-        made, expected = native(dequantize_op)(*weight.rest(), dtype), dequantize_op.reference(*weight.rest(), dtype)
-        assert torch.equal(classes(made), classes(expected))
-        assert torch.equal(made.nan_to_num(0.0), expected.nan_to_num(0.0))
+        expected = dequantize_op.reference(*weight.rest(), dtype)
+        for _level in each_level():
+            made = native(dequantize_op)(*weight.rest(), dtype)
+            assert torch.equal(classes(made), classes(expected))
+            assert torch.equal(made.nan_to_num(0.0), expected.nan_to_num(0.0))
 
 
 def check_gradient(made: torch.Tensor, grad: torch.Tensor, weight: Weight) -> None:
@@ -537,10 +570,11 @@ def check_gradient(made: torch.Tensor, grad: torch.Tensor, weight: Weight) -> No
 
 @every_kind
 @every_float
-def test_the_gradient_to_the_input_is_that_of_float64(level: str, kind: Kind, dtype: torch.dtype):
+def test_the_gradient_to_the_input_is_that_of_float64(kind: Kind, dtype: torch.dtype):
     for n, k in ((1, 1), (17, 200), (200, 70), (33, 513)):
         weight, grad = make_weight(kind, n, k), random_x(9, n, dtype)
-        check_gradient(native(linear_grad_input)(grad, *weight.rest()), grad, weight)
+        for _level in each_level():
+            check_gradient(native(linear_grad_input)(grad, *weight.rest()), grad, weight)
 
 
 @every_float

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from native_weights import FLOATS, each_level, every_float, needs_native
 
 from quanto_hf.fit import Grid, Hqq, Mse, fit_by_name, native_fit
 from quanto_hf.fit.grid import CELLS, lookup_tables
@@ -14,9 +15,8 @@ from quanto_hf.ops.cpu.library import NATIVE
 from quanto_hf.qtypes import QTYPES
 from quanto_hf.schemes import make_scheme
 
-pytestmark = pytest.mark.skipif(NATIVE is None, reason="no native kernels here")
+pytestmark = needs_native
 
-LEVELS = NATIVE.levels() if NATIVE else []
 SCHEMES = {
     str(scheme).replace(" ", "-"): scheme
     for scheme in (
@@ -44,32 +44,23 @@ SEARCHES = {
     if fit != "hqq" or not scheme.symmetric
 }
 every_search = pytest.mark.parametrize("scheme, fit", SEARCHES.values(), ids=SEARCHES)
-FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-every_float = pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 SHAPES = [(1, 1), (1, 5), (1, 4099), (3, 77), (5, 200), (37, 560), (70, 384)]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    before = NATIVE.level()
-    NATIVE.use_level(request.param)
-    yield request.param
-    NATIVE.use_level(before)
 
 
 @pytest.fixture
 def both(monkeypatch):
-    """(native, torch) results for the same weight."""
+    """(native, torch) results for the same weight, at one level of instructions after the other."""
 
     def quantize(scheme, weight, fit):
-        calls = []
-        monkeypatch.setattr(module, "NATIVE", Spy(calls))
-        native = scheme.quantize(weight, fit)
-        assert calls or not weight.numel(), "the native quantizer was not asked"
         monkeypatch.setenv("QUANTO_HF_REFERENCE", "1")
         expected = scheme.quantize(weight, fit)
         monkeypatch.delenv("QUANTO_HF_REFERENCE")
-        return native, expected
+        for _level in each_level():
+            calls = []
+            monkeypatch.setattr(module, "NATIVE", Spy(calls))
+            native = scheme.quantize(weight, fit)
+            assert calls or not weight.numel(), "the native quantizer was not asked"
+            yield native, expected
 
     return quantize
 
@@ -119,17 +110,18 @@ def assert_same(made, expected):
 
 @every_scheme
 @every_float
-def test_the_whole_range_gives_the_same_bits_as_torch(scheme, dtype, level, both):
+def test_the_whole_range_gives_the_same_bits_as_torch(scheme, dtype, both):
     for shape in SHAPES:
-        made, expected = both(scheme, awkward(shape, dtype), "minmax" if not scheme.symmetric else "absmax")
-        assert_same(made, expected)
+        for made, expected in both(scheme, awkward(shape, dtype), "minmax" if not scheme.symmetric else "absmax"):
+            assert_same(made, expected)
 
 
 @every_scheme
 @pytest.mark.parametrize("exponent", [-40, -37, 37.8], ids=["subnormal", "tiny", "huge"])
-def test_the_ends_of_the_range_of_floats_give_the_same_bits_as_torch(scheme, exponent, level, both):
+def test_the_ends_of_the_range_of_floats_give_the_same_bits_as_torch(scheme, exponent, both):
     weight = (torch.rand(20, 200, dtype=torch.float64) * 2 - 1).mul(10**exponent).float()
-    assert_same(*both(scheme, weight, "minmax"))
+    for made, expected in both(scheme, weight, "minmax"):
+        assert_same(made, expected)
 
 
 def row_errors(scheme, weight, tensors):
@@ -139,46 +131,45 @@ def row_errors(scheme, weight, tensors):
 
 @every_search
 @every_float
-def test_a_search_ends_as_near_to_the_weight_as_in_torch(scheme, fit, dtype, level, both):
-    # three of the seven shapes for each combination, so that over the dtypes a search meets all of them at each level
+def test_a_search_ends_as_near_to_the_weight_as_in_torch(scheme, fit, dtype, both):
+    # three of the seven shapes for each combination, so that over the dtypes a search meets all of them
     first = list(SEARCHES.values()).index((scheme, fit)) + 3 * list(FLOATS.values()).index(dtype)
     for shape in (SHAPES[(first + step) % 7] for step in range(3)):
         weight = torch.randn(shape).to(dtype)
-        made, expected = (row_errors(scheme, weight, tensors).norm() for tensors in both(scheme, weight, fit))
-        assert made <= expected * (1 + 1e-3) and (expected <= made * (1 + 1e-3) or fit == "hqq")
+        for results in both(scheme, weight, fit):
+            made, expected = (row_errors(scheme, weight, tensors).norm() for tensors in results)
+            assert made <= expected * (1 + 1e-3) and (expected <= made * (1 + 1e-3) or fit == "hqq")
 
 
 @every_search
 @every_float
-def test_a_search_ends_near_the_weight_in_every_awkward_row(scheme, fit, dtype, level, both):
+def test_a_search_ends_near_the_weight_in_every_awkward_row(scheme, fit, dtype, both):
     # beyond 1e18 the sums of squares are infinite
     weight = awkward((37, 560), dtype).float().clamp(-1e18, 1e18).to(dtype)
-    made, expected = (row_errors(scheme, weight, tensors) for tensors in both(scheme, weight, fit))
-    # one code that flips on a tie, or an iteration that stops elsewhere, moves a single row by more than the whole
-    assert (made <= expected * 1.01 + weight.double().norm(dim=1) * 1e-5).all()
+    for results in both(scheme, weight, fit):
+        made, expected = (row_errors(scheme, weight, tensors) for tensors in results)
+        # one code that flips on a tie, or an iteration that stops elsewhere, moves a single row by more than the whole
+        assert (made <= expected * 1.01 + weight.double().norm(dim=1) * 1e-5).all()
 
 
 @every_search
-def test_the_scales_of_a_search_are_those_of_torch_but_for_a_few_ties(scheme, fit, level, both):
-    made, expected = both(scheme, torch.randn(64, 512) * 0.02, fit)
-    same = made["scale"].isclose(expected["scale"], rtol=1e-5, atol=0).float().mean()
-    assert same >= 0.97
+def test_the_scales_of_a_search_are_those_of_torch_but_for_a_few_ties(scheme, fit, both):
+    for made, expected in both(scheme, torch.randn(64, 512) * 0.02, fit):
+        same = made["scale"].isclose(expected["scale"], rtol=1e-5, atol=0).float().mean()
+        assert same >= 0.97
 
 
 @every_scheme
 def test_threads_and_levels_give_the_same_bits(scheme, monkeypatch):
     weight, fits = awkward((37, 560), torch.bfloat16), ["mse_gain", "minmax"] + ["hqq"] * (not scheme.symmetric)
-    before = NATIVE.level()
     for fit in fits:
-        for name in LEVELS:
-            NATIVE.use_level(name)
+        for _level in each_level():
             results = []
             for threads in (1, 2, 3, 8):
                 torch.set_num_threads(threads)
                 results.append(scheme.quantize(weight, fit))
             for result in results[1:]:
                 assert_same(result, results[0])
-    NATIVE.use_level(before)
 
 
 @every_scheme
@@ -217,7 +208,8 @@ VIEWS = {
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_every_way_a_weight_lies_in_memory(name, make, both, monkeypatch):
     monkeypatch.setattr(module, "COPIED_VALUES", 1000)
-    assert_same(*both(make_scheme(name), make(), "minmax"))
+    for made, expected in both(make_scheme(name), make(), "minmax"):
+        assert_same(made, expected)
 
 
 def test_a_fit_with_other_numbers_is_followed(both):
@@ -225,10 +217,10 @@ def test_a_fit_with_other_numbers_is_followed(both):
     scheme = make_scheme("int2")
     results = []
     for fit in (Hqq(), Hqq(p=0.4, beta=1.0, kappa=1.1, iterations=7), Hqq(iterations=0)):
-        made, expected = both(scheme, weight, fit)
+        for made, expected in both(scheme, weight, fit):
+            for name in ("scale", "zero"):
+                assert made[name].float().sub(expected[name].float()).abs().mean() < 1e-3
         results.append(made)
-        for name in ("scale", "zero"):
-            assert made[name].float().sub(expected[name].float()).abs().mean() < 1e-3
     assert not torch.equal(results[0]["zero"], results[1]["zero"])
 
 
