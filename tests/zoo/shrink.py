@@ -45,7 +45,7 @@ WIDTH = re.compile(
 # ... unless its name says that it is something else
 NO_WIDTH = re.compile(
     r"vocab|position|image_size|img_size|patch|window|kernel|chunk|^num_(?!pos_feats)|^n_(?!embd|inner)|max_|_id$|_ids$|rate|"
-    r"length|stride|mem_|token|batch|sample|context|block_size|layers?$|spec_size|input_size|num_channels|codebook_size|"
+    r"length|stride|mem_|token|batch|(?<!up)(?<!down)sample|context|block_size|layers?$|spec_size|input_size|num_channels|codebook_size|"
     r"crop|queue|num_mel|buckets|group_size|hop|fft|index_topk|pool|pretrain|train_size|size_divisor|bins|sparse_block"
 )
 LAYERS = re.compile(
