@@ -2,9 +2,9 @@
 
     python benchmarks/published_sizes.py [--out docs/models.md]
 
-No weight is made or read. The configs are those of the models' config.json, of which the values stand here that are not
-the default of their class. ``--out`` puts the table into the section of that page which has this command; without it the
-table is printed. The exit status is 1 if a model takes more than 1.02 x of the other file.
+No weight is made or read. Of the models' config.json the values stand here on which sizes depend. The table is printed;
+``--out`` also puts it into the section of that page which has this command. The exit status is 1 if a model takes more
+than 1.02 x of the other file.
 
 The sizes of the others are those of public listings: of the file, in units of 1e9 bytes. Where none is known it is
 parameters x bits per weight of the same format for models of its kind, and marked as an estimate.
@@ -22,8 +22,8 @@ import transformers as tf
 import quanto_hf
 
 VISION = {
-    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 896,
-    "patch_size": 14, "vision_use_head": False,
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+    "image_size": 896, "patch_size": 14, "vision_use_head": False,
 }  # fmt: skip
 Q4 = "GGUF Q4_K_M"
 
@@ -45,11 +45,12 @@ def _llama(**values: object) -> object:
 CAUSAL = tf.AutoModelForCausalLM
 MODELS = {
     "Llama-3.1-8B": lambda: Published(
-        _llama(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-               num_key_value_heads=8, tie_word_embeddings=False), CAUSAL, 8.030, 4.92, Q4),
+        _llama(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+               num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False), CAUSAL, 8.030, 4.92, Q4),
     "Llama-3.2-1B": lambda: Published(
-        _llama(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-               num_key_value_heads=8, head_dim=64, tie_word_embeddings=True), CAUSAL, 1.236, 0.81, Q4),
+        _llama(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+               num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True),
+        CAUSAL, 1.236, 0.81, Q4),
     "Qwen3-0.6B": lambda: Published(
         tf.Qwen3Config(vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
                        num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True),
@@ -82,7 +83,8 @@ MODELS = {
         tf.AutoModelForImageTextToText, 4.300, 3.34, f"{Q4} 2.49 + mmproj f16 0.85"),
     "Phi-3-mini-4k": lambda: Published(
         tf.Phi3Config(vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
-                      num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False), CAUSAL, 3.821, 2.39, Q4),
+                      num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False),
+        CAUSAL, 3.821, 2.39, Q4),
     "Whisper-large-v3": lambda: Published(
         tf.WhisperConfig(vocab_size=51866, d_model=1280, encoder_layers=32, decoder_layers=32,
                          encoder_attention_heads=20, decoder_attention_heads=20, encoder_ffn_dim=5120,
@@ -99,7 +101,10 @@ MOST = 1.02
 
 def table() -> tuple[list[str], list[str]]:
     """The lines of the table, and the names of those that are too large."""
-    lines, large = ["| model | parameters | bfloat16 | int4, embeddings int8 | best other | ratio |", "|---|---|---|---|---|---|"], []
+    lines, large = (
+        ["| model | parameters | bfloat16 | int4, embeddings int8 | best other | ratio |", "|---|---|---|---|---|---|"],
+        [],
+    )
     for name, make in MODELS.items():
         model = make()
         config = quanto_hf.QuantoConfig("int4", embeddings="int8")

@@ -88,7 +88,9 @@ def main() -> None:
     ask.add_argument("--out", type=Path)
     given = ask.parse_args()
     if given.what == "page":
-        (given.out or Path("docs/models.md")).write_text(page(*given.files))
+        out = given.out or Path("docs/models.md")
+        before = out.read_text(encoding="utf-8") if out.exists() else ""
+        out.write_text(page(*given.files, before=before), encoding="utf-8")
         return
     chosen = given.families.split(",") if given.families else list(SAMPLE if given.sample else names())
     task = life if given.what == "tiny" else published

@@ -57,7 +57,6 @@ PACKAGES = {"dinat": "natten", "layoutlmv2": "detectron2", "timm_backbone": "tim
             "perception_lm": "timm", "fast_vlm": "timm", "edgetam": "timm", "pe_video": "timm"}  # fmt: skip
 
 
-
 def _sound(config: Any) -> dict[str, Any]:
     """Text and a spectrogram."""
     audio, draw = config.audio_config, torch.Generator().manual_seed(1)
@@ -106,12 +105,13 @@ CARE: dict[str, Care] = {
     "deepseek_v2": Care(config={"num_experts_per_tok": 2}, why="no default"),
     "aya_vision": Care(config={"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
                        why="the default tower has a width that its heads do not divide"),
-    "bamba": Care(tiny={"attn_layer_indices": [1]}, why="no layer of the default has attention, which generating needs"),
+    "bamba": Care(tiny={"attn_layer_indices": [1]}, why="no layer of the default has attention"),
     "bark": Care(cls="BarkSemanticModel", why="the whole has no forward pass: generate calls its parts"),
     "beit": Care(cls="BeitForImageClassification", why="for segmentation it needs other outputs than the default's"),
     "blt": Care(tiny={"encoder_hash_byte_group_vocab": 512}, why="no other name of a vocabulary ends so"),
     "clap": Care(inputs=_sound, steps=(Step(1),), why="two inputs of unlike shapes"),
     "clvp": Care(inputs=_speech, why="two inputs of unlike shapes"),
-    "gemma3n": Care(cls="Gemma3nForCausalLM", tiny={"num_kv_shared_layers": 0}, why="its vision tower needs the package timm"),
+    "gemma3n": Care(cls="Gemma3nForCausalLM", tiny={"num_kv_shared_layers": 0},
+                    why="its vision tower needs the package timm"),
     "chameleon": Care(tiny={"vocabulary_map": {"<image>": 100, "IMGIMGA": 101}}, why="no default"),
 }  # fmt: skip

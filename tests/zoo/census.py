@@ -36,8 +36,8 @@ class Stacked(NamedTuple):
 
 
 def stacked() -> Iterator[Stacked]:
-    """All of them, from the source of each modeling file: classes called Experts, classes that transformers decorates as
-    such, and those with a parameter of three dimensions of which the first is not 1."""
+    """All of them, from the source of each modeling file: classes called Experts, classes that transformers decorates
+    as such, and those with a parameter of three dimensions of which the first is not 1."""
     for file in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if not isinstance(node, ast.ClassDef):
@@ -67,7 +67,7 @@ def _last(node: ast.expr) -> str:
 
 
 def instance(found: Stacked) -> nn.Module:
-    """A module of the class on meta, with the default config of its family or a part of it, whichever it can be made of.
+    """A module of the class on meta, of the default config of its family or a part of it, whichever it can be made of.
 
     Raises:
         LookupError: it can be made of none.

@@ -85,8 +85,8 @@ class Maker:
         """Samples, with and without channels."""
         bins = find(self.config, "num_mel_bins", default=80)
         return [
-            self.noise(1, 8000), self.noise(1, 1, 8000), self.noise(1, 48000), self.noise(1, 1024, bins), self.noise(1, 2, 8000),
-            self.noise(1, 1, 1920 * 4),
+            self.noise(1, 8000), self.noise(1, 1, 8000), self.noise(1, 48000), self.noise(1, 1024, bins),
+            self.noise(1, 2, 8000), self.noise(1, 1, 1920 * 4),
         ]  # fmt: skip
 
     def boxes(self, wide: bool) -> torch.Tensor:
@@ -94,6 +94,15 @@ class Maker:
         corners = torch.randint(0, 20, (BATCH, TEXT, 4), generator=self.draw)
         corners[..., 2:] += 20
         return corners if wide else corners / 64
+
+    def codes(self) -> torch.Tensor:
+        """Ids of each codebook of sound."""
+        books = find(self.config, "n_codebooks", "num_codebooks", "num_quantizers", default=8)
+        return torch.randint(0, 16, (1, books, 12), generator=self.draw)
+
+    def vectors(self, *widths: str) -> torch.Tensor:
+        """What a layer gets, as wide as the first of these values of the config says."""
+        return self.noise(BATCH, TEXT, find(self.config, *widths))
 
     def alternatives(self, name: str) -> list[torch.Tensor]:
         """Values that an argument may take; empty where nothing is known about it."""
@@ -109,10 +118,10 @@ class Maker:
             "bbox": lambda: [self.boxes(True)],
             "pixel_mask": lambda: [torch.ones(1, *self.side(), dtype=torch.int64)],
             "attention_mask": lambda: [torch.ones(BATCH, TEXT, dtype=torch.int64)],
-            "audio_codes": lambda: [torch.randint(0, 16, (1, find(self.config, "n_codebooks", "num_codebooks", "num_quantizers", default=8), 12))],
-            "encoder_hidden_states": lambda: [self.noise(BATCH, TEXT, find(self.config, "encoder_hidden_size", "hidden_size"))],
-            "hidden_states": lambda: [self.noise(BATCH, TEXT, find(self.config, "hidden_size", "d_model"))],
-            "inputs_embeds": lambda: [self.noise(BATCH, TEXT, find(self.config, "hidden_size", "d_model"))],
+            "audio_codes": lambda: [self.codes()],
+            "encoder_hidden_states": lambda: [self.vectors("encoder_hidden_size", "hidden_size")],
+            "hidden_states": lambda: [self.vectors("hidden_size", "d_model")],
+            "inputs_embeds": lambda: [self.vectors("hidden_size", "d_model")],
         }  # fmt: skip
         if name in simple:
             return simple[name]()
@@ -122,8 +131,8 @@ class Maker:
 
 
 MAIN = (
-    "input_ids", "pixel_values", "input_features", "input_values", "pixel_values_videos", "decoder_input_ids", "audio_codes",
-    "inputs_embeds", "hidden_states", "spectrogram",
+    "input_ids", "pixel_values", "input_features", "input_values", "pixel_values_videos", "decoder_input_ids",
+    "audio_codes", "inputs_embeds", "hidden_states", "spectrogram",
 )  # fmt: skip
 
 
@@ -180,8 +189,8 @@ def missing(error: Exception, given: dict[str, Any], model: Any) -> list[str]:
 
 
 def call(model: Any, calls: "Calls") -> list[torch.Tensor]:
-    """The numbers that the model gives, and those parts of it that it does not call itself, with the same random numbers
-    each time."""
+    """The numbers that the model gives, and those parts of it that it does not call itself, with the same random
+    numbers each time."""
     made = []
     for name, inputs in calls.items():
         torch.manual_seed(0)
@@ -217,7 +226,9 @@ def working(model: Any, changes: dict[str, Any]) -> tuple[Calls, str]:
     covered: list[str] = []
     for name in names:
         # what holds a part that runs is not called for it again, nor what is in a part that is called here
-        if any(f"{done}.".startswith(f"{name}.") for done in ran) or any(name.startswith(f"{done}.") for done in covered):
+        if any(f"{done}.".startswith(f"{name}.") for done in ran) or any(
+            name.startswith(f"{done}.") for done in covered
+        ):
             continue
         found, _ = _working(model.get_submodule(name), {}, deadline + PATIENCE)
         if found is not None:

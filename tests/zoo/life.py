@@ -45,7 +45,9 @@ def life(name: str, kinds: list[str]) -> dict[str, Any]:
     except Exception as error:
         return {**found, "float": short(error)}
     found.update(step=list(step), parameters=sum(p.numel() for p in model.parameters()), runs=bool(calls))
-    found["inputs"] = {part: {key: list(x.shape) for key, x in inputs.items() if torch.is_tensor(x)} for part, inputs in calls.items()}
+    found["inputs"] = {
+        part: {key: list(x.shape) for key, x in inputs.items() if torch.is_tensor(x)} for part, inputs in calls.items()
+    }
     found["float"] = said
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -194,7 +196,9 @@ def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     """Whether two state dicts have the same names and bits."""
     return one.keys() == other.keys() and all(
         a.dtype == other[name].dtype
-        and torch.equal(a.contiguous().flatten().view(torch.uint8), other[name].contiguous().flatten().view(torch.uint8))
+        and torch.equal(
+            a.contiguous().flatten().view(torch.uint8), other[name].contiguous().flatten().view(torch.uint8)
+        )
         for name, a in one.items()
         if torch.is_tensor(a)
     )

@@ -1,6 +1,7 @@
 """docs/models.md: what is quantized of each family, from the results of the two walks."""
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
@@ -12,11 +13,19 @@ from .life import wrong
 
 HEAD = """# Which models, and how much of them
 
-Every family of models of transformers {version}, written by `python -m tests.zoo` from a walk through all of them. "Packed"
-is the share of the numbers in weights of two dimensions and more that are stored in fewer bits, at the published size
-of the family (the default config of transformers), with {columns}. "Life" is that of a tiny random model
-with the same parts: it is quantized while it loads, runs, its footprint is what `plan` says, and it is saved and reloaded
-with the same tensors and outputs, in int8 and int4; "gen" means that it generates as well.
+Every family of models of transformers {version}, written by `python -m tests.zoo` from a walk through all of them.
+"Packed" is the share of the numbers in weights of two dimensions and more that are stored in fewer bits, at the
+published size of the family (the default config of transformers), with {columns}. "Life" is that of a tiny random model
+with the same parts: it is quantized while it loads, runs, its footprint is what `plan` says, and it is saved and
+reloaded with the same tensors and outputs, in {lives}; "gen" means that it generates as well.
+
+## Twelve published models
+
+`python benchmarks/published_sizes.py`
+
+{sizes}
+
+## All families
 
 | | families |
 |---|---|
@@ -38,17 +47,22 @@ Of what stays float, kinds above half a percent are listed.
 """
 
 
-def page(tiny: Path, published: Path) -> str:
+def page(tiny: Path, published: Path, before: str = "") -> str:
     """The page.
 
     Args:
         tiny: what ``python -m tests.zoo tiny --out`` wrote.
         published: the same of ``published``.
+        before: the page as it was, whose table of published models stays.
     """
     lives, plans = _read(tiny), _read(published)
+    # the table of another command, which goes on from here
+    sizes = re.search(r"published_sizes\.py`\n\n((\|.*\n)*)", before)
     kinds = list(dict.fromkeys(kind for plan in plans.values() for kind in plan["kinds"]))
     rows = [_row(name, lives.get(name, {}), plans.get(name, {}), kinds) for name in sorted({*lives, *plans})]
     return HEAD.format(
+        lives=" and ".join(f"`{kind}`" for kind in next((x["kinds"] for x in lives.values() if x.get("kinds")), {})),
+        sizes=sizes[1].strip() if sizes else "| |\n|---|",
         version=transformers.__version__,
         columns=" and with ".join(f"`{kind}`" for kind in kinds),
         summary="\n".join(_summary(lives, plans, kinds)),

@@ -52,14 +52,18 @@ LAYERS = re.compile(
     r"(^|_)(num_)?(hidden_|encoder_|decoder_)*layers?$|^n_layers?$|depth$|num_blocks$|num_hidden_layers|_layers$|"
     r"num_stacks$|num_residual_layers$"
 )
-NO_LAYERS = re.compile(r"nextn|feature|shared|look|dense|cross_attention|first_k|moe_layers|iou_head|conv|max_depth|rope")
+NO_LAYERS = re.compile(
+    r"nextn|feature|shared|look|dense|cross_attention|first_k|moe_layers|iou_head|conv|max_depth|rope"
+)
 EXPERTS = re.compile(r"^(num_local_experts|num_experts|n_routed_experts|moe_num_experts|num_routed_experts)$")
 TOP_K = re.compile(r"(experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|num_selected_experts|moe_top_k)$")
 VOCAB = re.compile(r"vocab_size$|num_embeddings$")
 IDS = re.compile(r"(_id|_ids|_index|_idx|_token)$|suppress_tokens")
 HEADS = re.compile(r"(^|_)(num_)?(attention_|key_value_|kv_|query_|n_)*heads?$")
 HEAD_WIDTH = re.compile(r"head_dim|d_kv$|d_head|head_size|rope_dim|rotary_dim")
-POSITION = re.compile(r"max_position_embeddings$|^n_positions$|max_source_positions$|max_target_positions$|max_seq_len$|^n_ctx$")
+POSITION = re.compile(
+    r"max_position_embeddings$|^n_positions$|max_source_positions$|max_target_positions$|max_seq_len$|^n_ctx$"
+)
 PICTURE = re.compile(r"(image_size|img_size|input_size|spec_size)$")
 
 

@@ -1,6 +1,7 @@
 """No stacked weights without a quantized form, but those that are listed here: a transformers with new ones fails."""
 
 import pytest
+
 from zoo.census import instance, stacked, uncovered
 
 FEW = "a few numbers per layer, not a matrix that multiplies"

@@ -1,19 +1,25 @@
 """Families of transformers, tiny: each is quantized while it loads, runs, has the bytes of its plan, is saved and
-reloaded with the same bits. A sample in each run; all of them with ``pytest -m zoo``, which takes about half an hour."""
+reloaded with the same bits. A sample in each run; all of them with ``pytest -m zoo``, which takes half an hour."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
 from zoo.families import names
 from zoo.life import wrong
 from zoo.sample import SAMPLE
 from zoo.walk import walk
 
 ROOT = Path(__file__).parents[2]
+
+
+# families of which nothing is packed unasked
+FLOAT = ("encodec", "gpt2", "ibert", "resnet")
 
 
 def lives(file, *arguments):
@@ -39,8 +45,7 @@ def test_a_family_is_quantized_runs_saves_and_reloads(name, sample):
     found = sample[name]
     assert not wrong(found), wrong(found)
     assert found["runs"] and found["kinds"], found["float"]
-    # most of what the family has is packed even in small, but where it has few of the modules that are quantized unasked
-    assert all(kind["packed"] or name in ("resnet",) for kind in found["kinds"].values())
+    assert all(kind["packed"] or name in FLOAT for kind in found["kinds"].values())
 
 
 @pytest.mark.zoo
@@ -57,7 +62,7 @@ def ends(name):
         while True:
             pass
     if name == "signal":
-        os.abort()
+        os.kill(os.getpid(), signal.SIGKILL)
     if name == "error":
         raise ValueError("nothing")
     return {"family": name}
@@ -67,4 +72,7 @@ def test_a_family_that_crashes_or_loops_ends_alone():
     found = dict(walk(["loop", "signal", "error", "fine"], ends, 2, 1))
     assert found["fine"]["family"] == "fine" and "crash" not in found["fine"]
     assert found["error"]["crash"] == "ValueError: nothing" and "in ends" in found["error"]["trace"]
-    assert "the process ended with -" in found["loop"]["crash"] and "the process ended with -6" in found["signal"]["crash"]
+    assert (
+        found["loop"]["crash"].startswith("the process ended with -")
+        and found["signal"]["crash"] == "the process ended with -9"
+    )
