@@ -40,6 +40,8 @@ def inspect_command(
     blank = [""] if not all_rows else []
     shown.add_row("total", *(blank or [""]), f"{total.parameters:,}", f"{total.bits:.2f}", size(total.nbytes))
     out = console()
+    if found.packed.weights:
+        out.print(f"{found.packed}", markup=False)
     out.print(shown)
     for note in found.notes if checked is None else checked["notes"]:
         out.print(note, markup=False)

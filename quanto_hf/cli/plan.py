@@ -109,6 +109,7 @@ def _show(name: str, found: Any) -> None:
         label = f"device {device.device}" if isinstance(device.device, int) else device.device
         fits = "spilled" if device in found.left_over else "yes" if device.fits else "no"
         shown.add_row(label, *map(size, numbers), limit, fits)
+    out.print(f"{found.report.packed}", markup=False)
     out.print(shown)
     left = table("left in float", ["reason", "dtype"], ["tensors", "bytes"], ["such as"])
     for reason, dtype, count, nbytes, example in found.left_in_float():

@@ -10,11 +10,12 @@ from quanto_hf.flow.calibration import Calibration, calibrate
 from quanto_hf.flow.compare import compare
 from quanto_hf.flow.comparison import Comparison, LayerRow
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
+from quanto_hf.flow.floats import FloatWeight, float_weights
 from quanto_hf.flow.moments import collect_moments
 from quanto_hf.flow.notes import notes_of, warn_of_notes
 from quanto_hf.flow.patterns import first_match, matches
 from quanto_hf.flow.refuse import refuse_other_dtypes
-from quanto_hf.flow.report import Report, Row, not_quantizable, report
+from quanto_hf.flow.report import Report, Row, report
 from quanto_hf.flow.requantizing import quantization_map, requantize
 from quanto_hf.flow.smooth import Fold, Smoothing, smooth
 from quanto_hf.flow.tuning import tune_blocks, tune_codebooks, tune_end_to_end
@@ -35,6 +36,7 @@ __all__ = [
     "Choice",
     "Comparison",
     "Evaluation",
+    "FloatWeight",
     "Fold",
     "LayerRow",
     "Report",
@@ -54,10 +56,10 @@ __all__ = [
     "either",
     "evaluate",
     "first_match",
+    "float_weights",
     "freeze",
     "freeze_aqlm",
     "matches",
-    "not_quantizable",
     "note_reasons",
     "notes_of",
     "quantization_map",

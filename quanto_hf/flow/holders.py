@@ -178,8 +178,12 @@ def _attributes(held: Any) -> Iterator[tuple[str, Any]]:
 
 
 def replace_everywhere(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each new module in all places of a model where its old one is."""
-    Holders(lambda held: made.get(held, held) if isinstance(held, nn.Module) else held).walk(model)
+    """Put each new module in all places of a model where its old one is, also inside of other new ones: an attention
+    holds its output projection."""
+    holders = Holders(lambda held: made.get(held, held) if isinstance(held, nn.Module) else held)
+    holders.walk(model)
+    for new in made.values():
+        holders.walk(new)
 
 
 def held_parameters(model: nn.Module) -> dict[int, str]:

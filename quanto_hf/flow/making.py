@@ -15,6 +15,7 @@ from quanto_hf.flow.layer_store import LayerStore, digest
 from quanto_hf.flow.moments import collect_moments
 from quanto_hf.flow.refuse import refuse_other_dtypes
 from quanto_hf.nn import QuantizedWeight
+from quanto_hf.nn.qlinear import LinearProduct
 from quanto_hf.nn.rounding import SCALE, ZERO
 from quanto_hf.nn.slots import Slot
 from quanto_hf.ops.scratch import free
@@ -125,7 +126,7 @@ def make_layers(
 
 def _wants_moments(waiting: Waiting) -> bool:
     """Whether its weight is made with second moments, and they can be collected: inputs of convolutions are not."""
-    return isinstance(waiting.layer, nn.Linear) and waiting.scheme.wants_moments(waiting.fit)
+    return isinstance(waiting.layer, nn.Linear | LinearProduct) and waiting.scheme.wants_moments(waiting.fit)
 
 
 def _identity(layer: Waiting, settings: list[int | None], read: str) -> str:

@@ -7,6 +7,10 @@ import torch
 from torch import nn
 
 from quanto_hf.flow.batches import batches, run_all, tensors_of
+from quanto_hf.nn.qlinear import LinearProduct
+
+# types of layers that have one input, of which a matrix gives the outputs
+LINEAR = nn.Linear | LinearProduct
 
 
 class _Moment:
@@ -56,8 +60,8 @@ def collect_moments(model: nn.Module, data: Any, modules: Iterable[str] | None =
                 [1., 2.]])
     """
     named = dict(model.named_modules())
-    wanted = [name for name, m in named.items() if isinstance(m, nn.Linear)] if modules is None else list(modules)
-    if wrong := [name for name in wanted if not isinstance(named.get(name), nn.Linear)]:
+    wanted = [name for name, m in named.items() if isinstance(m, LINEAR)] if modules is None else list(modules)
+    if wrong := [name for name in wanted if not isinstance(named.get(name), LINEAR)]:
         raise ValueError(f"not a linear layer of this model: {', '.join(wrong)}")
     moments = {name: _Moment(named[name].in_features) for name in wanted}
     hooks = [named[name].register_forward_pre_hook(moment, with_kwargs=True) for name, moment in moments.items()]

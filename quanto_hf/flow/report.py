@@ -1,15 +1,19 @@
 """What happened to each parameter, and why."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from quanto_hf.flow.notes import notes_of
-from quanto_hf.nn import QuantizedWeight, why_no_qmodule
-from quanto_hf.nn.registry import entry_of
-from quanto_hf.nn.slots import Slot, joined, label, why_left
+from quanto_hf.flow.routers import REASON as ROUTER
+from quanto_hf.nn import QuantizedWeight
+from quanto_hf.nn.packed import Packed, is_matrix
+from quanto_hf.nn.registry import LOAD, entry_of
+from quanto_hf.nn.slots import Slot, joined, why_left
+from quanto_hf.nn.subclasses import source_class
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Row:
         nbytes: bytes as stored, scales and zeros included.
         error: ||Q - W|| / ||W|| of a quantized weight; None if it is not known.
         reason: why it is float; empty for quantized weights.
+        kind: the type of the module that has it.
     """
 
     name: str
@@ -31,17 +36,23 @@ class Row:
     nbytes: int
     error: float | None = None
     reason: str = ""
+    kind: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Elements of the float parameter."""
+        return torch.Size(self.shape).numel()
 
     @property
     def bits(self) -> float:
         """Bits per element, scales and zeros included."""
-        numel = torch.Size(self.shape).numel()
-        return 8 * self.nbytes / numel if numel else 0.0
+        return 8 * self.nbytes / self.numel if self.numel else 0.0
 
 
 @dataclass(frozen=True)
 class Report:
-    """One row per parameter, in the order of the model, and sentences about all of them. ``str(report)`` is a table."""
+    """One row per parameter, in the order of the model, and sentences about all of them. ``str(report)`` is a table,
+    with the share of the weights that are packed on top."""
 
     rows: list[Row]
     notes: tuple[str, ...] = ()
@@ -54,7 +65,7 @@ class Report:
     @property
     def bits(self) -> float:
         """Mean bits per element over all parameters."""
-        numel = sum(torch.Size(row.shape).numel() for row in self.rows)
+        numel = sum(row.numel for row in self.rows)
         return 8 * self.nbytes / numel if numel else 0.0
 
     @property
@@ -62,9 +73,17 @@ class Report:
         """Mean bits per element over the quantized weights."""
         return Report([row for row in self.rows if not row.reason]).bits
 
+    @property
+    def packed(self) -> Packed:
+        """How many weights are packed, of those that could be."""
+        packed = sum(row.numel for row in self.rows if not row.reason)
+        floats = sum(row.numel for row in self.rows if row.reason and is_matrix(row.name, row.shape))
+        return Packed(packed, packed + floats)
+
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.rows), default=9)
-        lines = [f"{'parameter':{width}}  {'stored':16} {'bits':>6} {'bytes':>13} {'error':>7}  why it is float"]
+        head = f"{'parameter':{width}}  {'stored':16} {'bits':>6} {'bytes':>13} {'error':>7}  why it is float"
+        lines = [f"{self.packed}", head]
         for row in self.rows:
             error = "" if row.error is None else f"{row.error:.4f}"
             lines.append(
@@ -89,15 +108,19 @@ def report(model: nn.Module, reference: nn.Module | Mapping[str, torch.Tensor] |
     for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight) and module.is_frozen:
             for slot in module.slots:
-                rows.append(_quantized_row(name, module, slot, exact))
-                seen.update(id(tensor) for tensor in module.tensors(slot.name).values())
+                held = {id(tensor) for tensor in module.tensors(slot.name).values()}
+                # one that is tied to another is the same tensors
+                if not held <= seen:
+                    rows.append(_quantized_row(name, module, slot, exact))
+                seen |= held
         for leaf, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             size = parameter.nbytes
             dtype = str(parameter.dtype).removeprefix("torch.")
-            rows.append(Row(joined(name, leaf), dtype, tuple(parameter.shape), size, reason=_reason(module, leaf)))
+            shape, reason, kind = tuple(parameter.shape), why_float(module, leaf), kind_of(module)
+            rows.append(Row(joined(name, leaf), dtype, shape, size, reason=reason, kind=kind))
     return Report(rows, notes_of(model))
 
 
@@ -107,10 +130,16 @@ def _quantized_row(name: str, module: QuantizedWeight, slot: Slot, exact: Mappin
         wanted = exact[full].float()
         error = float((module.read_slot(slot.name).float() - wanted).norm() / wanted.norm().clamp(min=1e-30))
     size = sum(tensor.nbytes for tensor in module.tensors(slot.name).values())
-    return Row(full, str(module.scheme_of(slot)), slot.shape, size, error)
+    return Row(full, str(module.scheme_of(slot)), slot.shape, size, error, kind=kind_of(module))
 
 
-def _reason(module: nn.Module, leaf: str) -> str:
+def kind_of(module: nn.Module) -> str:
+    """The type of a module, or of the float one that a quantized one stands for."""
+    return (source_class(type(module)) if isinstance(module, QuantizedWeight) else type(module)).__name__
+
+
+def why_float(module: nn.Module, leaf: str) -> str:
+    """Why a parameter of a module is float."""
     if (reason := why_left(module, leaf)) is not None:
         return reason
     if isinstance(module, QuantizedWeight):
@@ -118,40 +147,16 @@ def _reason(module: nn.Module, leaf: str) -> str:
             return "not frozen"
         return "biases stay float" if leaf.endswith("bias") else "scales are float"
     kind, found = type(module).__name__, entry_of(module)
+    if found is None and kind.endswith(("Router", "Gate")):
+        return ROUTER
+    if isinstance(module, nn.RNNBase):
+        return f"{kind} gives all its weights to one function of torch, which takes floats"
+    if isinstance(module, ParametrizationList):
+        return (
+            "a parametrization (a weight norm) computes the weight of it: make it one first, by remove_parametrizations"
+        )
     if found is not None and leaf in found.quantized.slot_names:
+        if LOAD in found.quantized.by_default:
+            return "it has not been quantized"
         return f"{kind} is quantized only where a pattern names it"
     return f"{kind} is not a type that is quantized"
-
-
-def not_quantizable(model: nn.Module, chosen: Collection[str] = ()) -> tuple[float, list[str]]:
-    """Share of the weights of a model that are in modules of a type that cannot be quantized, and these types.
-
-    Embeddings, and parameters of less than 2 dimensions, do not count: nobody expects them to be quantized. A subclass
-    of ``nn.Linear`` counts by what it computes (:func:`quanto_hf.nn.why_no_qmodule`).
-
-    Args:
-        model: float or quantized, also on meta.
-        chosen: names of slots that are to be quantized.
-
-    Example:
-        >>> not_quantizable(nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 1)))
-        (0.5, ['Conv2d'])
-    """
-    total = 0
-    types: dict[str, int] = {}
-    for owner, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            continue
-        if isinstance(module, QuantizedWeight):
-            total += sum(slot.numel for slot in module.slots)
-            continue
-        if isinstance(module, nn.Linear) and (type(module) is nn.Linear or why_no_qmodule(module) is None):
-            total += module.in_features * module.out_features
-            continue
-        large = {leaf: p.numel() for leaf, p in module.named_parameters(recurse=False) if p.dim() > 1}
-        total += sum(large.values())
-        numel = sum(count for leaf, count in large.items() if label(owner, leaf) not in chosen)
-        if numel:
-            name = type(module).__name__
-            types[name] = types.get(name, 0) + numel
-    return (sum(types.values()) / total if total else 0.0), sorted(types, key=lambda name: -types[name])

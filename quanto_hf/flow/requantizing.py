@@ -8,9 +8,10 @@ from torch import nn
 
 from quanto_hf.flow.applying import by_module, quantized, replace_modules
 from quanto_hf.flow.refuse import refuse_other_dtypes
+from quanto_hf.flow.ties import Ties, share_packed
 from quanto_hf.flow.verbs import activation_type
 from quanto_hf.nn import QuantizedInput, QuantizedWeight, qmodule_for
-from quanto_hf.nn.slots import label
+from quanto_hf.nn.slots import joined, label
 from quanto_hf.schemes import scheme_from_dict
 
 
@@ -60,6 +61,7 @@ def requantize(
             f"the quantization map names what this model has not, or what is not quantized: {', '.join(unfit)}"
         )
     refuse_other_dtypes(model, quantization_map)
+    tied = Ties(model)
     made: dict[nn.Module, nn.Module] = {}
     for name, entries in owners.items():
         schemes = {leaf: scheme_from_dict(dict(entry["scheme"])) for leaf, entry in entries.items()}
@@ -69,6 +71,15 @@ def requantize(
         layer.make_empty()
         made[modules[name]] = layer
     replace_modules(model, made)
+    shared = tied.packed(model)
+    state = dict(state_dict)
+    for (name, first, slot), *others in shared:
+        for other, _, its in others:
+            # files have them once
+            for ours, theirs in zip(slot.names(first.scheme_of(slot)), its.names(first.scheme_of(slot)), strict=True):
+                if joined(name, ours) in state:
+                    state.setdefault(joined(other, theirs), state[joined(name, ours)])
     # a tensor that is assigned takes over requires_grad from the parameter in its place
-    model.load_state_dict(state_dict, strict=True, assign=True)
+    model.load_state_dict(state, strict=True, assign=True)
+    share_packed(shared)
     return model

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quanto_hf.flow.batches import batches, call
-from quanto_hf.nn import QLinear
+from quanto_hf.nn.qlinear import LinearProduct
 from quanto_hf.schemes import Trainable
 
 # The learning rate of Adam: a share of the size of codebook entries and scales, which are all about 1 times the scale.
@@ -22,7 +22,7 @@ WITHOUT_CACHE = {"past_key_values": None, "past_key_value": None, "use_cache": F
 class _Trained:
     """A frozen layer that computes with values that have gradients."""
 
-    def __init__(self, layer: QLinear, part: Trainable) -> None:
+    def __init__(self, layer: LinearProduct, part: Trainable) -> None:
         self.layer, self.part = layer, part
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ def tune_codebooks(
     Raises:
         ValueError: there is no AQLM layer, or no batch.
     """
-    layers = [m for m in module.modules() if isinstance(m, QLinear) and m.is_frozen]
+    layers = [m for m in module.modules() if isinstance(m, LinearProduct) and m.is_frozen]
     trained = [_Trained(m, part) for m in layers if (part := m.scheme.trainable(m.tensors())) is not None]
     if not trained:
         raise ValueError("there is no frozen AQLM layer to tune; freeze(quantize(model, 'aqlm-2x8')) makes them")

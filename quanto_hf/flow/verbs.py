@@ -18,6 +18,7 @@ from quanto_hf.flow.notes import warn_of_notes
 from quanto_hf.flow.patterns import any_names, first_match
 from quanto_hf.flow.refuse import refuse_other_dtypes, refuse_quantized
 from quanto_hf.flow.routers import routers
+from quanto_hf.flow.ties import Ties, pack, share_packed, tied_slots, to_float
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.nn.registry import QUANTIZE
 from quanto_hf.ops.scratch import free
@@ -83,6 +84,7 @@ def quantize(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     optimizer: Fit | str | None = None,
     exclude: str | Iterable[str] | None = None,
+    embeddings: str | QType | None = None,
 ) -> nn.Module:
     """Replace the linear layers and convolutions of a model by quantized ones, in place.
 
@@ -91,7 +93,7 @@ def quantize(
 
     Args:
         model: any torch model. Weights that are tied to another parameter, a ``lm_head``, and routers and gates of
-            experts (:mod:`quanto_hf.flow.routers`) stay float.
+            experts (:mod:`quanto_hf.flow.routers`) stay float where neither ``embeddings`` nor a pattern asks for them.
         weights: a number type: int8, int4, int2, float8, nf4, fp4 ...
         activations: None, "int8" or "float8": also round the inputs of these layers, per token; inputs of int4 and
             int2 layers to int8 per 32 columns.
@@ -109,6 +111,8 @@ def quantize(
         overrides: pattern -> values that differ there, such as ``{"*.down_proj": {"weights": "int8"}}``.
         optimizer: optimum-quanto's word for ``fit``.
         exclude: optimum-quanto's word for ``modules_to_not_convert``.
+        embeddings: number type of embeddings and of the ``lm_head``, tied to one or not; None leaves them in float. A
+            weight that they share is packed once, by :func:`freeze`, and both hold it.
 
     Returns:
         The model itself.
@@ -131,12 +135,13 @@ def quantize(
     kind = activation_type(activations)
     if static_activations and kind is None:
         raise ValueError("static_activations=True without activations; add activations='int8' or 'float8'")
+    asked = Ties(model).asked([*(as_patterns(include) or ()), *asked_by(overrides)])
+    outputs = {name for name, _ in model.named_modules() if name.rpartition(".")[2] == "lm_head"}
     skip = {
         name: "output heads stay float by default"
-        for name, _ in model.named_modules()
-        if name.rpartition(".")[2] == "lm_head" and include is None
+        for name in outputs
+        if include is None and embeddings is None and not any_names([name], asked)
     }
-    asked = [*(as_patterns(include) or ()), *asked_by(overrides)]
     skip.update(routers(model, getattr(model, "config", None), asked))
     assignment = assign(
         model,
@@ -147,6 +152,8 @@ def quantize(
         skip=skip,
         overrides=overrides,
         learn=learn_scales,
+        embeddings=None if embeddings is None else Choice(embeddings),
+        outputs=outputs,
     )
     refuse_other_dtypes(model, assignment.chosen)
     refuse_quantized(
@@ -235,20 +242,19 @@ def freeze(
         'frozen'
     """
     if (data, folder, seed, iterations) != (None, None, 0, None):
-        if layers := waiting_layers(model):
+        tied = tied_slots(model)
+        # the other slots of a tied weight get what is made for the first one
+        later = {slot.label(name) for _, *others in tied for name, _, slot in others}
+        if layers := {name: layer for name, layer in waiting_layers(model).items() if name not in later}:
             make_layers(
                 model, layers, data,
                 folder=folder, seed=seed, iterations=iterations, moment_bytes=moment_bytes, progress=progress,
             )  # fmt: skip
+        share_packed(tied)
         return model
     refuse_other_dtypes(model, waiting_layers(model))
     try:
-        for name, module in model.named_modules():
-            if isinstance(module, QuantizedWeight):
-                try:
-                    module.freeze()
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
+        pack(model)
     finally:
         free()
     return model
@@ -264,6 +270,6 @@ def dequantize(model: nn.Module) -> nn.Module:
         made = model.to_float()
     else:
         made = model
-        replace_modules(model, {m: m.to_float() for m in model.modules() if isinstance(m, QuantizedWeight)})
+        replace_modules(model, dict(to_float(model)))
     free()
     return made

@@ -11,6 +11,8 @@ from typing import Any
 from quanto_hf.io.checkpoint import CheckpointError, read_headers
 from quanto_hf.io.formats import QUANTO, Format, format_of
 from quanto_hf.io.formats.quanto import find_guards, without_guards
+from quanto_hf.io.split_experts import by_expert
+from quanto_hf.nn.packed import Packed, is_matrix
 from quanto_hf.nn.slots import WEIGHT, joined
 from quanto_hf.schemes import Scheme, TensorSpec, notes
 
@@ -27,6 +29,8 @@ class Item:
         parameters: elements of the float weight.
         nbytes: as stored, scales and zeros included.
         count: number of weights.
+        eligible: elements of those weights that are packed, or could be.
+        packed: elements of those that are.
     """
 
     name: str
@@ -34,6 +38,8 @@ class Item:
     parameters: int
     nbytes: int
     count: int = 1
+    eligible: int = 0
+    packed: int = 0
 
     @property
     def bits(self) -> float:
@@ -61,6 +67,12 @@ class Inventory:
         """All of them."""
         return _sum(self.rows, "")
 
+    @property
+    def packed(self) -> Packed:
+        """How many weights are packed, of those that could be."""
+        total = self.total()
+        return Packed(total.packed, total.eligible)
+
     def to_dict(self, every: bool = False) -> dict[str, Any]:
         """In JSON types, with one entry per weight if ``every``."""
         rows = self.rows if every else self.grouped()
@@ -69,6 +81,7 @@ class Inventory:
             "format_version": self.format_version,
             "files": self.files,
             "method": self.method,
+            "packed": self.packed.to_dict(),
             "notes": list(self.notes),
             "rows": [_pick(row, keys) for row in rows],
             "total": _pick(self.total(), ("count", "parameters", "bits", "nbytes")),
@@ -84,7 +97,8 @@ def _pick(item: Item, keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _sum(rows: list[Item], stored: str) -> Item:
-    return Item("", stored, sum(r.parameters for r in rows), sum(r.nbytes for r in rows), len(rows))
+    sums = {key: sum(getattr(row, key) for row in rows) for key in ("parameters", "nbytes", "eligible", "packed")}
+    return Item("", stored, count=len(rows), **sums)
 
 
 def read_inventory(folder: Path) -> Inventory:
@@ -114,7 +128,10 @@ def read_inventory(folder: Path) -> Inventory:
         if (slot := _slot_of(name, schemes, saved_as)) is not None:
             groups.setdefault(slot, {})[name] = spec
         else:
-            rows.append(Item(name, _text(spec.dtype), prod(spec.shape), _nbytes(spec)))
+            count = prod(spec.shape)
+            eligible = count if is_matrix(name, spec.shape) else 0
+            rows.append(Item(name, _text(spec.dtype), count, _nbytes(spec), eligible=eligible))
+    schemes = by_expert(schemes, groups, saved_as.prefix)
     saved = _saved_names(schemes, groups)
     layers: dict[str, tuple[Scheme, dict[str, TensorSpec]]] = {}
     problems = [f"unexpected: {tensor}" for name in {*groups} - {*saved.values()} for tensor in groups[name]]
@@ -130,7 +147,8 @@ def read_inventory(folder: Path) -> Inventory:
             layers[name] = scheme, found
         count = 0 if weight is None else prod(weight.shape)
         full = joined(name, WEIGHT) if of_weight else name
-        rows.append(Item(full, str(scheme), count, sum(map(_nbytes, tensors.values()))))
+        nbytes = sum(map(_nbytes, tensors.values()))
+        rows.append(Item(full, str(scheme), count, nbytes, eligible=count, packed=count))
     if problems:
         raise CheckpointError(f"{folder} is not what its config says:\n  " + "\n  ".join(sorted(problems)))
     method = str(quantization.get("quant_method", "")) if version is None else ""

@@ -5,7 +5,9 @@ Imports: ``qtypes``, ``fit``, ``schemes``. Never: transformers, or a whole model
 
 from quanto_hf.nn.activation import QuantizedInput
 from quanto_hf.nn.aqlm import QuantizedLinear
+from quanto_hf.nn.qattention import QMultiheadAttention
 from quanto_hf.nn.qconv import QConv1d, QConv2d, QConv3d, QConvTranspose1d, QConvTranspose2d, QConvTranspose3d
+from quanto_hf.nn.qconv1d import QConv1D
 from quanto_hf.nn.qembedding import QEmbedding, QEmbeddingBag
 from quanto_hf.nn.qexperts import QExperts, QTransposedExperts, QUngatedExperts
 from quanto_hf.nn.qexperts_own import QLlama4Experts
@@ -15,6 +17,7 @@ from quanto_hf.nn.registry import QMODULES, qmodule_for, register_qmodule, sourc
 
 __all__ = [
     "QMODULES",
+    "QConv1D",
     "QConv1d",
     "QConv2d",
     "QConv3d",
@@ -26,6 +29,7 @@ __all__ = [
     "QExperts",
     "QLinear",
     "QLlama4Experts",
+    "QMultiheadAttention",
     "QTransposedExperts",
     "QUngatedExperts",
     "QuantizedInput",

@@ -56,7 +56,7 @@ class QuantizedLinear(QLinear):
         super().__init__(in_features, out_features, bias, scheme=scheme, device=device, dtype=dtype)
 
     @classmethod
-    def from_module(cls, module: nn.Linear, *args: Any, **kwargs: Any) -> "QuantizedLinear":
+    def from_module(cls, module: nn.Module, *args: Any, **kwargs: Any) -> "QuantizedLinear":
         """A PREPARED layer that shares weight and bias with ``module``, and remembers its type."""
         layer = super().from_module(module, *args, **kwargs)
         assert isinstance(layer, QuantizedLinear)

@@ -17,6 +17,9 @@ from quanto_hf.schemes import Scheme
 
 H = TypeVar("H", bound="HoldsStored")
 
+# what was made of an ordinary parameter, as an attribute of it
+STORED = "quanto_hf_stored"
+
 
 class HoldsStored(nn.Module):
     """Base of :class:`quanto_hf.nn.QuantizedWeight`: its slots, and what it holds for those that are packed."""
@@ -174,10 +177,18 @@ class HoldsStored(nn.Module):
         """
         if isinstance(tensor, StoredParameter):
             return tensor
+        known = vars(tensor).get(STORED) if isinstance(tensor, nn.Parameter) else None
+        if known is not None and known.device == tensor.device and known.data_ptr() == tensor.data_ptr():
+            # the other layer of a tied pair has made it of the same parameter, which came out of a pickle
+            return known  # type: ignore[no-any-return]
         slot = self.slot_stored_as(name) if slot is None else slot
         assert slot is not None
         first, count = _first_stored(slot, self.scheme_of(slot), self.weight_dtype)
-        return stored_parameter(tensor, count if name == first else None, like=tensor)
+        made = stored_parameter(tensor, count if name == first else None, like=tensor)
+        if isinstance(tensor, nn.Parameter) and made is not tensor:
+            vars(made).pop(STORED, None)
+            vars(tensor)[STORED] = made
+        return made
 
     def _hold_stored(self) -> None:
         """Make what torch has put in place of stored tensors stored tensors again."""

@@ -59,15 +59,19 @@ class LearnedScales(QuantizedWeight):
             self.train_input_scale(True)
 
     def sources(self) -> dict[str, torch.Tensor]:
-        """The tensors from which the rounded numbers are computed, by name: those that may have a gradient."""
+        """The tensors from which the rounded numbers are computed, by name: those that may have a gradient. The weight
+        as the matrix that is quantized."""
         names = (INPUT_SCALE,) if self.is_frozen else (WEIGHT, SCALE, ZERO, INPUT_SCALE)
-        return {name: tensor for name in names if (tensor := self.held(name)) is not None}
+        held = {name: tensor for name in names if (tensor := self.held(name)) is not None}
+        if WEIGHT in held:
+            held[WEIGHT] = self.to_matrix(held[WEIGHT])
+        return held
 
     def quantized(self, name: str | None = None, context: Context = NO_CONTEXT) -> dict[str, torch.Tensor]:
         """The stored tensors, or what :meth:`freeze` would store."""
         if self.is_frozen:
             return self.tensors()
-        return self.how.stored(self._as_matrix(self.sources()), context)
+        return self.how.stored(self.sources(), context)
 
     def set_tensors(self, tensors: dict[str, torch.Tensor], name: str | None = None) -> None:
         """Hold these stored tensors; learned scales have become part of them."""
@@ -78,23 +82,18 @@ class LearnedScales(QuantizedWeight):
         super().set_tensors(tensors, name)
 
     def round_weight(self, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The float weight with the numbers of the packed one; gradients pass straight through the rounding.
+        """The matrix of the weight with the numbers of the packed one; gradients pass straight through the rounding.
 
         Args:
             sources: of :meth:`sources`, or copies of them.
         """
         if self.is_frozen:
-            return self.dequantized()
-        given = self._as_matrix(sources)
+            return self.scheme.dequantize(self.tensors(), self.matrix_shape[-1], self.weight_dtype)
         if as_a_node() and not transformed():
-            return self.from_matrix(weight_in_graph(self, self.how, given))
-        return self.from_matrix(self.how.round_weight(given))
+            return weight_in_graph(self, self.how, sources)
+        return self.how.round_weight(sources)
 
     @property
     def how(self) -> Rounding:
         """How weight and input are rounded."""
         return Rounding(self.scheme, self.fit, getattr(self, "activations", None))
-
-    def _as_matrix(self, sources: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The sources with the weight as a matrix."""
-        return {**sources, WEIGHT: self.to_matrix(sources[WEIGHT])}

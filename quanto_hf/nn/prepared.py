@@ -7,7 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
-    from quanto_hf.nn.qlinear import QLinear
+    from quanto_hf.nn.qlinear import LinearProduct
 
 Maybe = torch.Tensor | None
 
@@ -19,7 +19,7 @@ class Rounds(Protocol):
     def round_weight(self, sources: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
 
 
-def straight_through(layer: "QLinear", x: torch.Tensor, bias: Maybe) -> torch.Tensor:
+def straight_through(layer: "LinearProduct", x: torch.Tensor, bias: Maybe) -> torch.Tensor:
     """``layer.multiply(x, ...)``, bit for bit the product of the FROZEN layer, with gradients to x, weight, bias and
     learned scales.
 
@@ -40,7 +40,7 @@ def straight_through(layer: "QLinear", x: torch.Tensor, bias: Maybe) -> torch.Te
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, layer: "QLinear", x: torch.Tensor, bias: Maybe, *sources: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, layer: "LinearProduct", x: torch.Tensor, bias: Maybe, *sources: torch.Tensor) -> torch.Tensor:
         # while it is calibrated, x was not rounded, and is not to be observed again in the backward pass
         ctx.layer, ctx.names, ctx.observing = layer, list(layer.sources()), layer.is_observing
         ctx.save_for_backward(x, *sources)

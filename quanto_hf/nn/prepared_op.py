@@ -23,7 +23,7 @@ from quanto_hf.schemes import scheme_from_dict
 
 if TYPE_CHECKING:
     from quanto_hf.nn.learned import LearnedScales
-    from quanto_hf.nn.qlinear import QLinear
+    from quanto_hf.nn.qlinear import LinearProduct
 
 Maybe = torch.Tensor | None
 
@@ -37,7 +37,7 @@ def _has_name(layer: "LearnedScales") -> bool:
     return layer.learns or layer.fit is None or name_of_fit(layer.fit) is not None
 
 
-def linear_in_graph(layer: "QLinear", x: torch.Tensor, bias: Maybe) -> torch.Tensor:
+def linear_in_graph(layer: "LinearProduct", x: torch.Tensor, bias: Maybe) -> torch.Tensor:
     """:func:`quanto_hf.nn.prepared.straight_through` of a PREPARED layer."""
     if layer.is_observing or not _has_name(layer):
         return _outside(straight_through, layer, x, bias)

@@ -19,6 +19,8 @@ class QuantizedTable(RoundedModule):
     """Mixin of embeddings with a quantized weight, whose rows are the rows that are stored."""
 
     rounds_inputs: ClassVar[bool] = False
+    # of subclasses that scale, offset or normalise
+    keeps_forward: ClassVar[bool] = True
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None

@@ -8,6 +8,9 @@ are read, and the tokens of one are multiplied together.
 """
 
 import inspect
+import sys
+import warnings
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +25,8 @@ from quanto_hf.nn.slots import Slot
 from quanto_hf.ops.watched import as_a_node
 
 GATE_UP, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
+# the module and the function that puts adapters on parameters
+PEFT = ("peft.tuners.tuners_utils", "_inject_parameters")
 
 
 class StackedExperts(QuantizedWeight):
@@ -59,10 +64,35 @@ class StackedExperts(QuantizedWeight):
             products[name] = ExpertProduct(self.scheme_of(slot), slot.matrix_shape[-1], slot.stored(""))
         return products[name]
 
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        """As of nn.Module. PEFT looks here for what its ``target_parameters`` name.
+
+        Warns:
+            UserWarning: it looks for the weights of packed experts, which cannot have an adapter.
+        """
+        if not recurse:
+            warn_of_adapters(self, sys._getframe(1))
+        return super().named_parameters(prefix, recurse, remove_duplicate)
+
     def extra_repr(self) -> str:
         """Shape and scheme of each slot."""
         texts = [f"{slot.name}={slot.shape}, weights={self.scheme_of(slot)}" for slot in self.slots]
         return ", ".join(texts) + self._describe_state()
+
+
+def warn_of_adapters(module: QuantizedWeight, caller: FrameType) -> None:
+    """Say that packed weights of experts get no adapter, if PEFT is who looks for them. It goes on without a word."""
+    if (caller.f_globals.get("__name__"), caller.f_code.co_name) != PEFT:
+        return
+    targets = [str(name).rpartition(".")[2] for name in caller.f_locals.get("target_names", ())]
+    packed = [slot for slot in module.slots if slot.name in targets and module._parameters.get(slot.name) is None]
+    if packed:
+        warnings.warn(
+            f"{' and '.join(slot.name for slot in packed)} of the experts are packed ({module.scheme_of(packed[0])}) "
+            "and get no adapter: target_parameters of PEFT takes float parameters. Adapters of the other layers are "
+            "trained; to train experts as well, load them in float: QuantoConfig(modules_to_not_convert=['experts'])",
+            stacklevel=2,
+        )
 
 
 def each_expert(

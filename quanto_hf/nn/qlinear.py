@@ -1,4 +1,4 @@
-"""A linear layer whose weight is quantized, and is an ``nn.Linear`` to everybody else."""
+"""A linear layer whose weight is quantized, and is an ``nn.Linear`` to everybody else; what others share with it."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -20,8 +20,90 @@ from quanto_hf.schemes import Scheme
 _any_autocast = torch._C._is_any_autocast_enabled
 
 
+class LinearProduct(RoundedModule):
+    """Mixin of modules that multiply their input with one quantized matrix, each row of which gives one output, and add
+    a bias; the other base is the float module type. The matrix is a view of the weight, the weight itself or its
+    transposed (:meth:`quanto_hf.nn.QuantizedWeight.to_matrix`)."""
+
+    in_features: int
+    out_features: int
+
+    # ------------------------------------------------------------------------------------------------ forward
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``input @ weight.T + bias``, in the dtype of the input (or of autocast)."""
+        if not recording():
+            out = self._fast_forward(input)
+            if out is not None:
+                return out
+        x = input
+        # the op cannot tell: codes of 199 columns may take as many bytes as those of 200
+        if not x.dim() or sizes(x)[-1] != self.in_features:
+            raise ValueError(f"{self} takes inputs of shape (..., {self.in_features}), not {sizes(x)}")
+        if autocasts(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = self.bias_held
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        if not self.is_frozen and not self.rounding:
+            return F.linear(x, self.to_matrix(self.weight).to(x.dtype), bias)
+        if not self.is_frozen and as_a_node() and not transformed():
+            return linear_in_graph(self, x, bias)
+        # torch cannot follow a function with a gradient of its own through these
+        if recording() or transformed():
+            x = self.round_input(x, self.static_scale)
+            if self.is_frozen:
+                return self.scheme.linear(x, self.tensors(), bias)
+            return F.linear(x, self.round_weight(self.sources()).to(x.dtype), bias)
+        if self.is_frozen and self.activations is None:
+            return self.scheme.linear(x, self.tensors(), bias)
+        if self.is_frozen and not torch.is_grad_enabled():
+            return self.multiply(x, self.tensors(), bias)
+        return straight_through(self, x, bias)
+
+    def multiply(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
+        """The product with a packed weight: one kernel that rounds x as well, or one step after the other."""
+        call = self.bound_call() if self.is_frozen else None
+        out = None if call is None else call(x, bias)
+        if out is not None:
+            return out
+        if self.activations is None or self._observe(x):
+            return self.scheme.linear(x, tensors, bias)
+        self._check_calibrated()
+        return self.how.multiply(x, tensors, bias, self.static_scale)
+
+    def round_input(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """x as it is multiplied. While the layer is being calibrated its range is noted, and it stays as it is.
+
+        Args:
+            scale: the static one, or None.
+        """
+        if self.activations is None or self._observe(x):
+            return x
+        self._check_calibrated()
+        return self.how.round_input(x, scale)
+
+    def _fast_forward(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What the bound call gives for the tensors that are held, or None if it does not serve: each layer of each
+        token pays for what stands here (3 us)."""
+        call = self.bound_call()
+        if call is None or (_any_autocast() and autocasts(x)):
+            return None
+        parameters = self._parameters
+        return call(x, parameters["bias"] if "bias" in parameters else self.bias)
+
+    def _bind_stored(self, tensors: Mapping[str, torch.Tensor]) -> Call | None:
+        """The call for these stored tensors, with x rounded as the layer says, or None where there is none."""
+        if self.activations is None:
+            return self.scheme.bind(tensors, self.in_features)
+        if self.is_observing:
+            return None
+        self._check_calibrated()
+        return self.scheme.bind(tensors, self.in_features, self.activations.name, self.static_scale)
+
+
 @register_qmodule(nn.Linear, by_default=[LOAD, QUANTIZE])
-class QLinear(RoundedModule, nn.Linear):
+class QLinear(LinearProduct, nn.Linear):
     """A linear layer with a quantized weight.
 
     PREPARED, ``weight`` is a float Parameter, and the forward pass gives what the packed weight would give, so that a
@@ -80,76 +162,3 @@ class QLinear(RoundedModule, nn.Linear):
     def weight_shape(self) -> tuple[int, ...]:
         """(out_features, in_features)"""
         return (self.out_features, self.in_features)
-
-    # ------------------------------------------------------------------------------------------------ forward
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """``input @ weight.T + bias``, in the dtype of the input (or of autocast)."""
-        if not recording():
-            out = self._fast_forward(input)
-            if out is not None:
-                return out
-        x = input
-        # the op cannot tell: codes of 199 columns may take as many bytes as those of 200
-        if not x.dim() or sizes(x)[-1] != self.in_features:
-            raise ValueError(f"{self} takes inputs of shape (..., {self.in_features}), not {sizes(x)}")
-        if autocasts(x):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = self.bias_held
-        if bias is not None and bias.dtype != x.dtype:
-            bias = bias.to(x.dtype)
-        if not self.is_frozen and not self.rounding:
-            return F.linear(x, self.weight.to(x.dtype), bias)
-        if not self.is_frozen and as_a_node() and not transformed():
-            return linear_in_graph(self, x, bias)
-        # torch cannot follow a function with a gradient of its own through these
-        if recording() or transformed():
-            x = self.round_input(x, self.static_scale)
-            if self.is_frozen:
-                return self.scheme.linear(x, self.tensors(), bias)
-            return F.linear(x, self.round_weight(self.sources()).to(x.dtype), bias)
-        if self.is_frozen and self.activations is None:
-            return self.scheme.linear(x, self.tensors(), bias)
-        if self.is_frozen and not torch.is_grad_enabled():
-            return self.multiply(x, self.tensors(), bias)
-        return straight_through(self, x, bias)
-
-    def multiply(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
-        """The product with a packed weight: one kernel that rounds x as well, or one step after the other."""
-        call = self.bound_call() if self.is_frozen else None
-        out = None if call is None else call(x, bias)
-        if out is not None:
-            return out
-        if self.activations is None or self._observe(x):
-            return self.scheme.linear(x, tensors, bias)
-        self._check_calibrated()
-        return self.how.multiply(x, tensors, bias, self.static_scale)
-
-    def round_input(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        """x as it is multiplied. While the layer is being calibrated its range is noted, and it stays as it is.
-
-        Args:
-            scale: the static one, or None.
-        """
-        if self.activations is None or self._observe(x):
-            return x
-        self._check_calibrated()
-        return self.how.round_input(x, scale)
-
-    def _fast_forward(self, x: torch.Tensor) -> torch.Tensor | None:
-        """What the bound call gives for the tensors that are held, or None if it does not serve: each layer of each
-        token pays for what stands here (3 us)."""
-        call = self.bound_call()
-        if call is None or (_any_autocast() and autocasts(x)):
-            return None
-        parameters = self._parameters
-        return call(x, parameters["bias"] if "bias" in parameters else self.bias)
-
-    def _bind_stored(self, tensors: Mapping[str, torch.Tensor]) -> Call | None:
-        """The call for these stored tensors, with x rounded as the layer says, or None where there is none."""
-        if self.activations is None:
-            return self.scheme.bind(tensors, self.in_features)
-        if self.is_observing:
-            return None
-        self._check_calibrated()
-        return self.scheme.bind(tensors, self.in_features, self.activations.name, self.static_scale)

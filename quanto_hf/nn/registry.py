@@ -104,8 +104,8 @@ def why_no_qmodule(module: nn.Module) -> str | None:
     found = entry_of(module)
     if found is None:
         return None
-    names = found.quantized.slot_names
-    return why_not_equivalent(module, found.source, names) or found.quantized.refuses_module(module)
+    cls = found.quantized
+    return why_not_equivalent(module, found.source, cls.slot_names, cls.keeps_forward) or cls.refuses_module(module)
 
 
 def qmodule_for(module: nn.Module) -> Any:

@@ -37,7 +37,7 @@ class RoundedModule(LearnedScales, QuantizedInput, QuantizedWeight):
         """
         if not x.is_floating_point():
             raise ValueError(f"{self} takes floating-point inputs, not {x.dtype}; convert them first")
-        weight = self.round_weight(self.sources()) if self.rounds else self.weight
+        weight = self.from_matrix(self.round_weight(self.sources())) if self.rounds else self.weight
         bias = self.bias_held
         if autocasts(x):
             return weight, bias

@@ -57,7 +57,9 @@ class Slot:
         return (*self.shape[: self.leading], rows, torch.Size(others).numel())
 
     def to_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The float parameter as :attr:`matrix_shape`."""
+        """The float parameter as :attr:`matrix_shape`: itself, or a view of it."""
+        if not self.transposed and tensor.dim() == self.leading + 2:
+            return tensor
         return self._swapped(tensor).reshape(self.matrix_shape)
 
     def from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:

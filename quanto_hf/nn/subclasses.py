@@ -1,5 +1,6 @@
 """Subclasses of registered types: which compute what their base does, and their quantized classes."""
 
+import dis
 import inspect
 import types
 from typing import Any
@@ -15,11 +16,18 @@ READ = frozenset({WEIGHT, "bias", "in_features", "out_features", "training"})
 MODULE = frozenset(vars(nn.Module())) | {"_is_hf_initialized"}
 # what else hangs on a module that is not handed on: hooks of accelerate, which know the module that they run
 HOOKS = frozenset({"forward", "_old_forward", "_hf_hook", LEFT})
+# what of a weight can be read without its numbers
+DESCRIBES = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad"})
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 ROWS, COLUMNS = 5, 12
 
 
-def why_not_equivalent(module: nn.Module, source: type[nn.Module], slots: tuple[str, ...] = (WEIGHT,)) -> str | None:
+def why_not_equivalent(
+    module: nn.Module,
+    source: type[nn.Module],
+    slots: tuple[str, ...] = (WEIGHT,),
+    keeps_forward: bool = False,
+) -> str | None:
     """Why a module does not compute what ``source`` does from weight, bias and input alone, or None if it does.
 
     It is tried out: the forward pass of a linear subclass runs on small numbers, in training and in eval mode. What it
@@ -29,6 +37,8 @@ def why_not_equivalent(module: nn.Module, source: type[nn.Module], slots: tuple[
         module: of the type ``source`` or of a subclass; may be on meta.
         source: ``nn.Linear``, or another type.
         slots: names of the parameters that are quantized.
+        keeps_forward: whether the quantized class of a subclass runs the forward pass of the subclass, which may then
+            do anything with what ``super().forward`` gives; only the numbers of the weight it may not read itself.
     """
     kind = type(module)
     patched = vars(module).get("forward")
@@ -42,17 +52,17 @@ def why_not_equivalent(module: nn.Module, source: type[nn.Module], slots: tuple[
             return f"it has no {slot}"
     if kind is source:
         return None
-    if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
-        return "the attention of torch reads it by its weight"
     if isinstance(module._parameters[slots[0]], nn.UninitializedParameter):
         return "its shape is not known before its first forward pass"
     name, own = kind.__name__, {*module._parameters, *module._buffers, *module._modules} - {*slots, "bias"}
-    if own:
+    if own and not keeps_forward:
         return f"{name} has more than a weight and a bias: {', '.join(sorted(own))}"
     if kind.__call__ is not nn.Module.__call__:
         return f"{name} has a __call__ of its own"
     if _same_forward(kind, source):
         return None
+    if keeps_forward and getattr(kind, WEIGHT, None) is getattr(source, WEIGHT, None):
+        return _why_not_kept(kind, source)
     if source is not nn.Linear:
         return f"{name} has a forward of its own"
     return _why_not_linear(module)
@@ -62,6 +72,30 @@ def _same_forward(kind: type[nn.Module], source: type[nn.Module]) -> bool:
     """Whether all methods by which a module of torch computes are inherited."""
     return all(
         getattr(kind, name, None) is getattr(source, name, None) for name in ("forward", "_conv_forward", WEIGHT)
+    )
+
+
+def _why_not_kept(kind: type[nn.Module], source: type[nn.Module]) -> str | None:
+    """Why a forward pass cannot run above that of the quantized class: it does not call ``super().forward``, or it
+    reads the numbers of the weight, all of which would be dequantized for it. Dtype, device and shape cost nothing."""
+    reads = False
+    for cls in kind.__mro__[: kind.__mro__.index(source)]:
+        if "forward" not in vars(cls):
+            continue
+        code = getattr(inspect.unwrap(vars(cls)["forward"]), "__code__", None)
+        if code is None or "__class__" not in code.co_freevars or "forward" not in code.co_names:
+            return f"{kind.__name__} has a forward of its own, which does not call super().forward"
+        reads = reads or _reads_weight(code)
+    return f"the forward of {kind.__name__} reads its weight itself" if reads else None
+
+
+def _reads_weight(code: types.CodeType) -> bool:
+    """Whether a method reads the attribute ``weight`` for more than its dtype, device or shape."""
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "NOP", "EXTENDED_ARG")]
+    return any(
+        step.argval == WEIGHT and step.opname.startswith("LOAD_") and following.argval not in DESCRIBES
+        for step, following in zip(steps, [*steps[1:], steps[-1]], strict=True)
+        if step.opname != "LOAD_CONST"
     )
 
 
@@ -149,6 +183,9 @@ _MADE: dict[tuple[type, type, type], type] = {}
 def subclassed(quantized: type[nn.Module], source: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
     """The quantized module of a subclass: of both classes, so that its methods and ``isinstance`` go on working.
 
+    A quantized class with ``keeps_forward`` stands below a subclass with a forward pass of its own, whose
+    ``super().forward`` it then is; of other methods its own ones count all the same.
+
     Args:
         quantized: what was registered for ``source``: a subclass of it, or a mixin.
         source: the base that has one.
@@ -160,11 +197,24 @@ def subclassed(quantized: type[nn.Module], source: type[nn.Module], kind: type[n
         return made
     names: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": f"Q{kind.__name__}", "__doc__": None}
     names["made_of"], names["__reduce_ex__"] = (quantized, source, kind), _reduce
-    argument = next(iter([*inspect.signature(kind.forward).parameters][1:]), "input")
-    if argument != "input" and source is nn.Linear:
+    own, argument = (next(iter([*inspect.signature(c.forward).parameters][1:]), "input") for c in (quantized, kind))
+    bases: tuple[type, ...] = (quantized, kind)
+    if own == "input" != argument and not getattr(quantized, "keeps_forward", False):
         names["forward"] = _forward_by(quantized, argument)
+    elif getattr(quantized, "keeps_forward", False) and not _same_forward(kind, source):
+        bases, names = (kind, quantized), {**_methods(quantized, kind, source), **names}
     # the first one, if another thread has made one too
-    return _MADE.setdefault((quantized, source, kind), type(f"Q{kind.__name__}", (quantized, kind), names))
+    return _MADE.setdefault((quantized, source, kind), type(f"Q{kind.__name__}", bases, names))
+
+
+def _methods(quantized: type, kind: type, source: type) -> dict[str, Any]:
+    """What a quantized class and a subclass of its source both have, as the quantized class has it; forward aside."""
+    ours, theirs = (
+        {name for cls in found.__mro__ if cls not in source.__mro__ for name in vars(cls)}
+        for found in (quantized, kind)
+    )
+    both = {name for name in ours & theirs if not name.startswith("__")} - {"forward"}
+    return {name: inspect.getattr_static(quantized, name) for name in both}
 
 
 def source_class(quantized: type[nn.Module]) -> type[nn.Module]:

@@ -1,6 +1,9 @@
 """A quantized module and the float one that it stands for: made from it, and turned into one again."""
 
+import copy
+import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +28,8 @@ class FloatTwin(HoldsStored):
     # set by register_qmodule: the verbs that quantize such modules without being asked, and the float type
     by_default: ClassVar[frozenset[str]] = frozenset()
     stands_for: ClassVar[type[nn.Module]]
+    # whether the quantized class of a subclass with a forward pass of its own runs that, and is its super().forward
+    keeps_forward: ClassVar[bool] = False
 
     fit: Fit | str | None
     # slot name -> fit, as ``slot_schemes``
@@ -146,8 +151,43 @@ class FloatTwin(HoldsStored):
                     note_left(part, name, reason)
         return module
 
-    def to_float(self) -> nn.Module:
-        """A float module with the (dequantized) parameters and the same others."""
-        floats = {slot.name: self._parameters.get(slot.name) for slot in self.slots}
-        made = {name: self.dequantized(name) if t is None else t.detach() for name, t in floats.items()}
-        return self.plain(made if len(self.slot_names) > 1 else next(iter(made.values())))
+    def to_float(self, known: dict[tuple[int, ...], nn.Parameter] | None = None) -> nn.Module:
+        """A float module with the (dequantized) parameters and the same others.
+
+        Args:
+            known: float parameters that were made already, by the ``id`` of what they were made of: slots with one
+                weight get one Parameter. Filled here; what it names has to stay alive meanwhile.
+        """
+        known, keys, made = {} if known is None else known, {}, {}
+        for slot in self.slots:
+            weight = self._parameters.get(slot.name)
+            held = [self._parameters[name] for name in slot.names(self.scheme_of(slot))] if weight is None else [weight]
+            keys[slot.name] = key = tuple(id(tensor) for tensor in held)
+            weight = known.get(key, weight)
+            made[slot.name] = self.dequantized(slot.name) if weight is None else weight.detach()
+        module = self.plain(made if len(self.slot_names) > 1 else next(iter(made.values())))
+        for name, key in keys.items():
+            part = next((part for part in module.modules() if name in part._parameters), None)
+            if part is not None:
+                part._parameters[name] = known.setdefault(key, part._parameters[name])  # type: ignore[arg-type]
+        return module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """As of any module. A copy that PEFT makes to train it (``modules_to_save``) is a float module: a packed weight
+        has no gradient, and PEFT would train nothing without a word."""
+        if _is_trained_copy():
+            return copy.deepcopy(self.to_float(), memo)
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
+
+def _is_trained_copy() -> bool:
+    """Whether a copy is made for a ``ModulesToSaveWrapper`` of PEFT, of the module itself or of one around it."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "update" and frame.f_globals.get("__name__") == "peft.utils.other":
+            return True
+        frame = frame.f_back
+    return False

@@ -106,10 +106,16 @@ def test_two_linear_layers_with_one_weight_both_stay_float():
     }
 
 
-def test_the_out_projection_of_multihead_attention_is_not_touched():
+def test_the_out_projection_of_multihead_attention_goes_with_the_attention():
     # torch's attention reads it by its weight
     net = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2)})
-    assert assign(net, INT8).chosen == {}
+    assert list(assign(net, INT8).chosen) == ["attention.in_proj_weight", "attention.out_proj"]
+    assert list(assign(net, INT8, exclude=["out_proj"]).chosen) == ["attention.in_proj_weight"]
+    without = assign(net, INT8, exclude=["in_proj_weight"])
+    assert not without.chosen and "reads its weight" in without.left["attention.out_proj"]
+    net = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2, kdim=8)})
+    names = ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"]
+    assert list(assign(net, INT8).chosen) == [f"attention.{name}" for name in names]
 
 
 def test_a_module_with_two_names_becomes_one_module():
@@ -144,3 +150,13 @@ def test_a_transposed_convolution_is_judged_by_the_rows_that_are_stored():
     assignment = assign(nn.ModuleList([fits, does_not]), choice, include=["0", "1"])
     assert list(assignment.chosen) == ["0"]
     assert assignment.left["1"].startswith("in_features=15 is not a multiple of the 8")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_takes_no_fewer_bytes_packed_stays_float_unless_it_is_named(kind):
+    net = nn.ModuleDict({"thin": nn.Linear(1, 40), "small": nn.Linear(8, 8)}).to(torch.bfloat16)
+    found = assign(net, Choice(kind))
+    assert list(found.chosen) == ["small"]
+    assert "bytes as int" in found.left["thin"] and "no fewer than its 80 in float" in found.left["thin"]
+    named = assign(net, Choice(kind), overrides={"thin": {"weights": kind}})
+    assert list(named.chosen) == ["thin", "small"] and not named.left

@@ -27,6 +27,14 @@ def mask2former():
     return Mask2FormerForUniversalSegmentation(config)
 
 
+def falcon_of_180b():
+    config = FalconConfig(
+        **TEXT, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2, bias=True,
+        new_decoder_architecture=True,
+    )  # fmt: skip
+    return FalconForCausalLM(config)
+
+
 def falcon():
     return FalconForCausalLM(FalconConfig(**TEXT, hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
 
@@ -36,6 +44,7 @@ FAMILIES = {
     "mask2former": (mask2former, lambda m: m(pixel_values=noise(1, 3, 64, 64)).masks_queries_logits),
     # whose linear layers are of a class of its own
     "falcon": (falcon, lambda m: m(tokens()).logits),
+    "falcon-180b": (falcon_of_180b, lambda m: m(tokens()).logits),
 }
 
 

@@ -54,6 +54,10 @@ class FormatConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """What a module gets that nothing else is said of."""
         raise NotImplementedError
 
+    def embeddings_choice(self) -> Choice | None:
+        """What embeddings and the output head get; None leaves them in float."""
+        return None
+
     def conflicts(self, other: Any) -> list[str]:
         """Names of the values, of those that decide how weights are stored, in which another config of this class
         contradicts this one."""

@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from quanto_hf.fit import FITS
 from quanto_hf.flow import OVERRIDABLE, Choice, activation_names, activation_type
 from quanto_hf.hf.config.base import FormatConfig, add_config
 from quanto_hf.hf.config.foreign_words import SHORT, hints, unknown_keywords
+from quanto_hf.hf.config.values import value_problems
 from quanto_hf.io import FORMAT_VERSION, INTERRUPTED, check_version, refuse_interrupted
 from quanto_hf.io.formats import QUANTO, Format
 from quanto_hf.nn import QuantizedInput, QuantizedWeight
 from quanto_hf.qtypes import QType
-from quanto_hf.schemes import SCHEMES, Affine, class_of, names_of_schemes
 
 METHOD = QUANTO.method
 
@@ -49,10 +48,14 @@ class QuantoConfig(FormatConfig):
         fit: how scales are found: absmax, minmax, mse, mse_gain, hqq. None is the best data-free one of the type.
         overrides: pattern -> values of weights, group_size, symmetric and fit that differ for these modules, such as
             ``{"*.down_proj": {"weights": "int8"}}``; ``{"weights": None}`` leaves them in float. The first pattern
-            that matches counts. One that names a router, a gate, an embedding or a convolution itself (``mlp.gate``,
-            not ``mlp``) quantizes it.
+            that matches counts. One that names a router, a gate, an embedding, a head or a convolution itself
+            (``mlp.gate``, not ``mlp``) quantizes it.
         default_skips: False also quantizes output and task heads, routers and gates. Tied weights stay float all the
-            same.
+            same, unless ``embeddings`` or an override asks for them.
+        embeddings: number type of token, position and type embeddings and of the output head, with its default group
+            size and fit; None leaves them in float. An embedding and a head with one weight (tied) are one packed
+            tensor. An override that names an embedding or a head counts more; one that names either side of a tied
+            pair is for both. With ``activations`` the head rounds its inputs as other linear layers do.
         split_experts: save each expert of a mixture under a name of its own, as most published checkpoints and vLLM
             have them, and not all of a layer as one tensor. Both load again.
         dequantize: load with float weights in plain layers: those of the quantized checkpoint, or, of a float one,
@@ -85,6 +88,7 @@ class QuantoConfig(FormatConfig):
     static_activations: bool = False
     qat: bool = False
     learn_scales: bool = False
+    embeddings: str | None = None
     format_version: int = FORMAT_VERSION
     schemes: list[dict[str, Any]] | None = None
     # keyword only: the base class has it first, but the first argument is the weights, as in transformers' QuantoConfig
@@ -103,6 +107,7 @@ class QuantoConfig(FormatConfig):
     def _name_types(self) -> None:
         """Names in the place of number types: a config is written as JSON."""
         self.weights, self.activations = as_name(self.weights), as_name(self.activations)
+        self.embeddings = as_name(self.embeddings)
         if isinstance(self.overrides, Mapping):
             self.overrides = {
                 pattern: {key: as_name(value) for key, value in values.items()}
@@ -113,7 +118,10 @@ class QuantoConfig(FormatConfig):
 
     def _problems(self) -> list[str]:
         """One sentence for each bad value."""
-        problems = _value_problems(vars(self), self.weights)
+        problems = value_problems(vars(self), self.weights)
+        if self.embeddings is not None:
+            found = value_problems({"weights": self.embeddings}, self.embeddings, may_be_float=True)
+            problems += [f"embeddings{problem.removeprefix('weights')}" for problem in found]
         if self.quant_method not in (METHOD, "quanto"):
             problems.append(f"quant_method={SHORT.repr(self.quant_method)}; it is {METHOD!r}")
         try:
@@ -139,7 +147,7 @@ class QuantoConfig(FormatConfig):
                 f"{where}{key!r} is not known; choose {', '.join(OVERRIDABLE)}" for key in set(values) - {*OVERRIDABLE}
             ]
             problems += [
-                where + problem for problem in _value_problems(values, values.get("weights", self.weights), True)
+                where + problem for problem in value_problems(values, values.get("weights", self.weights), True)
             ]
         if not problems:
             problems = self._combination_problems()
@@ -154,7 +162,8 @@ class QuantoConfig(FormatConfig):
             problems.append("qat=True and dequantize=True; choose one of them")
         if self.learn_scales and not self.qat:
             problems.append("learn_scales=True without qat=True; scales are learned in training only")
-        for where, choice in [("", self.choice()), *self._override_choices()]:
+        special = [] if (choice := self.embeddings_choice()) is None else [("embeddings: ", choice)]
+        for where, choice in [("", self.choice()), *special, *self._override_choices()]:
             # of a checkpoint that is quantized nothing is fitted any more
             asked = choice if self.schemes is None or self.qat else replace(choice, fit=None)
             if (reason := asked.refusal()) is not None:
@@ -175,6 +184,10 @@ class QuantoConfig(FormatConfig):
     def choice(self) -> Choice:
         """What a module gets that no override names."""
         return Choice(self.weights, self.group_size, self.symmetric, self.fit)
+
+    def embeddings_choice(self) -> Choice | None:
+        """See :class:`FormatConfig`: the number type with its own defaults."""
+        return None if self.embeddings is None else Choice(self.embeddings)
 
     @classmethod
     def of(cls, config: Any) -> "QuantoConfig":
@@ -240,6 +253,7 @@ class QuantoConfig(FormatConfig):
             "overrides": self.overrides,
             "modules_to_not_convert": sorted(self.modules_to_not_convert or []),
             "default_skips": self.default_skips,
+            "embeddings": None if (choice := self.embeddings_choice()) is None else choice.scheme(),
         }
 
 
@@ -264,26 +278,3 @@ def _known_keywords_only(init: Callable[..., None]) -> Callable[..., None]:
 
 QuantoConfig.__init__ = _known_keywords_only(QuantoConfig.__init__)  # type: ignore[method-assign]
 add_config(QuantoConfig)
-
-
-def _value_problems(values: Mapping[str, Any], weights: Any, may_be_float: bool = False) -> list[str]:
-    """Bad values among weights, group_size, symmetric and fit.
-
-    Args:
-        weights: what the values are for, named by them or not.
-    """
-    problems = []
-    if "weights" in values and class_of(values["weights"]) is None and not (may_be_float and values["weights"] is None):
-        none = ", or None for float" if may_be_float else ""
-        spellings = " or ".join(cls.spelling for cls in SCHEMES.values() if cls.spelling)
-        names = f"{', '.join(names_of_schemes())} (any {spellings})"
-        problems.append(f"weights={SHORT.repr(values['weights'])}; choose one of {names}{none}")
-    if (group_size := values.get("group_size")) is not None:
-        reason = (class_of(weights) or Affine).refuses_group_size(weights, group_size)
-        problems += [] if reason is None else [reason]
-    if values.get("symmetric") not in (None, True, False):
-        problems.append(f"symmetric={SHORT.repr(values['symmetric'])}; choose None, True or False")
-    # a list of the names: what is not hashable is no name either
-    if values.get("fit") is not None and values["fit"] not in list(FITS):
-        problems.append(f"fit={SHORT.repr(values['fit'])}; choose one of {', '.join(sorted(FITS))}")
-    return problems

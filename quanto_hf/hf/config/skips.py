@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 from quanto_hf.flow import matches
+from quanto_hf.flow.patterns import any_names
 from quanto_hf.flow.routers import routers
+from quanto_hf.nn import QuantizedWeight
+from quanto_hf.nn.registry import entry_of
 from quanto_hf.nn.slots import WEIGHT
 
 # Layers with a weight of a part outside of the base model, up to which the part is a head, and not a network. Of the
@@ -16,33 +19,73 @@ HEAD_LAYERS = 6
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
-def default_skips(model: Any, dtype: torch.dtype, heads: bool = True, asked: Iterable[str] = ()) -> dict[str, str]:
-    """Module name -> why it stays float.
+def default_skips(
+    model: Any, dtype: torch.dtype, heads: bool = True, asked: Iterable[str] = (), embeddings: bool = False
+) -> dict[str, str]:
+    """Module name -> why it stays float. (Tied weights: :func:`quanto_hf.flow.assign`.)
 
     Args:
         model: a PreTrainedModel, usually on meta.
         dtype: the dtype in which it is loaded.
         heads: also the output head, task heads (:func:`task_heads`), and routers and gates
             (:func:`quanto_hf.flow.routers.routers`).
-        asked: patterns that ask for routers and gates all the same.
+        asked: patterns that ask for heads, routers and gates all the same.
+        embeddings: whether embeddings and the output head are asked for.
     """
     skips: dict[str, str] = {}
-    for target, source in model.all_tied_weights_keys.items():
-        for tied, other in ((target, source), (source, target)):
-            skips[tied.removesuffix(f".{WEIGHT}")] = f"its weight is tied to {other}"
     for pattern in model._get_dtype_plan(dtype):
         for name, _ in model.named_modules():
             if matches(name, pattern):
                 skips.setdefault(name, "the model keeps it in float32")
+    asked = list(asked)
+    if embeddings:
+        skips.update({n: reason for n, reason in special_tables(model).items() if not any_names([n], asked)})
     if not heads:
         return skips
-    output, ends = model.get_output_embeddings(), task_heads(model)
+    outputs, ends = output_heads(model), task_heads(model)
     for name, module in model.named_modules():
-        if module is output:
+        if any_names([name], asked) or (embeddings and name in outputs):
+            continue
+        if name in outputs:
             skips.setdefault(name, "the output head stays float by default")
         elif module in ends:
             skips.setdefault(name, "task heads stay float by default")
     return {**routers(model, getattr(model, "config", None), asked), **skips}
+
+
+def output_heads(model: Any) -> set[str]:
+    """Names of the modules that transformers knows as the output head: a linear layer, or a list of some."""
+    output = model.get_output_embeddings()
+    if not isinstance(output, nn.Module):
+        return set()
+    parts = set(output.modules())
+    return {name for name, module in model.named_modules() if module in parts}
+
+
+# methods of embeddings that transformers calls to fill them
+FILLS = ("create_weight", "make_weight")
+
+
+def special_tables(model: Any) -> dict[str, str]:
+    """Name of an embedding -> why it is none of those that are meant by ``embeddings``: it is a fixed table that the
+    model computes (sinusoids), or holds one number per head of attention, which is added to scores (T5)."""
+    computed = set(model._keys_to_ignore_on_save or ())
+    heads = {
+        count
+        for part in model.modules()
+        if (config := getattr(part, "config", None)) is not None
+        for key in ("num_attention_heads", "num_heads")
+        if isinstance(count := getattr(config, key, None), int)
+    }
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding):
+            continue
+        if f"{name}.{WEIGHT}" in computed or any(hasattr(module, method) for method in FILLS):
+            found[name] = "the model computes it"
+        elif module.embedding_dim in heads:
+            found[name] = "it has one number for each head of attention"
+    return found
 
 
 def task_heads(model: Any) -> set[nn.Module]:
@@ -85,3 +128,21 @@ def _in_a_block(part: nn.Module, name: str) -> bool:
     """Whether a layer is inside of an entry of a list: a list of layers is an MLP, one of blocks a stack."""
     path = name.split(".")
     return any(isinstance(part.get_submodule(".".join(path[:depth])), nn.ModuleList) for depth in range(len(path) - 1))
+
+
+def other_kinds(model: nn.Module, layer: type[QuantizedWeight] | None) -> dict[str, str]:
+    """Module name -> why it stays float in a format whose layers have a class of their own
+    (:attr:`quanto_hf.io.formats.Format.layer`): it is of another type than those.
+
+    Args:
+        model: usually on meta.
+        layer: the class; None is a format for all types.
+    """
+    if layer is None:
+        return {}
+    found = ((name, module, entry_of(module)) for name, module in model.named_modules())
+    return {
+        name: f"the format has no {type(module).__name__}"
+        for name, module, entry in found
+        if entry is not None and not issubclass(layer, entry.quantized)
+    }

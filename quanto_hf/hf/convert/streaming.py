@@ -70,7 +70,7 @@ def _tie(model: Any, found: dict[str, Source], state: Mapping[str, torch.Tensor]
                 # with two values they are not tied; the loader compares them too
                 if torch.equal(first, second):
                     del found[target]
-    missing = {name for name in state if name not in found}
+    missing = {name for name in state if _float_name(model, name) not in found}
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     by_id = {id(model.get_parameter_or_buffer(name)): source for name, source in found.items()}
     for name in sorted(state):
@@ -80,6 +80,13 @@ def _tie(model: Any, found: dict[str, Source], state: Mapping[str, torch.Tensor]
         if id(getattr(owner, leaf)) not in by_id:
             raise NotStreamable(f"it lacks {name}, which is newly initialised")
         found[name] = by_id[id(getattr(owner, leaf))]
+
+
+def _float_name(model: Any, name: str) -> str:
+    """The name of the float parameter that a stored tensor is made of; any other name as it is."""
+    owner, leaf = split_name(model, name)
+    slot = owner.slot_stored_as(leaf) if isinstance(owner, QuantizedWeight) else None
+    return name if slot is None else slot.full(name.rpartition(".")[0])
 
 
 def freeze_empty(skeleton: Skeleton) -> None:

@@ -71,6 +71,7 @@ def _config(weights: Any, activations: Any, kwargs: dict[str, Any]) -> QuantoCon
         symmetric=kwargs.get("symmetric"),
         fit=_name(_either(kwargs, "fit", "optimizer")),
         overrides=overrides,
+        embeddings=_name(kwargs.get("embeddings")),
     )
 
 
@@ -86,13 +87,13 @@ def _name(value: Any) -> Any:
 
 
 def _adopt(model: Any, config: QuantoConfig) -> None:
-    from quanto_hf.hf.load.model_dtype import know_dtypes
     from quanto_hf.hf.load.quantizer import QuantoHfQuantizer
+    from quanto_hf.hf.load.watching import watch_models
 
     quantizer = QuantoHfQuantizer(config, pre_quantized=False)
     quantizer.describe(model)
     quantizer.belongs_to(model)
     model.hf_quantizer = quantizer
-    know_dtypes()
+    watch_models()
     model.config.quantization_config = quantizer.quantization_config
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method

@@ -7,9 +7,10 @@ from torch import nn
 
 from quanto_hf.flow import Assignment, Choice, assign, first_match
 from quanto_hf.hf.config.aqlm import AqlmConfig
-from quanto_hf.hf.config.skips import default_skips
+from quanto_hf.hf.config.skips import default_skips, other_kinds
 from quanto_hf.hf.load.quantizer import QuantoHfQuantizer
 from quanto_hf.hf.load.replace import replace_by_assignment
+from quanto_hf.hf.load.ties import float_ties
 from quanto_hf.nn import QuantizedLinear
 
 
@@ -29,7 +30,8 @@ def read_assignment(
         ValueError: the weight of a layer cannot be cut into blocks; the text names the layer.
     """
     # the same layers for every layout: what can be read is more than what can be made
-    assignment = assign(model, Choice("int8"), skip={**(skip or {}), **_named(model, names, prefixes)})
+    skip = {**(skip or {}), **other_kinds(model, QuantizedLinear), **_named(model, names, prefixes)}
+    assignment = assign(model, Choice("int8"), skip=skip, ties=float_ties(model))
     problems = []
     for name in assignment.chosen:
         layer, assignment.chosen[name] = model.get_submodule(name), config.choice()
@@ -107,7 +109,8 @@ class AqlmQuantizer(QuantoHfQuantizer):
     def _new_assignment(self, model: Any) -> Assignment:
         config = self.quantization_config
         named = _named(model, config.linear_weights_not_to_quantize, _prefixes(model))
-        return assign(model, config.choice(), skip={**default_skips(model, self._dtype), **named})
+        skip = {**default_skips(model, self._dtype), **other_kinds(model, QuantizedLinear), **named}
+        return assign(model, config.choice(), skip=skip, ties=float_ties(model))
 
 
 def _prefixes(model: Any) -> tuple[str, ...]:

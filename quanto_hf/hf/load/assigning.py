@@ -1,19 +1,17 @@
 """Which slot of a model is quantized how while it loads: by the config, or by what a checkpoint says of itself."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from quanto_hf.flow import Assignment, Choice, asked_by, assign, first_match, not_quantizable
-from quanto_hf.hf.config.skips import default_skips
+from quanto_hf.flow import Assignment, Choice, asked_by, assign, first_match
+from quanto_hf.flow.ties import Ties, as_label
+from quanto_hf.hf.config.skips import default_skips, other_kinds, output_heads
+from quanto_hf.hf.load.ties import float_ties
 from quanto_hf.nn import qmodule_for
-from quanto_hf.nn.slots import label
+from quanto_hf.nn.slots import find, joined, label
 from quanto_hf.schemes import Scheme
-
-# Warn when more than this share of the weights stays in float.
-LEFT_IN_FLOAT = 0.1
 
 
 def new_assignment(model: Any, config: Any, dtype: torch.dtype) -> Assignment:
@@ -24,12 +22,20 @@ def new_assignment(model: Any, config: Any, dtype: torch.dtype) -> Assignment:
         config: what was asked for.
         dtype: in which the model is loaded.
     """
+    embeddings, ties = config.embeddings_choice(), float_ties(model)
+    # what is tied to a module that is named is asked for with it
+    asked = Ties(model, ties).asked(asked_by(config.overrides))
+    skip = default_skips(model, dtype, config.default_skips, asked, embeddings is not None)
     return assign(
         model,
         config.choice(),
         exclude=config.modules_to_not_convert or (),
-        skip=default_skips(model, dtype, config.default_skips, asked_by(config.overrides)),
+        skip={**skip, **other_kinds(model, type(config).format.layer)},
         overrides=config.overrides,
+        learn=config.learn_scales,
+        embeddings=embeddings,
+        outputs=output_heads(model),
+        ties=ties,
     )
 
 
@@ -67,11 +73,21 @@ def saved_assignment(model: Any, schemes: Mapping[str, Scheme], config: Any, dty
             f"{len(absent)} of the {len(schemes)} quantized modules of the checkpoint are not in "
             f"{type(model).__name__}; the first one is {absent[0]!r}"
         )
+    _complete_ties(model, chosen)
     # for the reasons only: an entry of 'schemes' counts more than a default
     skip = default_skips(model, dtype, config.default_skips)
     skip.update((name, "it was saved in float") for name in known if name not in chosen and name not in skip)
-    left = assign(model, config.choice(), skip=skip).left
+    left = assign(model, config.choice(), skip=skip, ties=float_ties(model)).left
     return Assignment(chosen, {name: reason for name, reason in left.items() if name not in chosen})
+
+
+def _complete_ties(model: Any, chosen: dict[str, Choice]) -> None:
+    """Of a weight that several modules share the config of a checkpoint names one: where the files have it."""
+    ties = Ties(model, float_ties(model))
+    for name in list(chosen):
+        owner, leaf = find(model, name)
+        for other in ties.others(joined(owner, leaf)):
+            chosen.setdefault(as_label(other), chosen[name])
 
 
 def _saved_fit(config: Any, name: str) -> str | None:
@@ -86,19 +102,3 @@ def _saved_fit(config: Any, name: str) -> str | None:
 def was_written_from(model: Any) -> bool:
     """Whether the checkpoint was written from the class of this model, so that everything fits or it is damaged."""
     return type(model).__name__ in (model.config.architectures or [])
-
-
-def warn_of_floats(model: Any, assignment: Assignment) -> None:
-    """Say so when much less is quantized than the user will think."""
-    share, types = not_quantizable(model, assignment.chosen)
-    if share > LEFT_IN_FLOAT:
-        warnings.warn(
-            f"{share:.0%} of the weights of {type(model).__name__} stay in float, because they are in modules of a "
-            f"type that quanto_hf does not quantize, or only where a pattern names them: {', '.join(types[:5])}",
-            stacklevel=2,
-        )
-    elif not assignment.chosen:
-        warnings.warn(
-            f"no linear layer of {type(model).__name__} is quantized; call quanto_hf.report(model) for the reasons",
-            stacklevel=2,
-        )

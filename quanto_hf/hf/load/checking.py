@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from quanto_hf.flow import replace_modules
+from quanto_hf.flow.ties import Ties
+from quanto_hf.hf.load.merging import stacks_experts
 from quanto_hf.hf.load.names import loader_names, split_name, targets_of
 from quanto_hf.hf.load.stored_dtypes import disagreements
 from quanto_hf.io import check_tensors, find_guards, without_guards
@@ -38,17 +41,26 @@ def check_before_loading(
     if pre_quantized:
         headers = without_guards(headers)
     targets, unexpected, converted = _rename(model, headers, conversions, state)
+    incomplete = [
+        line for name, parts in converted.items() if name in state for line in _lacks(name, state[name], parts)
+    ]
     tied = set(model.all_tied_weights_keys)
+    groups = Ties(model, model.all_tied_weights_keys)
+
+    def has(name: str) -> bool:
+        """Whether the checkpoint has it under this name or that of what it is tied to."""
+        return any(other in targets for other in groups.group(name))
+
     wanted: dict[str, TensorSpec] = {}
     absent: dict[str, QuantizedWeight] = {}
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedWeight):
             continue
         names = _checkpoint_names(module, name, pre_quantized)
-        if not complete and not any(n in targets for n in names):
+        if not complete and not any(has(n) for n in names):
             absent[name] = module
         else:
-            wanted.update({n: _spec(state[n]) for n in names})
+            wanted.update({n: _spec(state[n]) for n in names if n in targets or not has(n)})
     if absent:
         _leave_in_float(model, absent)
     if pre_quantized and complete:
@@ -70,8 +82,8 @@ def check_before_loading(
         unexpected = []
     elif not complete:
         unexpected = [name for name in unexpected if _belongs_to(model, name)]
-    exact, more = (_exact(model), disagreements(model, found)) if pre_quantized else ((), ())
-    check_tensors(wanted, found, unexpected, exact, more)
+    exact, more = (_exact(model), disagreements(model, found)) if pre_quantized else ((), [])
+    check_tensors(wanted, found, unexpected, exact, [*more, *incomplete])
 
 
 def _exact(model: nn.Module) -> set[str]:
@@ -81,7 +93,8 @@ def _exact(model: nn.Module) -> set[str]:
 
 
 def _checkpoint_names(module: QuantizedWeight, name: str, pre_quantized: bool) -> list[str]:
-    made = () if pre_quantized else module.kept_names
+    # what is in no file: the model makes it
+    made = {*(() if pre_quantized else module.kept_names), *module._non_persistent_buffers_set}
     held = {**module._parameters, **module._buffers}
     leaves = [leaf for leaf, tensor in held.items() if tensor is not None and leaf not in made]
     return [joined(name, leaf) for leaf in leaves]
@@ -89,22 +102,37 @@ def _checkpoint_names(module: QuantizedWeight, name: str, pre_quantized: bool) -
 
 def _rename(
     model: Any, headers: Mapping[str, TensorSpec], conversions: Iterable[Any], state: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, TensorSpec], list[str], set[str]]:
-    """Specs by model name, names in the file without a place in the model, and model names made by converters."""
+) -> tuple[dict[str, TensorSpec], list[str], dict[str, Counter[str]]]:
+    """Specs by model name, names in the file without a place in the model, and model names made by converters, with how
+    many tensors of each pattern they are made of: of none where a model is to have a tensor for each expert."""
     ignored = _ignored(model._keys_to_ignore_on_load_unexpected)
     targets: dict[str, TensorSpec] = {}
     unexpected: list[str] = []
-    converted: set[str] = set()
-    for key, name, converter, _ in loader_names(model, headers, conversions, state):
+    converted: dict[str, Counter[str]] = {}
+    for key, name, converter, pattern in loader_names(model, headers, conversions, state):
         if converter is not None:
             names = targets_of(converter, name)
-            converted.update(names)
             targets.update(dict.fromkeys(names, headers[key]))
+            stacks = len(names) == 1 and stacks_experts(converter)
+            for made in names:
+                parts = converted.setdefault(made, Counter())
+                if stacks:
+                    parts.update({**dict.fromkeys(converter.source_patterns, 0), pattern: 1})
         elif name in state:
             targets[name] = headers[key]
         elif not ignored(name) and not name.endswith(("rotary_emb.inv_freq", "position_ids")):
             unexpected.append(key)
     return targets, unexpected, converted
+
+
+def _lacks(name: str, tensor: torch.Tensor, parts: Mapping[str, int]) -> list[str]:
+    """A line for each pattern that a stack of experts has too few, or too many, tensors of."""
+    count = tensor.shape[0] if tensor.dim() else 0
+    return [
+        f"wrong number: {name} is made of {count} tensors {pattern}, and the checkpoint has {found}"
+        for pattern, found in parts.items()
+        if found != count
+    ]
 
 
 def expect_guards(model: Any, headers: Mapping[str, TensorSpec], conversions: Iterable[Any]) -> None:

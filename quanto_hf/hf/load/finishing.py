@@ -5,7 +5,9 @@ from typing import Any
 import torch
 
 from quanto_hf.flow import dequantize
+from quanto_hf.flow.ties import float_slots, pack
 from quanto_hf.hf.load.replace import finish_prepared
+from quanto_hf.hf.load.ties import note_ties, untie_parts
 from quanto_hf.hf.offload.deferred import Deferred
 from quanto_hf.hf.offload.hooks import add_to_index, folder_of, offload_hooks, use_in_place, where_it_runs
 from quanto_hf.nn import QuantizedInput, QuantizedWeight
@@ -41,23 +43,24 @@ def finish_layers(model: Any, config: Any) -> None:
     Raises:
         ValueError: a float parameter has not arrived; the text names all of them.
     """
-    absent = []
+    untie_parts(model)
     # only now: until here they said what the checkpoint holds
     for flag in config.asked:
         setattr(config, flag, True)
-    for name, module in model.named_modules():
-        if not isinstance(module, QuantizedWeight):
-            continue
-        floats = {slot.full(name): module._parameters.get(slot.name) for slot in module.slots}
-        missing = [full for full, weight in floats.items() if weight is not None and weight.device.type == "meta"]
-        if missing:
-            absent += missing
+    absent = [
+        slot.full(name)
+        for name, module, slot in float_slots(model)
+        if (weight := module._parameters[slot.name]) is not None and weight.device.type == "meta"
+    ]
+    if not config.qat and not absent:
+        # a converter whose first tensor stays float hands the others over as they are
+        pack(model)
+    for module in model.modules():
+        if not isinstance(module, QuantizedWeight) or absent:
             continue
         if config.qat:
             finish_prepared(module, config)
             continue
-        # a converter whose first tensor stays float hands the others over as they are
-        module.freeze()
         if config.static_activations and isinstance(module, QuantizedInput) and module.rounds_inputs:
             if not module.is_static:
                 module.make_static(device=where_it_runs(module))
@@ -69,6 +72,7 @@ def finish_layers(model: Any, config: Any) -> None:
         raise ValueError(
             "the checkpoint does not fit the model:\n  " + "\n  ".join(f"missing: {name}" for name in absent)
         )
+    note_ties(model)
 
 
 def dequantized(model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -84,6 +88,7 @@ def dequantized(model: Any, dtype: torch.dtype | str | None = None) -> Any:
     if "disk" in places or any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise ValueError("a model with offloaded weights cannot be dequantized; load it without disk offload first")
     dequantize(model)
+    note_ties(model)
     if isinstance(dtype, str):
         # save_pretrained leaves the name of the dtype in the config, from where transformers takes it
         dtype = getattr(torch, dtype)

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 
-from quanto_hf.hf.load.names import stored_name, waiting_slot
+from quanto_hf.hf.load.names import slot_at, stored_name
 from quanto_hf.hf.load.pieces import Pieces
+from quanto_hf.hf.load.ties import arrives
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.nn.slots import Slot
 
@@ -49,7 +50,8 @@ class QuantizeWeights(ConversionOps):  # type: ignore[misc]
         assert model is not None
         result: dict[str, Any] = {}
         for name, value in input_dict.items():
-            waiting = waiting_slot(model, name)
+            # also one whose placeholder is gone, because what it is tied to has arrived
+            waiting = slot_at(model, name)
             names = [name]
             if self.later is not None and waiting is not None and not isinstance(value, Pieces):
                 # what is made now is checked where it is quantized
@@ -57,7 +59,7 @@ class QuantizeWeights(ConversionOps):  # type: ignore[misc]
             if self.later is not None and self.later.takes(model, full_layer_name, name, _first(value)):
                 if waiting is not None:
                     layer, slot = waiting
-                    layer._parameters.pop(slot.name)
+                    layer._parameters.pop(slot.name, None)
                     names += [stored_name(slot, name, part) for part in layer.tensors(slot.name)]
             elif waiting is not None:
                 for part, tensor in quantize_into(waiting[0], value, name).items():
@@ -65,6 +67,7 @@ class QuantizeWeights(ConversionOps):  # type: ignore[misc]
             else:
                 result[name] = value
                 continue
+            names += arrives(model, name)
             if missing_keys is not None:
                 missing_keys.difference_update(names)
         return result

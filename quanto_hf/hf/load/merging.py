@@ -152,6 +152,13 @@ def _late(converter: Any) -> Any:
     return made
 
 
+def stacks_experts(converter: WeightConverter) -> bool:
+    """Whether a converter makes a stack of a tensor for each expert."""
+    first = converter.operations[0]
+    first = first.operations[0] if isinstance(first, ExpertByExpert) else first
+    return isinstance(first, MergeModulelist) and first.dim == 0
+
+
 def _works_on_each(operations: list[Any]) -> bool:
     """Whether operations on a stack of experts do to the matrix of each what they would do to it alone."""
     first, *others = operations

@@ -7,28 +7,30 @@ import torch
 from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
-from quanto_hf.flow import Assignment, warn_of_notes
+from quanto_hf.flow import Assignment
 from quanto_hf.flow.refuse import DTYPES
 from quanto_hf.hf.config.base import CONFIGS, FormatConfig
 from quanto_hf.hf.config.flags import flags, refuse_mixed
 from quanto_hf.hf.config.quanto import METHOD, QuantoConfig
 from quanto_hf.hf.config.refusals import refuse_optimum_quanto
 from quanto_hf.hf.load import building
-from quanto_hf.hf.load.assigning import new_assignment, saved_assignment, warn_of_floats, was_written_from
+from quanto_hf.hf.load.assigning import new_assignment, saved_assignment, was_written_from
 from quanto_hf.hf.load.checking import check_before_loading, expect_guards
 from quanto_hf.hf.load.expert_names import packed_conversions
 from quanto_hf.hf.load.finishing import dequantized, finish_layers, finish_offload
 from quanto_hf.hf.load.finite import refuse_not_finite
+from quanto_hf.hf.load.left_in_float import warn_before_loading
 from quanto_hf.hf.load.legacy import LegacyHooks
 from quanto_hf.hf.load.loading import QuantizeWeights
 from quanto_hf.hf.load.merging import late
-from quanto_hf.hf.load.model_dtype import know_dtypes
 from quanto_hf.hf.load.names import waiting_slot
 from quanto_hf.hf.load.own_floats import own_floats
 from quanto_hf.hf.load.owner import Owned
 from quanto_hf.hf.load.register import register
 from quanto_hf.hf.load.replace import replace_by_assignment
 from quanto_hf.hf.load.stored_dtypes import kept_tensors, take_stored_dtypes
+from quanto_hf.hf.load.ties import know_ties
+from quanto_hf.hf.load.watching import watch_models
 from quanto_hf.hf.memory.sizes import (
     Kept,
     Transient,
@@ -39,9 +41,8 @@ from quanto_hf.hf.memory.sizes import (
 )
 from quanto_hf.hf.offload.deferred import Deferred
 from quanto_hf.hf.save.card import TAG
-from quanto_hf.hf.save.other_savers import watch_other_savers
 from quanto_hf.hf.save.own_files import write_own_files
-from quanto_hf.hf.save.saving import given_state, watch_saving
+from quanto_hf.hf.save.saving import given_state
 from quanto_hf.io import CheckpointError, read_headers
 from quanto_hf.io.formats import Format
 from quanto_hf.io.pickled import read_pickled_headers
@@ -72,6 +73,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         # of a config that asks for an empty model, it is another one
         config.quant_method = config.format.method
         super().__init__(config, **kwargs)
+        know_ties()
         if self.pre_quantized and (problem := self.format.refuses_saved(config.to_dict())) is not None:
             raise ValueError(problem)
         self._dtype = torch.float32
@@ -88,7 +90,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a model that comes from another process, which may be the first one in this."""
         super().__setstate__(state)
-        know_dtypes()
+        watch_models()
 
     @property
     def format(self) -> Format:
@@ -118,8 +120,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assignment = self._saved_assignment(model) if self.pre_quantized else self._new_assignment(model)
         if not self.pre_quantized:
-            warn_of_floats(model, assignment)
-            warn_of_notes(model, assignment)
+            warn_before_loading(model, assignment, self.quantization_config)
         replace_by_assignment(model, assignment, self.quantization_config, self.pre_quantized, self.format.layer)
         self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
         if files:
@@ -221,9 +222,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             refuse_not_finite(model)
         config = self.quantization_config
         self.describe(model)
-        watch_saving()
-        watch_other_savers()
-        know_dtypes()
+        watch_models()
         if config.dequantize:
             self.dequantize(model)
         return model

@@ -62,8 +62,9 @@ def empty_module(
             layer.expect_learned()
     elif not pre_quantized:
         layer._parameters.update({name: nn.Parameter(tensor, False) for name, tensor in empty.items()})
-    # transformers would read, and so dequantize, every weight to initialise it
-    layer._is_hf_initialized = True  # type: ignore[assignment]
+    # transformers would read, and so dequantize, every weight to initialise it; but buffers that are in no file are
+    # made there and nowhere else: those of scaled embeddings (a view of a packed weight has the mark itself)
+    layer._is_hf_initialized = not layer._non_persistent_buffers_set  # type: ignore[assignment]
     return layer
 
 

@@ -130,6 +130,7 @@ class MemoryPlan:
         cache = {"nbytes": self.kv_cache.nbytes, **asdict(self.kv_cache)}
         del cache["layers"]
         return {
+            "packed": self.report.packed.to_dict(),
             **{key: getattr(self, key) for key in keys},
             "devices": [{**asdict(d), "peak": d.peak, "fits": d.fits} for d in self.devices],
             "largest": {"layer": self.largest[0], "nbytes": self.largest[1]},
@@ -145,7 +146,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         head = f"{'device':8} {'weights':>16} {'KV cache':>16} {'at load':>16} {'peak':>16} {'limit':>16}"
-        lines = [f"{self.model}, {self.weights}, {self.dtype}", head]
+        lines = [f"{self.model}, {self.weights}, {self.dtype}; {self.report.packed}", head]
         for d in self.devices:
             numbers = (d.weights, d.kv_cache, d.transient, d.peak)
             limit = f"{d.limit:,}" if d.limit is not None else "none"

@@ -8,6 +8,7 @@ from torch import nn
 
 from quanto_hf.io.formats.base import Format
 from quanto_hf.nn import QuantizedWeight
+from quanto_hf.nn.slots import joined
 from quanto_hf.schemes import Scheme, TensorSpec, scheme_from_dict
 
 # Version 2 has guards. Version 0 has the bytes of version 1: it was provisional until the layout was measured
@@ -56,12 +57,16 @@ def check_version(version: Any) -> None:
 
 
 def describe_modules(model: nn.Module) -> list[dict[str, Any]]:
-    """The resolved scheme of each quantized module, one entry per scheme: ``{"scheme": {...}, "modules": [...]}``."""
+    """The resolved scheme of each quantized module, one entry per scheme: ``{"scheme": {...}, "modules": [...]}``. Of
+    modules with one weight that is named under which the files have it."""
     entries: dict[Scheme, list[str]] = {}
+    tied = getattr(model, "all_tied_weights_keys", {})
     for name, module in model.named_modules():
         if isinstance(module, QuantizedWeight):
             for slot in module.slots:
-                entries.setdefault(module.scheme_of(slot), []).append(slot.label(name))
+                scheme = module.scheme_of(slot)
+                if slot.full(name) not in tied and joined(name, slot.names(scheme)[0]) not in tied:
+                    entries.setdefault(scheme, []).append(slot.label(name))
     return [{"scheme": scheme.to_dict(), "modules": names} for scheme, names in entries.items()]
 
 

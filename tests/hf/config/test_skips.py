@@ -7,6 +7,7 @@ from tiny_models import TINY, llama_config, qlinears, save
 
 from quanto_hf import QuantoConfig, report
 from quanto_hf.hf.config.skips import default_skips, task_heads
+from quanto_hf.hf.load.assigning import new_assignment
 
 
 def empty(name, **values):
@@ -23,7 +24,7 @@ def linear_skips(model, *args):
     ("name", "skips"),
     [
         ("llama", {"lm_head": "the output head stays float by default"}),
-        ("llama-tied", {"lm_head": "its weight is tied to model.embed_tokens.weight"}),
+        ("llama-tied", {"lm_head": "the output head stays float by default"}),
         ("gpt-neox", {"lm_head": "the output head stays float by default"}),
         ("bert", {}),
         ("vit", {"classifier": "task heads stay float by default"}),
@@ -35,8 +36,11 @@ def test_output_heads_task_heads_and_tied_weights_stay_float(name, skips):
 
 
 def test_without_default_skips_only_tied_weights_stay_float():
+    config = QuantoConfig(default_skips=False)
     assert linear_skips(empty("llama"), torch.float32, False) == {}
-    assert list(linear_skips(empty("llama-tied"), torch.float32, False)) == ["lm_head"]
+    assert new_assignment(empty("llama"), config, torch.float32).left == {}
+    left = new_assignment(empty("llama-tied"), config, torch.float32).left
+    assert left == {"lm_head": "its weight is tied to model.embed_tokens.weight"}
 
 
 def test_what_the_model_keeps_in_float32_stays_float():

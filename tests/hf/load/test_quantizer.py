@@ -9,6 +9,7 @@ from safetensors import safe_open
 from tiny_models import TINY, output, qlinears, relative, save
 
 from quanto_hf import QuantoConfig, QuantoHfQuantizer, report
+from quanto_hf.hf.load import left_in_float
 from quanto_hf.io import FORMAT_VERSION, read_headers, without_guards
 
 
@@ -192,12 +193,15 @@ def test_a_model_without_linear_layers_to_quantize_warns(llama):
         load(llama, QuantoConfig(modules_to_not_convert=["model", "lm_head"]))
 
 
-def test_a_model_whose_weights_are_mostly_in_modules_that_cannot_be_quantized_warns(tmp_path):
+def test_a_model_whose_weights_are_mostly_in_modules_that_cannot_be_quantized_warns(tmp_path, monkeypatch):
     config = transformers.LlamaConfig(
         vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"9\d% of the weights of LlamaForCausalLM stay in float.*Embedding"):
+    monkeypatch.setattr(left_in_float, "LARGE_TABLE", 1 << 20)
+    with pytest.warns(
+        UserWarning, match=r"(?s)9\d% of the weights of LlamaForCausalLM stay in float.*embeddings and heads"
+    ):
         model = transformers.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=QuantoConfig("int8"))
     model.save_pretrained(tmp_path / "saved")
     with warnings.catch_warnings():
