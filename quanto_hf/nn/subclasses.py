@@ -199,7 +199,9 @@ def subclassed(quantized: type[nn.Module], source: type[nn.Module], kind: type[n
     names["made_of"], names["__reduce_ex__"] = (quantized, source, kind), _reduce
     own, argument = (next(iter([*inspect.signature(c.forward).parameters][1:]), "input") for c in (quantized, kind))
     bases: tuple[type, ...] = (quantized, kind)
-    if own == "input" != argument and not getattr(quantized, "keeps_forward", False):
+    # a quantized class without a forward pass leaves that of the module's own class
+    has_forward = quantized.forward is not nn.Module.forward
+    if has_forward and own == "input" != argument and not getattr(quantized, "keeps_forward", False):
         names["forward"] = _forward_by(quantized, argument)
     elif getattr(quantized, "keeps_forward", False) and not _same_forward(kind, source):
         bases, names = (kind, quantized), {**_methods(quantized, kind, source), **names}

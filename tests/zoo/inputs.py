@@ -247,7 +247,7 @@ def _working(model: Any, changes: dict[str, Any], deadline: float) -> tuple[dict
             try:
                 made = call(model, {"": inputs})
             except Exception as error:
-                said = said or f"{type(error).__name__}: {error}"
+                said = f"{type(error).__name__}: {error}" if tried == 0 else said
                 # models of which no part, or another one, has a cache
                 if "use_cache" in taken and "use_cache" not in inputs and "cache" in traceback.format_exc().lower():
                     inputs = {**inputs, "use_cache": False}

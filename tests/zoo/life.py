@@ -22,7 +22,7 @@ PATIENCE = 10.0
 # sizes that can be built, but do not run
 TRIES = 3
 CONFIGS: dict[str, Callable[[], QuantoConfig]] = {
-    "int8": lambda: QuantoConfig("int8"),
+    "int8": lambda: QuantoConfig("int8", embeddings="int8"),
     "int4": lambda: QuantoConfig("int4"),
 }
 
