@@ -82,7 +82,7 @@ def main() -> None:
     ask.add_argument("files", nargs="*", type=Path)
     ask.add_argument("--families", help="names, with commas between; all by default")
     ask.add_argument("--sample", action="store_true", help="only those of tests/zoo/sample.py")
-    ask.add_argument("--weights", default=",".join(CONFIGS), help="configurations, with commas between")
+    ask.add_argument("--weights", default=",".join(CONFIGS), help="of the tiny models, with commas between")
     ask.add_argument("--jobs", type=int, default=2)
     ask.add_argument("--limit", type=float, default=60.0, help="seconds of a processor for one family")
     ask.add_argument("--out", type=Path)
@@ -93,8 +93,8 @@ def main() -> None:
         out.write_text(page(*given.files, before=before), encoding="utf-8")
         return
     chosen = given.families.split(",") if given.families else list(SAMPLE if given.sample else names())
-    task = life if given.what == "tiny" else published
-    sys.exit(bool(run(partial(task, kinds=given.weights.split(",")), chosen, given)))
+    task = published if given.what == "published" else partial(life, kinds=given.weights.split(","))
+    sys.exit(bool(run(task, chosen, given)))
 
 
 if __name__ == "__main__":

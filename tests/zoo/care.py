@@ -107,6 +107,7 @@ CARE: dict[str, Care] = {
                        why="the default tower has a width that its heads do not divide"),
     "bamba": Care(tiny={"attn_layer_indices": [1]}, why="no layer of the default has attention"),
     "bark": Care(cls="BarkSemanticModel", why="the whole has no forward pass: generate calls its parts"),
+    "bros": Care(steps=(Step(1),), why="the widths of its boxes follow from the others"),
     "beit": Care(cls="BeitForImageClassification", why="for segmentation it needs other outputs than the default's"),
     "blt": Care(tiny={"encoder_hash_byte_group_vocab": 512}, why="no other name of a vocabulary ends so"),
     "clap": Care(inputs=_sound, steps=(Step(1),), why="two inputs of unlike shapes"),

@@ -21,6 +21,7 @@ LARGEST = 60_000_000
 PATIENCE = 10.0
 # sizes that can be built, but do not run
 TRIES = 3
+# how each family is quantized: together they pack what can be packed, and leave embeddings in float
 CONFIGS: dict[str, Callable[[], QuantoConfig]] = {
     "int8": lambda: QuantoConfig("int8", embeddings="int8"),
     "int4": lambda: QuantoConfig("int4"),

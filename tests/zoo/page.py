@@ -14,10 +14,11 @@ from .life import wrong
 HEAD = """# Which models, and how much of them
 
 Every family of models of transformers {version}, written by `python -m tests.zoo` from a walk through all of them.
-"Packed" is the share of the numbers in weights of two dimensions and more that are stored in fewer bits, at the
-published size of the family (the default config of transformers), with {columns}. "Life" is that of a tiny random model
-with the same parts: it is quantized while it loads, runs, its footprint is what `plan` says, and it is saved and
-reloaded with the same tensors and outputs, in {lives}; "gen" means that it generates as well.
+"Packed" is the share of the numbers in matrices, convolutions included, that are stored in fewer bits, at the published
+size of the family (the default config of transformers), with {columns}. "Life" is that of a tiny
+random model with the same parts: it is quantized while it loads, runs, its footprint is what `plan` says, and it is
+saved and reloaded with the same tensors and outputs, in int4, and in int8 with embeddings in int8; "gen" means that it
+generates as well.
 
 ## Twelve published models
 
@@ -61,7 +62,6 @@ def page(tiny: Path, published: Path, before: str = "") -> str:
     kinds = list(dict.fromkeys(kind for plan in plans.values() for kind in plan["kinds"]))
     rows = [_row(name, lives.get(name, {}), plans.get(name, {}), kinds) for name in sorted({*lives, *plans})]
     return HEAD.format(
-        lives=" and ".join(f"`{kind}`" for kind in next((x["kinds"] for x in lives.values() if x.get("kinds")), {})),
         sizes=sizes[1].strip() if sizes else "| |\n|---|",
         version=transformers.__version__,
         columns=" and with ".join(f"`{kind}`" for kind in kinds),
@@ -100,7 +100,7 @@ def _reasons(plans: dict[str, Any], kind: str) -> list[str]:
     for name, plan in plans.items():
         for what, reason, share in plan["kinds"].get(kind, {}).get("left", ()):
             if share >= 0.005:
-                found[f"a module {reason}" if what else reason].append((share, f"{name} ({what})" if what else name))
+                found[reason].append((share, f"{name} ({what})"))
     ordered = sorted(found.items(), key=lambda item: -len(item[1]))
     return [f"| {why} | {len(all_)} | {max(all_)[1]} {max(all_)[0]:.0%} |" for why, all_ in ordered]
 
@@ -110,7 +110,7 @@ def _row(name: str, life: dict[str, Any], plan: dict[str, Any], kinds: list[str]
     shares = [f"{plan['kinds'][k]['share']:.1%}" if k in plan.get("kinds", {}) else "" for k in kinds]
     last = plan.get("kinds", {}).get(kinds[-1], {})
     size = f"{last['parameters'] / 1e6:,.0f} M" if last else ""
-    left = [f"{what or reason} {share:.1%}" for what, reason, share in last.get("left", ()) if share >= 0.005][:4]
+    left = [f"{what} {share:.1%}" for what, reason, share in last.get("left", ()) if share >= 0.005][:4]
     stays = ", ".join(left) or plan.get("error", "")
     return f"| {name} | {cls} | {size} | {' | '.join(shares)} | {_cell(stays)} | {_cell(_life(life))} |"
 
