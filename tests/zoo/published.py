@@ -8,7 +8,6 @@ import torch
 
 import quanto_hf
 from quanto_hf import QuantoConfig
-
 from quanto_hf.nn.packed import is_matrix
 
 from .care import CARE, Care
