@@ -53,6 +53,7 @@ SERIES = Care(
     inputs=_series,
     why="the length of a series has no default",
 )  # fmt: skip
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 PACKAGES = {"dinat": "natten", "layoutlmv2": "detectron2", "timm_backbone": "timm", "timm_wrapper": "timm",
             "perception_lm": "timm", "fast_vlm": "timm", "edgetam": "timm", "pe_video": "timm"}  # fmt: skip
 
@@ -88,7 +89,7 @@ def _codebooks(config: Any) -> dict[str, Any]:
 CARE: dict[str, Care] = {
     **{name: Care(left=f"needs the package {package}") for name, package in PACKAGES.items()},
     **{name: Care(config={"use_timm_backbone": False}, why="the default backbone needs the package timm")
-       for name in ("detr", "conditional_detr", "deformable_detr", "table_transformer", "dab_detr", "omdet_turbo")},
+       for name in ("detr", "conditional_detr", "table_transformer", "dab_detr", "omdet_turbo")},
     "dpt": Care(steps=(Step(16, 99), Step(8, 99)), why="outputs of its 12 layers are named one by one"),
     "autoformer": SERIES,
     "informer": SERIES,
@@ -107,6 +108,29 @@ CARE: dict[str, Care] = {
                        why="the default tower has a width that its heads do not divide"),
     "bamba": Care(tiny={"attn_layer_indices": [1]}, why="no layer of the default has attention"),
     "bark": Care(cls="BarkSemanticModel", why="the whole has no forward pass: generate calls its parts"),
+    "deformable_detr": Care(config={"use_timm_backbone": False}, steps=(Step(4),),
+                            why="the default backbone needs the package timm; norms of 32 groups"),
+    "cohere_compass": Care(config={"text_config": {"rope_parameters": {"full_attention": ROPE}}}, why="no default"),
+    "efficientnet": Care(tiny={"image_size": 64}, why="pictures of 600 pixels"),
+    "align": Care(tiny={"vision_config": {"image_size": 64}}, why="pictures of 600 pixels"),
+    "esm": Care(config={"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32}, why="no default"),
+    "dots1": Care(config={"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2}, why="no default"),
+    "ernie4_5_vl_moe": Care(steps=(Step(8, heads=True),), why="sections of a head that add up to its width"),
+    **{name: Care(config={"text_config": {"rope_parameters": {**ROPE, "mrope_section": [8, 12, 12],
+                                                              "partial_rotary_factor": 0.5}}},
+                  steps=(Step(8, heads=True), Step(4, heads=True)), why="the default rotates parts that do not add up")
+       for name in ("glm4v", "glm46v", "glm4v_moe", "glm_image", "glm_ocr")},
+    **{name: Care(tiny={"vision_config": {"image_size": 112}}, why="pictures of 1540 pixels")
+       for name in ("mistral3", "mistral_large4", "lighton_ocr")},
+    "pixtral": Care(tiny={"image_size": 112}, why="pictures of 1024 pixels"),
+    "deepseek_ocr2": Care(
+        config={"text_config": {"num_experts_per_tok": 6, "num_hidden_layers": 12, "n_group": 1, "topk_group": 1,
+                                "mlp_layer_types": ["dense", *["sparse"] * 11]}}, why="no default"),
+    **{name: Care(config={"head_dim": 128}, why="no default") for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    "hunyuan_vl": Care(config={"text_config": {"head_dim": 128}}, why="no default"),
+    "lfm2_moe": Care(config={"layer_types": ["conv", "conv", "full_attention", "conv"] * 8}, why="no default"),
+    "granitemoehybrid": Care(config={"layer_types": [*["mamba"] * 7, "attention"] * 4},
+                             why="no layer of the default has attention"),
     "bros": Care(steps=(Step(1),), why="the widths of its boxes follow from the others"),
     "beit": Care(cls="BeitForImageClassification", why="for segmentation it needs other outputs than the default's"),
     "blt": Care(tiny={"encoder_hash_byte_group_vocab": 512}, why="no other name of a vocabulary ends so"),

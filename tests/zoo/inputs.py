@@ -65,6 +65,8 @@ class Maker:
         height, width = self.side()
         sizes = list(dict.fromkeys([(height, width), (64, 64), (224, 224), (256, 256)]))
         found = [self.noise(1, channels, h, w) for h, w in sizes]
+        # two pictures to compare
+        found.append(self.noise(1, 2, channels, *sizes[0]))
         return [*found, *(self.noise(1, int(frames), channels, h, w) for h, w in sizes[:1])]
 
     def features(self) -> list[torch.Tensor]:

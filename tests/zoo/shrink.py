@@ -84,12 +84,14 @@ class Shrinker:
         stages = self._stages(values, layers)
         made: dict[str, Any] = {}
         for key, value in values.items():
-            if key in ("id2label", "label2id", "transformers_version", "_name_or_path", *stages):
+            if key in ("id2label", "label2id", "_name_or_path", *stages):
                 continue
             if re.fullmatch("_?out_(features|indices)|stage_names", key):
                 made[key] = value
                 continue
-            if isinstance(value, dict):
+            if key == "per_layer_config":
+                made[key] = self._per_layer(values, layers)
+            elif isinstance(value, dict):
                 made[key] = self.config(value) if "model_type" in value or key.endswith("config") else self._dict(value)
             else:
                 made[key] = self._value(key, value, layers)
@@ -116,6 +118,15 @@ class Shrinker:
                 needed = max((len(dict.fromkeys(kind)) for kind in kinds if len(kind) == value), default=1)
                 found[value] = min(value, max(self.step.layers, needed))
         return found
+
+    def _per_layer(self, values: dict[str, Any], layers: dict[int, int]) -> dict[Any, Any]:
+        """What some layers have of their own, for the layers of the same kinds."""
+        kinds, own = values.get("layer_types") or [], {int(k): v for k, v in values["per_layer_config"].items()}
+        made = {}
+        for layer, kind in enumerate(self._list("layer_types", kinds, layers)):
+            if (found := own.get(kinds.index(kind))) is not None:
+                made[layer] = self.config(found) if isinstance(found, dict) else found
+        return made
 
     def _dict(self, values: dict[str, Any]) -> dict[str, Any]:
         """Values by a key, such as those of RoPE: sections are parts of a head."""
