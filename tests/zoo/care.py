@@ -86,6 +86,17 @@ def _codebooks(config: Any) -> dict[str, Any]:
     }
 
 
+def _patches(config: Any) -> dict[str, Any]:
+    """Text, and a picture cut into patches."""
+    draw, side = torch.Generator().manual_seed(1), config.vision_config.patch_size
+    return {
+        "input_ids": torch.randint(200, 300, (1, 16), generator=draw),
+        "pixel_values": torch.randn(1, 16, 3 * side**2, generator=draw),
+        "pixel_attention_mask": torch.ones(1, 16, dtype=torch.int64),
+        "spatial_shapes": torch.tensor([[4, 4]]),
+    }
+
+
 CARE: dict[str, Care] = {
     **{name: Care(left=f"needs the package {package}") for name, package in PACKAGES.items()},
     **{name: Care(config={"use_timm_backbone": False}, why="the default backbone needs the package timm")
@@ -123,6 +134,14 @@ CARE: dict[str, Care] = {
     **{name: Care(tiny={"vision_config": {"image_size": 112}}, why="pictures of 1540 pixels")
        for name in ("mistral3", "mistral_large4", "lighton_ocr")},
     "pixtral": Care(tiny={"image_size": 112}, why="pictures of 1024 pixels"),
+    "nemotron": Care(config={"num_key_value_heads": 8}, why="no default"),
+    "qwen2_5_omni": Care(cls="Qwen2_5OmniThinkerForConditionalGeneration", steps=(Step(4, heads=True),),
+                          why="the whole wants a file of voices"),
+    "qwen3_omni_moe": Care(cls="Qwen3OmniMoeThinkerForConditionalGeneration", why="the default talker cannot be built"),
+    "qwen4_exp": Care(
+        config={"text_config": {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 256,
+                                "indexer_budget": 2048, "indexer_compress_ratio": 4}}, why="no default"),
+    "siglip2": Care(inputs=_patches, why="pictures are cut before"),
     "deepseek_ocr2": Care(
         config={"text_config": {"num_experts_per_tok": 6, "num_hidden_layers": 12, "n_group": 1, "topk_group": 1,
                                 "mlp_layer_types": ["dense", *["sparse"] * 11]}}, why="no default"),

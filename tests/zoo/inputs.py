@@ -114,7 +114,8 @@ class Maker:
         simple: dict[str, Callable[[], list[torch.Tensor]]] = {
             "input_features": self.features,
             "input_values": self.waves,
-            "padding_mask": lambda: [],
+            "flattened_patches": lambda: [self.noise(1, 64, 2 + 3 * find(self.config, "patch_size", default=16) ** 2)],
+            "state": lambda: [self.noise(1, find(self.config, "max_state_dim", default=32))],
             "audio_values": self.waves,
             "spectrogram": self.features,
             "bbox": lambda: [self.boxes(True)],

@@ -16,7 +16,7 @@ from .families import Family, family
 from .inputs import Calls, call, working
 from .shrink import STEPS, Step, shrink
 
-LARGEST = 60_000_000
+LARGEST = 70_000_000
 # seconds of one processor after which no more sizes are tried
 PATIENCE = 10.0
 # sizes that can be built, but do not run
@@ -127,6 +127,8 @@ def quantized(
         config = CONFIGS[kind]()
         model = cls.from_pretrained(folder / "float", quantization_config=config).eval()
         stage = "report"
+        # before it runs: some models make larger buffers of positions then
+        footprint = model.get_memory_footprint()
         found["share"] = share(quanto_hf.report(model))
         found["packed"] = sum(isinstance(m, quanto_hf.nn.QuantizedWeight) for m in model.modules())
         stage = "run"
@@ -134,7 +136,7 @@ def quantized(
         found["distance"] = distance(made, wanted) if wanted else None
         stage = "plan"
         planned = quanto_hf.plan(folder / "float", CONFIGS[kind](), auto_class=cls, device_map="cpu", context=0).nbytes
-        found["footprint"] = [model.get_memory_footprint(), planned]
+        found["footprint"] = [footprint, planned]
         stage = "save"
         model.save_pretrained(folder / kind)
         stage = "reload"

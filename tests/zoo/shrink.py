@@ -40,11 +40,11 @@ VOCABULARY, POSITIONS = 320, 256
 # an int of such a name divides, if it is at least WIDEST
 WIDTH = re.compile(
     r"hidden|d_head|head_size|dim(s|_.*)?$|_dim|dim_|size$|sizes$|n_embd|d_model|d_ff|d_kv|d_inner|width|units|channels?(_size)?$|inter|"
-    r"filters?$|rank|planes|features?$|n_inner|embeds?$|state_size|lru|latent|inner|proj|pos_feats|upsample_groups$"
+    r"filters?$|rank|planes|features?$|n_inner|embeds?$|state_size|lru|latent|inner|proj|pos_feats|upsample_groups$|channel_list$"
 )
 # ... unless its name says that it is something else
 NO_WIDTH = re.compile(
-    r"vocab|position|image_size|img_size|patch|window|kernel|chunk|^num_(?!pos_feats)|^n_(?!embd|inner)|max_|_id$|_ids$|rate|"
+    r"vocab|position|image_embedding|image_size|img_size|patch|window|kernel|chunk|^num_(?!pos_feats)|^n_(?!embd|inner)|max_|_id$|_ids$|rate|"
     r"length|stride|mem_|token|batch|(?<!up)(?<!down)sample|context|block_size|layers?$|spec_size|input_size|num_channels|codebook_size|"
     r"crop|queue|num_mel|buckets|group_size|hop|fft|index_topk|pool|pretrain|train_size|size_divisor|bins|sparse_block"
 )
@@ -174,6 +174,8 @@ class Shrinker:
             return min(value, POSITIONS) if step.width > 1 else value
         if PICTURE.search(key):
             return value // step.picture if value > 256 and value % (32 * step.picture) == 0 else value
+        if key == "image_embedding_size":
+            return value // step.picture
         if EXPERTS.search(key):
             return min(value, 8)
         if TOP_K.search(key):
