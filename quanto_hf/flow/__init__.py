@@ -5,8 +5,9 @@ Imports: ``io`` and everything below it. Never: transformers.
 
 from quanto_hf.flow.applying import apply_assignment, by_module, note_reasons, quantized, quantized_by, replace_modules
 from quanto_hf.flow.aqlm import freeze_aqlm
-from quanto_hf.flow.assign import OVERRIDABLE, Assignment, Choice, asked_by, assign
+from quanto_hf.flow.assign import Assignment, asked_by, assign
 from quanto_hf.flow.calibration import Calibration, calibrate
+from quanto_hf.flow.choice import OVERRIDABLE, Choice, embeddings_choice
 from quanto_hf.flow.compare import compare
 from quanto_hf.flow.comparison import Comparison, LayerRow
 from quanto_hf.flow.evaluation import Evaluation, evaluate, windows
@@ -54,6 +55,7 @@ __all__ = [
     "compare",
     "dequantize",
     "either",
+    "embeddings_choice",
     "evaluate",
     "first_match",
     "float_weights",

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from quanto_hf.flow.assign import Assignment, Choice
+from quanto_hf.flow.assign import Assignment
+from quanto_hf.flow.choice import Choice
 from quanto_hf.flow.holders import replace_everywhere
 from quanto_hf.nn import QuantizedWeight, qmodule_for
 from quanto_hf.nn.learned import LearnedScales

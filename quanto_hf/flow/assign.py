@@ -2,12 +2,12 @@
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from quanto_hf.fit import Fit
+from quanto_hf.flow.choice import OVERRIDABLE, Choice
 from quanto_hf.flow.leaving import leave_others
 from quanto_hf.flow.patterns import any_names, first_match, matches, unmatched
 from quanto_hf.flow.ties import Ties, why_not_one
@@ -16,50 +16,6 @@ from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.nn.qembedding import QuantizedTable
 from quanto_hf.nn.registry import LOAD, entry_of, slots_of
 from quanto_hf.nn.slots import find, joined, label
-from quanto_hf.qtypes import QType
-from quanto_hf.schemes import Scheme, make_scheme
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How one slot is quantized: arguments of :func:`quanto_hf.schemes.make_scheme`, or a scheme; and the fit."""
-
-    weights: str | QType | Scheme
-    group_size: int | None = None
-    symmetric: bool | None = None
-    fit: Fit | str | None = None
-
-    def scheme(self) -> Scheme:
-        """The scheme.
-
-        Raises:
-            ValueError: the values do not go together.
-        """
-        if isinstance(self.weights, Scheme):
-            return self.weights
-        return make_scheme(self.weights, self.group_size, self.symmetric)
-
-    def refusal(self, learn: bool = False) -> str | None:
-        """Why no float weight can be quantized so, whatever its shape, in one sentence, or None.
-
-        Args:
-            learn: whether its scales are to be trained.
-        """
-        try:
-            scheme = self.scheme()
-        except ValueError as error:
-            return str(error)
-        return scheme.refuses_fit(self.fit) or (scheme.refuses_learning() if learn else None)
-
-    def override(self, values: Mapping[str, Any]) -> "Choice":
-        """The same with some values replaced. Another number type starts from its own defaults."""
-        if "weights" in values:
-            return Choice(**values)
-        return Choice(**{**self.__dict__, **values})
-
-
-# what an override may say
-OVERRIDABLE = tuple(field.name for field in fields(Choice))
 
 
 @dataclass

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from quanto_hf.fit import Fit
-from quanto_hf.flow.assign import Choice
+from quanto_hf.flow.choice import Choice
 from quanto_hf.nn import QuantizedInput, QuantizedWeight
 from quanto_hf.nn.learned import LearnedScales
 from quanto_hf.nn.slots import find, module_at

@@ -158,5 +158,5 @@ def why_float(module: nn.Module, leaf: str) -> str:
     if found is not None and leaf in found.quantized.slot_names:
         if LOAD in found.quantized.by_default:
             return "it has not been quantized"
-        return f"{kind} is quantized only where a pattern names it"
+        return f"{kind} is quantized only {found.quantized.on_request}"
     return f"{kind} is not a type that is quantized"

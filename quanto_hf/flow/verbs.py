@@ -12,7 +12,8 @@ from torch import nn
 
 from quanto_hf.fit import Fit
 from quanto_hf.flow.applying import apply_assignment, replace_modules
-from quanto_hf.flow.assign import Choice, asked_by, assign
+from quanto_hf.flow.assign import asked_by, assign
+from quanto_hf.flow.choice import Choice, embeddings_choice
 from quanto_hf.flow.making import MOMENT_BYTES, make_layers, waiting_layers
 from quanto_hf.flow.notes import warn_of_notes
 from quanto_hf.flow.patterns import any_names, first_match
@@ -111,8 +112,9 @@ def quantize(
         overrides: pattern -> values that differ there, such as ``{"*.down_proj": {"weights": "int8"}}``.
         optimizer: optimum-quanto's word for ``fit``.
         exclude: optimum-quanto's word for ``modules_to_not_convert``.
-        embeddings: number type of embeddings and of the ``lm_head``, tied to one or not; None leaves them in float. A
-            weight that they share is packed once, by :func:`freeze`, and both hold it.
+        embeddings: number type of embeddings and of the ``lm_head``, tied to one or not, with its defaults (int8 in
+            groups of 64 columns); None leaves them in float. A weight that they share is packed once, by
+            :func:`freeze`, and both hold it.
 
     Returns:
         The model itself.
@@ -152,7 +154,7 @@ def quantize(
         skip=skip,
         overrides=overrides,
         learn=learn_scales,
-        embeddings=None if embeddings is None else Choice(embeddings),
+        embeddings=None if embeddings is None else embeddings_choice(embeddings),
         outputs=outputs,
     )
     refuse_other_dtypes(model, assignment.chosen)

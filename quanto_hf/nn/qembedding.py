@@ -19,6 +19,7 @@ class QuantizedTable(RoundedModule):
     """Mixin of embeddings with a quantized weight, whose rows are the rows that are stored."""
 
     rounds_inputs: ClassVar[bool] = False
+    on_request: ClassVar[str] = "with embeddings='int8' or the like, or where a pattern names it"
     # of subclasses that scale, offset or normalise
     keeps_forward: ClassVar[bool] = True
     num_embeddings: int

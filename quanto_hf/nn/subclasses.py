@@ -197,11 +197,10 @@ def subclassed(quantized: type[nn.Module], source: type[nn.Module], kind: type[n
         return made
     names: dict[str, Any] = {"__module__": kind.__module__, "__qualname__": f"Q{kind.__name__}", "__doc__": None}
     names["made_of"], names["__reduce_ex__"] = (quantized, source, kind), _reduce
-    own, argument = (next(iter([*inspect.signature(c.forward).parameters][1:]), "input") for c in (quantized, kind))
+    argument = _first_input(kind)
     bases: tuple[type, ...] = (quantized, kind)
-    # a quantized class without a forward pass leaves that of the module's own class
-    has_forward = quantized.forward is not nn.Module.forward
-    if has_forward and own == "input" != argument and not getattr(quantized, "keeps_forward", False):
+    renamed = _first_input(quantized) == "input" and argument != "input"
+    if argument is not None and renamed and not getattr(quantized, "keeps_forward", False):
         names["forward"] = _forward_by(quantized, argument)
     elif getattr(quantized, "keeps_forward", False) and not _same_forward(kind, source):
         bases, names = (kind, quantized), {**_methods(quantized, kind, source), **names}
@@ -227,6 +226,12 @@ def source_class(quantized: type[nn.Module]) -> type[nn.Module]:
         return kind
     source: type[nn.Module] = quantized.stands_for  # type: ignore[attr-defined]
     return source
+
+
+def _first_input(cls: type[nn.Module]) -> str | None:
+    """Name of the first input of a forward pass; None where there is none, or no forward pass, as in some mixins."""
+    inputs = list(inspect.signature(cls.forward).parameters.values())[1:2]
+    return inputs[0].name if inputs and inputs[0].kind in POSITIONAL else None
 
 
 def _forward_by(quantized: Any, argument: str) -> Any:

@@ -27,6 +27,8 @@ class FloatTwin(HoldsStored):
     constants: ClassVar[tuple[str, ...]] = ()
     # set by register_qmodule: the verbs that quantize such modules without being asked, and the float type
     by_default: ClassVar[frozenset[str]] = frozenset()
+    # when other verbs quantize them, for the report
+    on_request: ClassVar[str] = "where a pattern names it"
     stands_for: ClassVar[type[nn.Module]]
     # whether the quantized class of a subclass with a forward pass of its own runs that, and is its super().forward
     keeps_forward: ClassVar[bool] = False

@@ -14,6 +14,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from quanto_hf.nn import QLinear, qmodule_for
+from quanto_hf.nn.qattention import QAttentionOutput
 from quanto_hf.nn.stored import StoredParameter
 from quanto_hf.qtypes import QTYPES, qint8, qtype
 from quanto_hf.schemes import make_scheme
@@ -72,7 +73,9 @@ def test_it_is_a_linear_that_holds_stored_parameters_without_gradients(weights: 
 
 def test_it_replaces_exactly_a_linear():
     assert qmodule_for(nn.Linear(2, 2)) is QLinear
-    assert qmodule_for(nn.modules.linear.NonDynamicallyQuantizableLinear(2, 2)) is None
+    # the output projection of torch's attention, which goes with the attention (quanto_hf/flow/leaving.py)
+    made = qmodule_for(nn.modules.linear.NonDynamicallyQuantizableLinear(2, 2))
+    assert made is not QLinear and issubclass(made, QAttentionOutput)
 
 
 @every_weight

@@ -10,6 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quanto_hf.flow import Choice
 from quanto_hf.io import INTERRUPTED, refuse_interrupted
+from quanto_hf.io.decoders import Decoder
 from quanto_hf.io.formats import FORMATS, Format
 from quanto_hf.nn import QuantizedWeight
 
@@ -44,6 +45,8 @@ class FormatConfig(QuantizationConfigMixin):  # type: ignore[misc]
     default_skips: bool = True
     # flags that a config given for a quantized checkpoint has beyond the saved one: for after loading, and not saved
     asked: tuple[str, ...] = ()
+    # what makes floats of a checkpoint of another method, for the quantizer; not saved
+    decoder: Decoder | None = None
 
     @property
     def weights(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from quanto_hf.flow import OVERRIDABLE, Choice, activation_names, activation_type
+from quanto_hf.flow import OVERRIDABLE, Choice, activation_names, activation_type, embeddings_choice
 from quanto_hf.hf.config.base import FormatConfig, add_config
 from quanto_hf.hf.config.foreign_words import SHORT, hints, unknown_keywords
 from quanto_hf.hf.config.values import value_problems
@@ -52,10 +52,9 @@ class QuantoConfig(FormatConfig):
             (``mlp.gate``, not ``mlp``) quantizes it.
         default_skips: False also quantizes output and task heads, routers and gates. Tied weights stay float all the
             same, unless ``embeddings`` or an override asks for them.
-        embeddings: number type of token, position and type embeddings and of the output head, with its default group
-            size and fit; None leaves them in float. An embedding and a head with one weight (tied) are one packed
-            tensor. An override that names an embedding or a head counts more; one that names either side of a tied
-            pair is for both. With ``activations`` the head rounds its inputs as other linear layers do.
+        embeddings: number type of token, position and type embeddings and of the output head, with its default fit and
+            group size (64 for int8); None leaves them in float. An embedding and a head with one weight (tied) are one
+            packed tensor. Overrides that name one count more, for both sides of a tied pair.
         split_experts: save each expert of a mixture under a name of its own, as most published checkpoints and vLLM
             have them, and not all of a layer as one tensor. Both load again.
         dequantize: load with float weights in plain layers: those of the quantized checkpoint, or, of a float one,
@@ -186,8 +185,8 @@ class QuantoConfig(FormatConfig):
         return Choice(self.weights, self.group_size, self.symmetric, self.fit)
 
     def embeddings_choice(self) -> Choice | None:
-        """See :class:`FormatConfig`: the number type with its own defaults."""
-        return None if self.embeddings is None else Choice(self.embeddings)
+        """See :class:`FormatConfig`."""
+        return None if self.embeddings is None else embeddings_choice(self.embeddings)
 
     @classmethod
     def of(cls, config: Any) -> "QuantoConfig":

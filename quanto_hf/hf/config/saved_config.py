@@ -3,11 +3,13 @@
 transformers itself would use the saved one with no more than a warning.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 from quanto_hf.hf.config.base import SKELETON_METHOD, FormatConfig
 from quanto_hf.hf.config.foreign_words import SHORT
+from quanto_hf.io.decoders import decodable, decoder_of
 from quanto_hf.io.formats import FORMATS
 
 # what a config may ask of a checkpoint that was saved without it
@@ -19,14 +21,19 @@ def merge_saved(saved: Any, given: FormatConfig) -> FormatConfig:
 
     Args:
         saved: a dict, or a config of any class.
-        given: asks for the same, or less.
+        given: asks for the same, or less; or for anything, of a checkpoint of another method that can be decoded.
 
     Raises:
-        ValueError: the checkpoint has another method, or the given config contradicts the saved one.
+        ValueError: the checkpoint has another method that cannot be decoded, or the given config contradicts the saved
+            one.
     """
     values = saved if isinstance(saved, dict) else saved.to_dict()
     method, cls = method_of(values), type(given)
     if method != cls.format.method:
+        if (decoder := decoder_of(values)) is not None:
+            decoded = copy.deepcopy(given)
+            decoded.decoder = decoder
+            return decoded
         raise quantized_already(method, f"{'an' if cls.__name__[0] in 'AEIOU' else 'a'} {cls.__name__}")
     merged: FormatConfig = cls.from_dict(values)
     # QuantoConfig(dequantize=True) alone asks for no scheme
@@ -88,7 +95,8 @@ def quantized_already(method: Any, given: str) -> ValueError:
     return ValueError(
         # the methods of transformers are an enum
         f"the checkpoint is quantized already, with {getattr(method, 'value', method)}; "
-        f"load it without {given}, or quantize the original float checkpoint"
+        f"load it without {given}, or quantize the original float checkpoint (those in {decodable()} are decoded while "
+        f"they are loaded)"
     )
 
 

@@ -22,6 +22,7 @@ from quanto_hf.hf.load.gguf import SUFFIX, float_folder, named_gguf
 from quanto_hf.hf.memory.skeleton import Skeleton, build_skeleton
 from quanto_hf.hf.save.own_files import with_guards
 from quanto_hf.io import FORMAT_VERSION, CheckpointError, write_model_file
+from quanto_hf.io.decoders import decodable, decoder_of
 from quanto_hf.io.inventory import INDEX
 from quanto_hf.io.safe_files import TEMPORARY
 from quanto_hf.ops.scratch import free
@@ -62,14 +63,15 @@ def convert_checkpoint(
     auto_class: Any = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Conversion:
-    """Quantize a float checkpoint into a folder that ``from_pretrained`` loads.
+    """Quantize a float checkpoint, or one that can be decoded (MXFP4, FP8 blocks), into a folder that
+    ``from_pretrained`` loads.
 
     The tensors are those of ``from_pretrained(source, quantization_config=config)`` followed by ``save_pretrained``,
     but the memory is that of one output file. A call that was interrupted is resumed by the same call: finished
     files are checked and kept. Until everything is there the folder has no config.json, so nothing loads it.
 
-    A checkpoint that is not in safetensors files, or whose tensors are merged on loading, is loaded as a whole. So is a
-    GGUF file, whose float model is written to a folder beside ``out`` first, with its tokenizer.
+    A checkpoint that is not in safetensors files, or whose tensors are split on loading or saving, is loaded as a
+    whole. So is a GGUF file, whose float model is written to a folder beside ``out`` first, with its tokenizer.
 
     Args:
         source: a local folder, or a GGUF file.
@@ -256,8 +258,9 @@ def _check_source(folder: Path) -> None:
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from None
     quantized = saved.get("quantization_config") or (saved.get("text_config") or {}).get("quantization_config")
-    if quantized:
+    if quantized and (not isinstance(quantized, dict) or decoder_of(quantized) is None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise CheckpointError(
-            f"{folder} is quantized already, with {method or 'an unknown method'}; give the original float model"
+            f"{folder} is quantized already, with {method or 'an unknown method'}; give the original float model "
+            f"(those in {decodable()} are decoded)"
         )

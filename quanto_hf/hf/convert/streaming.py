@@ -1,19 +1,19 @@
 """The tensors of a quantized checkpoint, one after the other, from those of a float one."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from quanto_hf.hf.convert.tensors import Files, Merged, Source
+from quanto_hf.hf.load.decoding import DecodeAlone, plain_converter
 from quanto_hf.hf.load.loading import quantize_into
-from quanto_hf.hf.load.names import loader_names, split_name
+from quanto_hf.hf.load.names import loader_names, split_name, targets_of
 from quanto_hf.hf.memory.sizes import kept_dtypes, loaded_dtype
 from quanto_hf.hf.memory.skeleton import Skeleton
+from quanto_hf.hf.offload.deferred import Origin
 from quanto_hf.io import check_tensors, read_headers
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.schemes import TensorSpec
@@ -23,53 +23,65 @@ class NotStreamable(Exception):
     """Why a checkpoint cannot be converted tensor by tensor."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a tensor is, and its shape and dtype there."""
-
-    file: str
-    key: str
-    spec: TensorSpec
-
-
-def find_sources(skeleton: Skeleton) -> dict[str, Source]:
+def find_sources(skeleton: Skeleton) -> dict[str, Source | Merged]:
     """Name in the float model -> where the checkpoint has it, by the names that the loader gives.
 
     Raises:
-        NotStreamable: a tensor of the model is not one tensor of the checkpoint.
+        NotStreamable: a tensor of the checkpoint is split into several of the model.
         CheckpointError: a shape is wrong.
     """
     model, conversions = skeleton.model, skeleton.conversions
     if not skeleton.files or not all(file.endswith(".safetensors") for file in skeleton.files):
         raise NotStreamable("it is not in safetensors files")
-    entries = {key: Source(file, key, spec) for file in skeleton.files for key, spec in read_headers([file]).items()}
+    entries = _entries(skeleton)
     state = model.state_dict()
-    found: dict[str, Source] = {}
-    for key, name, converter, _ in loader_names(model, entries, conversions, state):
+    found: dict[str, Source | Merged] = {}
+    for key, name, converter, pattern in loader_names(model, entries, conversions, state):
         if name not in state:
             # the loader leaves it out too
             continue
-        if converter is not None or name in found:
-            raise NotStreamable(f"its tensors are merged or split on loading, such as {key}")
-        found[name] = entries[key]
+        if converter is None or isinstance(converter, DecodeAlone):
+            if name in found:
+                raise NotStreamable(f"its tensors are merged on loading without being converted, such as {key}")
+            found[name] = entries[key]
+            continue
+        if len(targets_of(converter, name)) > 1:
+            raise NotStreamable(f"its tensors are split on loading, such as {key}")
+        merged = found.setdefault(name, Merged(Origin(plain_converter(converter))))
+        assert isinstance(merged, Merged)
+        merged.origin.parts.append((key, pattern))
+        merged.sources[key] = entries[key]
+    alone = {name: source.spec.shape for name, source in found.items() if isinstance(source, Source)}
     check_tensors(
-        {name: TensorSpec(tuple(state[name].shape), torch.float32) for name in found},
-        {name: TensorSpec(entry.spec.shape, torch.float32) for name, entry in found.items()},
+        {name: TensorSpec(tuple(state[name].shape), torch.float32) for name in alone},
+        {name: TensorSpec(shape, torch.float32) for name, shape in alone.items()},
     )
     _tie(model, found, state)
     return found
 
 
-def _tie(model: Any, found: dict[str, Source], state: Mapping[str, torch.Tensor]) -> None:
+def _entries(skeleton: Skeleton) -> dict[str, Source]:
+    """By the names that the checkpoint would have as a float one."""
+    if (files := skeleton.quantizer.decoding.files) is None:
+        return {key: Source(file, key, spec) for file in skeleton.files for key, spec in read_headers([file]).items()}
+    mains = {name: encoded.main for name, encoded in files.encoded.items()}
+    return {
+        name: Source(files.file_of[mains.get(name, name)], name, spec, files if name in mains else None)
+        for name, spec in files.headers.items()
+    }
+
+
+def _tie(model: Any, found: dict[str, Source | Merged], state: Mapping[str, torch.Tensor]) -> None:
     """Tie the skeleton as the loader does, and give names that share a parameter the same source; every other name
     has to have its own."""
-    with ExitStack() as stack:
-        for target, source in model.all_tied_weights_keys.items():
-            if target in found and source in found:
-                first, second = (_open(stack, found[n].file).get_tensor(found[n].key) for n in (target, source))
-                # with two values they are not tied; the loader compares them too
-                if torch.equal(first, second):
-                    del found[target]
+    files = Files()
+    for target, source in model.all_tied_weights_keys.items():
+        if target in found and source in found:
+            first, second = (files.whole(found[n], n, torch.float32, model) for n in (target, source))
+            # with two values they are not tied; the loader compares them too
+            if torch.equal(first, second):
+                del found[target]
+    files.close()
     missing = {name for name in state if _float_name(model, name) not in found}
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     by_id = {id(model.get_parameter_or_buffer(name)): source for name, source in found.items()}
@@ -131,17 +143,15 @@ class Reader:
         sources: of :func:`find_sources`.
     """
 
-    def __init__(self, skeleton: Skeleton, sources: Mapping[str, Source]) -> None:
-        self.skeleton, self.sources = skeleton, sources
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+    def __init__(self, skeleton: Skeleton, sources: Mapping[str, Source | Merged]) -> None:
+        self.skeleton, self.sources, self._files = skeleton, sources, Files()
         self._weight, self._stored = "", dict[str, torch.Tensor]()
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._stack.close()
+        self._files.close()
 
     def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """A tensor of the quantized model by its name there.
@@ -149,26 +159,17 @@ class Reader:
         Raises:
             ValueError: a weight has NaN or infinite values.
         """
-        owner, leaf = split_name(self.skeleton.model, name)
+        model = self.skeleton.model
+        owner, leaf = split_name(model, name)
         if not (isinstance(owner, QuantizedWeight) and leaf in owner.kept_names):
-            return self._read(name).to(dtype)
+            return self._files.whole(self.sources[name], name, dtype, model)
         slot = owner.slot_stored_as(leaf)
         assert slot is not None
         weight = slot.full(name.rpartition(".")[0])
         if weight != self._weight:
             # codes, scales and zeros follow each other, so a layer is quantized once
-            parts = quantize_into(owner, self._read(weight).to(self.skeleton.dtype), weight)
+            pieces = self._files.pieces(self.sources[weight], weight, self.skeleton.dtype, model)
+            parts = quantize_into(owner, pieces, weight)
             self._stored = {slot.stored(part): tensor for part, tensor in parts.items()}
             self._weight = weight
         return self._stored[leaf]
-
-    def _read(self, name: str) -> torch.Tensor:
-        source = self.sources[name]
-        if source.file not in self._files:
-            self._files[source.file] = _open(self._stack, source.file)
-        tensor: torch.Tensor = self._files[source.file].get_tensor(source.key)
-        return tensor
-
-
-def _open(stack: ExitStack, file: str) -> Any:
-    return stack.enter_context(safe_open(file, framework="pt"))

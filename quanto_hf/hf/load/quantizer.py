@@ -12,10 +12,10 @@ from quanto_hf.flow.refuse import DTYPES
 from quanto_hf.hf.config.base import CONFIGS, FormatConfig
 from quanto_hf.hf.config.flags import flags, refuse_mixed
 from quanto_hf.hf.config.quanto import METHOD, QuantoConfig
-from quanto_hf.hf.config.refusals import refuse_optimum_quanto
 from quanto_hf.hf.load import building
 from quanto_hf.hf.load.assigning import new_assignment, saved_assignment, was_written_from
 from quanto_hf.hf.load.checking import check_before_loading, expect_guards
+from quanto_hf.hf.load.decoding import Decoding
 from quanto_hf.hf.load.expert_names import packed_conversions
 from quanto_hf.hf.load.finishing import dequantized, finish_layers, finish_offload
 from quanto_hf.hf.load.finite import refuse_not_finite
@@ -43,9 +43,8 @@ from quanto_hf.hf.offload.deferred import Deferred
 from quanto_hf.hf.save.card import TAG
 from quanto_hf.hf.save.own_files import write_own_files
 from quanto_hf.hf.save.saving import given_state
-from quanto_hf.io import CheckpointError, read_headers
+from quanto_hf.io import CheckpointError
 from quanto_hf.io.formats import Format
-from quanto_hf.io.pickled import read_pickled_headers
 from quanto_hf.ops.scratch import free
 from quanto_hf.schemes import TensorSpec
 
@@ -72,6 +71,8 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             config = CONFIGS.get(config.quant_method, QuantoConfig).of(config)
         # of a config that asks for an empty model, it is another one
         config.quant_method = config.format.method
+        self.decoding, config.decoder = Decoding(config.decoder), None
+        kwargs["pre_quantized"] = kwargs.get("pre_quantized", True) and self.decoding.decoder is None
         super().__init__(config, **kwargs)
         know_ties()
         if self.pre_quantized and (problem := self.format.refuses_saved(config.to_dict())) is not None:
@@ -123,10 +124,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             warn_before_loading(model, assignment, self.quantization_config)
         replace_by_assignment(model, assignment, self.quantization_config, self.pre_quantized, self.format.layer)
         self._files = files = [str(file) for file in kwargs.get("checkpoint_files") or []]
-        if files:
-            safe = all(file.endswith(".safetensors") for file in files)
-            self._headers = read_headers(files) if safe else read_pickled_headers(files)
-            refuse_optimum_quanto(self._headers or (), files)
+        self._headers = self.decoding.open(files, self._dtype, kept_dtypes(model, self._dtype)) if files else None
         if self.pre_quantized:
             take_stored_dtypes(model, self._headers or {})
         self.kept, self._stored = kept_dtypes(model, self._dtype), kept_tensors(model)
@@ -148,10 +146,8 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         # the first hook after the model was built
         if building.end():
             building.tie_alone(model)
-        made = super().update_weight_conversions(weight_conversions, model)
-        conversions = self._conversions = (
-            [*made, *packed_conversions(made, model)] if self.pre_quantized else late(made)
-        )
+        made: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        conversions = [*made, *packed_conversions(made, model)] if self.pre_quantized else late(made)
         if self._headers is not None:
             seen, complete = copy.deepcopy(conversions), was_written_from(model)
             try:
@@ -162,6 +158,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
             if self.pre_quantized:
                 expect_guards(model, self._headers, copy.deepcopy(conversions))
             self._headers = None
+        conversions = self._conversions = self.decoding.conversions(conversions, model)
         # after the check, which puts plain layers in the place of those that the checkpoint does not have
         self.measure(model)
         return conversions
@@ -190,6 +187,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
 
     def get_quantize_ops(self) -> QuantizeWeights:
         """The operation that quantizes one weight. What goes to disk is made after loading."""
+        self.decoding.check()
         return QuantizeWeights(self._later())
 
     def _later(self) -> Deferred | None:
@@ -205,8 +203,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         stored = self._stored.get(converter.target_patterns[0])
         if stored is not None and stored.is_floating_point:
             return stored
-        found: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
-        return found
+        return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------------------------------------- after loading
 
@@ -215,6 +212,7 @@ class QuantoHfQuantizer(Owned, LegacyHooks, HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized or self.format.copies_floats:
             own_floats(model, every=not self.pre_quantized)
         self._finish_offload(model)
+        self.decoding.finish(model)
         free()
         finish_layers(model, self.quantization_config)
         self.belongs_to(model)

@@ -123,6 +123,7 @@ def _of_config(
     skeleton = skeleton_of_config(saved, config, dtype, auto_class, hub)
     if headers is not None:
         refuse_optimum_quanto(headers)
+        headers = skeleton.quantizer.decoding.headers(headers)
         quantized, complete = skeleton.quantizer.pre_quantized, was_written_from(skeleton.model)
         check_before_loading(skeleton.model, headers, copy.deepcopy(skeleton.conversions), quantized, complete=complete)
     return _made(skeleton, saved, tuple(notes))

@@ -1,7 +1,7 @@
 """Tensors that go to disk: left where they are while the model loads, and made once the folder is known."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
@@ -34,6 +34,21 @@ class Origin:
         keys = [key for key, _ in self.parts]
         operations = self.converter.operations if self.converter is not None else []
         return [keys, identity(operations)]
+
+    def make(self, model: Any, first: str, read: Callable[[str], torch.Tensor]) -> dict[str, Any]:
+        """What the loader makes of the tensors, by the names in the model.
+
+        Args:
+            first: the first of these names.
+            read: gives a tensor by its name in the checkpoint.
+        """
+        if self.converter is None:
+            return {first: read(self.parts[0][0])}
+        converter = copy.deepcopy(self.converter)
+        for key, pattern in self.parts:
+            converter.add_tensor(first, key, pattern, partial(read, key))
+        found: dict[str, Any] = converter.convert(first, model=model, config=model.config)
+        return found
 
 
 @dataclass(frozen=True)
@@ -164,10 +179,4 @@ class Deferred:
         def read(key: str) -> torch.Tensor:
             return mapped.tensor(self._file_of[key], key).to(dtype)
 
-        if origin.converter is None:
-            return {first: read(origin.parts[0][0])}
-        converter = copy.deepcopy(origin.converter)
-        for key, pattern in origin.parts:
-            converter.add_tensor(first, key, pattern, partial(read, key))
-        found: dict[str, Any] = converter.convert(first, model=model, config=model.config)
-        return found
+        return origin.make(model, first, read)

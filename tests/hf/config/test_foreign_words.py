@@ -202,7 +202,8 @@ def _served_by(served):
     [
         ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "torchao"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
-        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "auto-round", "bits": 4}, "auto-round"),
         ({"quant_method": "quark"}, "quark"),
         ({"load_in_4bit": True}, "bitsandbytes"),
@@ -212,7 +213,7 @@ def _served_by(served):
 def test_a_checkpoint_of_another_method_is_refused_without_its_package(saved, named, config, llama, tmp_path):
     # reading its config would import the package, and say that it is to be installed
     folder = with_method(llama, tmp_path, saved)
-    text = rf"quantized already, with {named}; .*quantize the original float checkpoint"
+    text = rf"quantized already, with {named}; .*quantize the original float checkpoint \(those in fp8, mxfp4 and mxfp8"
     for verb in (lambda: load(folder, quantization_config=config), lambda: quanto_hf.plan(folder, config)):
         with pytest.raises(ValueError, match=text):
             verb()

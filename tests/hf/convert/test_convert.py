@@ -91,16 +91,18 @@ def test_two_runs_give_the_same_bytes(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
+MIXTRAL = tf.MixtralConfig(
+    vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("why", ["bin", "missing", "moe"])
 def test_what_cannot_be_streamed_goes_the_usual_way_and_says_so(why, tmp_path):
     source, cls = tmp_path / "float", tf.LlamaForCausalLM
     if why == "moe":
         cls = tf.MixtralForCausalLM
-        config = tf.MixtralConfig(
-            vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
-        )  # fmt: skip
-        lively(cls(config)).save_pretrained(source)
+        lively(cls(MIXTRAL)).save_pretrained(source)
     else:
         save("llama", source)
         held = load_file(source / "model.safetensors")
@@ -110,8 +112,9 @@ def test_what_cannot_be_streamed_goes_the_usual_way_and_says_so(why, tmp_path):
         else:
             del held["model.norm.weight"]
             save_file(held, source / "model.safetensors", {"format": "pt"})
-    said = {"bin": "safetensors", "missing": "lacks model.norm.weight", "moe": "merged"}[why]
-    config = QuantoConfig(weights="int4")
+    said = {"bin": "safetensors", "missing": "lacks model.norm.weight", "moe": "split on saving"}[why]
+    # experts that stay float are saved one by one
+    config = QuantoConfig(weights="int4", modules_to_not_convert=["experts"] if why == "moe" else None)
     done = convert_checkpoint(source, tmp_path / "out", config, max_shard_size="40KB")
     assert said in done.not_streamed and done.written > 1
     again = convert_checkpoint(source, tmp_path / "out", config, max_shard_size="40KB")
@@ -119,6 +122,17 @@ def test_what_cannot_be_streamed_goes_the_usual_way_and_says_so(why, tmp_path):
     if why != "missing":
         usual(source, tmp_path / "usual", cls, config, "40KB")
         assert_same_folder(tmp_path / "out", tmp_path / "usual")
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_experts_that_are_merged_on_loading_are_streamed(weights, tmp_path):
+    cls, config = tf.MixtralForCausalLM, QuantoConfig(weights)
+    lively(cls(MIXTRAL)).save_pretrained(tmp_path / "float")
+    assert any(".experts.1." in name for name in load_file(tmp_path / "float" / "model.safetensors"))
+    done = convert_checkpoint(tmp_path / "float", tmp_path / "out", config, max_shard_size="40KB")
+    assert not done.not_streamed and done.written > 1
+    usual(tmp_path / "float", tmp_path / "usual", cls, config, "40KB")
+    assert_same_folder(tmp_path / "out", tmp_path / "usual")
 
 
 class Stopped(BaseException):

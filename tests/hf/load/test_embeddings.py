@@ -148,7 +148,7 @@ def test_an_untied_head_gets_the_type_of_the_embeddings(tmp_path):
     config = QuantoConfig("int4", embeddings="int8")
     model = tf.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     stored = {row.name: row.stored for row in report(model).rows}
-    assert stored["model.embed_tokens.weight"] == stored["lm_head.weight"] == "int8"
+    assert stored["model.embed_tokens.weight"] == stored["lm_head.weight"] == "int8 g64"
     assert stored["model.layers.0.mlp.up_proj.weight"] == "int4 g64 asym" and not groups(model)
 
 
@@ -165,7 +165,7 @@ def test_overrides_of_what_they_are_in_do_not_change_embeddings(folders):
     config = QuantoConfig("int8", embeddings="int8", overrides=overrides)
     model = load(folders / "opt", "opt", quantization_config=config)
     stored = {row.name: row.stored for row in report(model).rows}
-    assert stored["model.decoder.embed_tokens.weight"] == "int8"
+    assert stored["model.decoder.embed_tokens.weight"] == "int8 g64"
     assert stored["model.decoder.embed_positions.weight"].startswith("nf4")
     assert stored["model.decoder.layers.0.fc1.weight"].startswith("int2")
 

@@ -100,13 +100,16 @@ def test_what_nobody_names_stays_float(name, folders):
     assert not named(model, name)
 
 
-def test_an_embedding_that_is_tied_to_the_head_stays_float_with_its_reason(tmp_path):
+def test_an_embedding_that_is_tied_to_the_head_is_packed_with_it_where_it_is_named(tmp_path):
     lively(tf.LlamaForCausalLM(llama_config(tie_word_embeddings=True))).save_pretrained(tmp_path)
-    config = QuantoConfig("int8", overrides={"embed_tokens": {"weights": "int8"}})
-    model = tf.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    model = tf.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=QuantoConfig("int8"))
     assert type(model.model.embed_tokens) is nn.Embedding
     reasons = {row.name: row.reason for row in report(model).rows}
-    assert "is tied to" in reasons["model.embed_tokens.weight"]
+    assert "embeddings='int8'" in reasons["model.embed_tokens.weight"]
+    config = QuantoConfig("int8", overrides={"embed_tokens": {"weights": "int8"}})
+    model = tf.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert isinstance(model.model.embed_tokens, QEmbedding)
+    assert model.lm_head.weight_packed is model.model.embed_tokens.weight_packed
 
 
 def test_an_embedding_that_renormalises_is_left_with_its_reason(tmp_path):

@@ -207,7 +207,9 @@ def test_what_keeps_one_side_in_float_keeps_the_other():
 
 def test_a_resized_pair_keeps_the_rows_that_were_there(model, tmp_path):
     before, packed = logits(model), model.lm_head.weight_packed.clone()
-    with pytest.warns(UserWarning, match=r"embed_tokens \(int8\), lm_head \(int8\) float, and quantizes them again"):
+    with pytest.warns(
+        UserWarning, match=r"embed_tokens \(int8 g64\), lm_head \(int8 g64\) float, and quantizes them again"
+    ):
         table = model.resize_token_embeddings(101)
     assert table is model.model.embed_tokens and is_one(model)
     assert torch.equal(model.lm_head.weight_packed[:96], packed) and model.lm_head.out_features == 101

@@ -246,7 +246,10 @@ def test_the_result_is_a_table_and_json(llama):
     found = plan(llama, QuantoConfig("int4"), {0: 80_000, "cpu": "1GiB"})
     text = str(found)
     assert "device 0" in text and "cpu" in text and "largest layer: model.embed_tokens" in text
-    assert "Embedding is quantized only where a pattern names it" in text and "It does not fit" in text
+    assert (
+        "Embedding is quantized only with embeddings='int8' or the like, or where a pattern names it" in text
+        and "It does not fit" in text
+    )
     made = json.loads(json.dumps(found.to_dict()))
     assert made["fits"] is False and made["weights"] == "int4"
     assert [device["device"] for device in made["devices"]] == [0, "cpu"]
