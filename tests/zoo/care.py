@@ -53,6 +53,7 @@ SERIES = Care(
     inputs=_series,
     why="the length of a series has no default",
 )  # fmt: skip
+IMAGES = {"<image>": 100, "IMGIMGA": 101}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 PACKAGES = {"dinat": "natten", "layoutlmv2": "detectron2", "timm_backbone": "timm", "timm_wrapper": "timm",
             "perception_lm": "timm", "fast_vlm": "timm", "edgetam": "timm", "pe_video": "timm"}  # fmt: skip
@@ -145,7 +146,8 @@ CARE: dict[str, Care] = {
     "deepseek_ocr2": Care(
         config={"text_config": {"num_experts_per_tok": 6, "num_hidden_layers": 12, "n_group": 1, "topk_group": 1,
                                 "mlp_layer_types": ["dense", *["sparse"] * 11]}}, why="no default"),
-    **{name: Care(config={"head_dim": 128}, why="no default") for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    **{name: Care(config={"head_dim": 128}, why="no default")
+       for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     "hunyuan_vl": Care(config={"text_config": {"head_dim": 128}}, why="no default"),
     "lfm2_moe": Care(config={"layer_types": ["conv", "conv", "full_attention", "conv"] * 8}, why="no default"),
     "granitemoehybrid": Care(config={"layer_types": [*["mamba"] * 7, "attention"] * 4},
@@ -154,8 +156,8 @@ CARE: dict[str, Care] = {
     "beit": Care(cls="BeitForImageClassification", why="for segmentation it needs other outputs than the default's"),
     "blt": Care(tiny={"encoder_hash_byte_group_vocab": 512}, why="no other name of a vocabulary ends so"),
     "clap": Care(inputs=_sound, steps=(Step(1),), why="two inputs of unlike shapes"),
-    "clvp": Care(inputs=_speech, why="two inputs of unlike shapes"),
+    "clvp": Care(inputs=_speech, steps=(Step(16),), why="two inputs of unlike shapes"),
     "gemma3n": Care(cls="Gemma3nForCausalLM", tiny={"num_kv_shared_layers": 0},
                     why="its vision tower needs the package timm"),
-    "chameleon": Care(tiny={"vocabulary_map": {"<image>": 100, "IMGIMGA": 101}}, why="no default"),
+    "chameleon": Care(config={"vocabulary_map": IMAGES}, tiny={"vocabulary_map": IMAGES}, why="no default"),
 }  # fmt: skip

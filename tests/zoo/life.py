@@ -135,7 +135,7 @@ def quantized(
         made = call(model, calls)
         found["distance"] = distance(made, wanted) if wanted else None
         stage = "plan"
-        planned = quanto_hf.plan(folder / "float", CONFIGS[kind](), auto_class=cls, device_map="cpu", context=0).nbytes
+        planned = quanto_hf.plan(folder / "float", CONFIGS[kind](), auto_class=cls, device_map="cpu").nbytes
         found["footprint"] = [footprint, planned]
         stage = "save"
         model.save_pretrained(folder / kind)

@@ -39,7 +39,7 @@ def published(name: str) -> dict[str, Any]:
 
 def planned(config: Any, cls: Any, wanted: QuantoConfig) -> dict[str, Any]:
     """Parameters, bytes, packed share, and the largest of what stays float as (kind of module, reason, share)."""
-    plan = quanto_hf.plan(config, wanted, auto_class=cls, device_map="cpu", context=0, dtype=torch.bfloat16)
+    plan = quanto_hf.plan(config, wanted, auto_class=cls, device_map="cpu", dtype=torch.bfloat16)
     rows, (packed, total) = plan.report.rows, plan.report.packed
     left: Counter[tuple[str, str]] = Counter()
     for row in rows:

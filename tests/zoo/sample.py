@@ -17,7 +17,7 @@ SAMPLE: dict[str, str] = {
     "jetmoe": "experts in the attention too, tokens in their order",
     "inkling": "shared experts in a stack",
     "dbrx": "stacks of two dimensions",
-    "granitemoe": "experts under other names",
+    "dots3_note": "a config per layer, which failed once",
     "qwen3_next": "linear attention and a gated shared expert",
     "switch_transformers": "experts as a list of linear layers",
     # text

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 # families of which nothing is packed unasked
-FLOAT = ("encodec", "gpt2", "ibert", "resnet")
+FLOAT = ("encodec", "ibert", "resnet")
 
 
 def lives(file, *arguments):
