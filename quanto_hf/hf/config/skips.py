@@ -78,7 +78,7 @@ def special_tables(model: Any) -> dict[str, str]:
         for part in model.modules()
         if (config := getattr(part, "config", None)) is not None
         for key in ("num_attention_heads", "num_heads")
-        if isinstance(count := getattr(config, key, None), int)
+        if isinstance(count := _of_all_layers(config, key), int)
     }
     found = {}
     for name, module in model.named_modules():
@@ -89,6 +89,14 @@ def special_tables(model: Any) -> dict[str, str]:
         elif module.embedding_dim in heads:
             found[name] = "it has one number for each head of attention"
     return found
+
+
+def _of_all_layers(config: Any, key: str) -> Any:
+    """A value of a config, or None where it has none, or one per layer: transformers raises a RuntimeError then."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:
+        return None
 
 
 def task_heads(model: Any) -> set[nn.Module]:

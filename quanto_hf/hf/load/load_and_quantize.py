@@ -101,10 +101,13 @@ def class_without_files(config: Any, auto_class: Any, hub: Mapping[str, Any]) ->
     trust = bool(hub.get("trust_remote_code"))
     cls = named_class(config, trust) if auto_class is None else auto_class
     where = (getattr(config, "auto_map", None) or {}).get(cls.__name__)
+    from transformers.models.auto.auto_factory import _get_model_class, add_generation_mixin_to_remote_model
+
     if not trust or where is None:
-        return cls
+        # an auto class looks for files
+        known = type(config) in (getattr(cls, "_model_mapping", None) or ())
+        return _get_model_class(config, cls._model_mapping) if known else cls
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
-    from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
     named = {key: value for key, value in hub.items() if key not in ("trust_remote_code", "subfolder")}
     return add_generation_mixin_to_remote_model(get_class_from_dynamic_module(where, config.name_or_path, **named))

@@ -77,13 +77,13 @@ def empty_model(
         return _of_config(what, config, dtype, auto_class, None, hub)
     folder, headers = headers_only(what, hub)
     if folder is None:
-        return _of_config(_read_config(what, f"{what}", hub), config, dtype, auto_class, headers, hub)
+        return _of_config(_read_config(what, f"{what}", hub, auto_class), config, dtype, auto_class, headers, hub)
     # what is here is taken from here; of the other keys these count here too
     hub = {key: hub[key] for key in ("subfolder", "trust_remote_code") if key in hub}
     place = folder / (hub.get("subfolder") or "")
     if not (place / "config.json").is_file():
         raise CheckpointError(f"{place} is not a model: it has no config.json")
-    saved = _read_config(folder, f"{place / 'config.json'}", hub)
+    saved = _read_config(folder, f"{place / 'config.json'}", hub, auto_class)
     if not has_weights(place):
         return _of_config(saved, config, dtype, auto_class, None, hub)
     try:
@@ -94,9 +94,11 @@ def empty_model(
         raise CheckpointError(f"a weight file of {place} is missing: {error}") from None
 
 
-def _read_config(model: Any, name: str, hub: Mapping[str, Any]) -> Any:
+def _read_config(model: Any, name: str, hub: Mapping[str, Any], auto_class: Any) -> Any:
+    # a class of a model knows its config, also one that AutoConfig does not know (a part of Bark)
+    reader = getattr(auto_class, "config_class", None) or AutoConfig
     try:
-        return AutoConfig.from_pretrained(model, **hub)
+        return reader.from_pretrained(model, **hub)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{name} cannot be read: {first}") from None

@@ -209,6 +209,25 @@ def test_a_large_model_is_planned_from_its_config_in_seconds(tmp_path):
     assert "no weight files" in " ".join(found.notes)
 
 
+def test_a_config_is_planned_for_an_auto_class():
+    config = llama_config()
+    found = plan(config, QuantoConfig("int4"), auto_class=tf.AutoModelForCausalLM)
+    assert found.model == "LlamaForCausalLM"
+    assert found.nbytes == plan(config, QuantoConfig("int4"), auto_class=tf.LlamaForCausalLM).nbytes
+    assert plan(config, QuantoConfig("int4"), auto_class=tf.AutoModel).model == "LlamaModel"
+
+
+def test_a_folder_of_a_type_that_only_its_class_knows_is_planned(tmp_path):
+    # Bark's models are saved one by one, and AutoConfig knows the whole only
+    config = tf.models.bark.BarkSemanticConfig(
+        input_vocab_size=96, output_vocab_size=96, num_layers=2, num_heads=4, hidden_size=64, block_size=32
+    )
+    tf.BarkSemanticModel(config).save_pretrained(tmp_path)
+    found = plan(tmp_path, QuantoConfig("int4"), auto_class=tf.BarkSemanticModel)
+    model = tf.BarkSemanticModel.from_pretrained(tmp_path, quantization_config=QuantoConfig("int4"))
+    assert found.nbytes == model.get_memory_footprint()
+
+
 def test_nothing_is_written_and_no_weight_is_read(llama, tmp_path):
     """The data of the file is cut out: only its header is there."""
     shutil.copytree(llama, tmp_path / "model")
