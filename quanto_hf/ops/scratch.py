@@ -4,7 +4,10 @@ Fresh temporaries of some MB each fragment the heap of glibc: loading a 776 MB m
 of 396 MB. One buffer also stays in the L2 cache.
 """
 
+import ctypes
 import threading
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -37,3 +40,21 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
 def free() -> None:
     """Give this thread's buffers back."""
     _local.__dict__.pop("buffers", None)
+
+
+def give_back() -> None:
+    """Give memory that was freed back to the system where the C library keeps it. glibc puts temporaries of up to 32 MB
+    into its heap, between results that stay: up to 180 MB of holes while the experts of a 760 MB model were quantized, and
+    7 MB with this (1 ms)."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        # another C library
+        return None

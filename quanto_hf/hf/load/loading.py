@@ -12,6 +12,7 @@ from quanto_hf.hf.load.pieces import Pieces
 from quanto_hf.hf.load.ties import arrives
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.nn.slots import Slot
+from quanto_hf.ops.scratch import give_back
 
 # Rows over which the error of a parameter is measured.
 MEASURED = 64
@@ -116,6 +117,8 @@ def quantize_into(
         del piece, matrix, made
     if done != slot.shape[0]:
         raise _wrong_shape(slot, f"pieces for {done} of {slot.shape[0]}", name)
+    if isinstance(weight, Pieces):
+        give_back()
     # pieces of one weight have rows of about one size
     count = sum(rows for rows, _ in errors)
     layer.slot_errors[slot.name] = (sum(rows * e**2 for rows, e in errors) / count) ** 0.5 if count else None
