@@ -91,7 +91,8 @@ def build(one: Family, care: Care) -> tuple[Any, Calls, Step, str]:
         except Exception as error:
             unbuilt = unbuilt or short(error)
             continue
-        lively(model)
+        if not care.calm:
+            lively(model)
         built += 1
         calls, why = working(model, care.inputs(model.config) if care.inputs else {})
         if "" in calls:
