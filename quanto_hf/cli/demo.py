@@ -34,6 +34,12 @@ def demo(
     weights: Annotated[
         list[str] | None, typer.Option(help="Number type; repeat it for several. Default: all of them.")
     ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            help="One more row, with embeddings and the head of this type too. Default: int8, with all types."
+        ),
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to evaluate on. Default: the bundled one.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw size against perplexity into this PNG file.")] = None,
     model: Annotated[str | None, typer.Option(help="Another causal language model. Default: the bundled one.")] = None,
@@ -46,7 +52,11 @@ def demo(
     """
     from quanto_hf.qtypes import common_names
 
-    chosen = tuple(weights or common_names())
+    names = tuple(weights or common_names())
+    chosen: dict[str, dict[str, Any]] = {name: {"weights": name} for name in names}
+    if embeddings is not None or weights is None:
+        base = {"weights": "int4" if "int4" in names else names[0], "embeddings": embeddings or "int8"}
+        chosen["{weights}, embeddings {embeddings}".format(**base)] = base
     if plot is not None:
         from quanto_hf.cli.plot import check_plot
 
@@ -92,15 +102,18 @@ def one_thread(wanted: bool) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure_all(chosen: tuple[str, ...], text: Path | None, model: str | None) -> tuple[list[Measured], int]:
-    """The float model and each type; and the number of tokens that were predicted."""
+def measure_all(chosen: dict[str, dict[str, Any]], text: Path | None, model: str | None) -> tuple[list[Measured], int]:
+    """The float model and each way; and the number of tokens that were predicted.
+
+    Args:
+        chosen: name of a row -> arguments of QuantoConfig.
+    """
     from quanto_hf import QuantoConfig, tiny_lm
     from quanto_hf.cli import measure
     from quanto_hf.hf.convert.sources import local_folder
 
-    for name in chosen:
-        # a wrong name is told before anything is loaded
-        QuantoConfig(weights=name)
+    # a wrong name is told before anything is loaded
+    configs = {name: QuantoConfig(**values) for name, values in chosen.items()}
     path = str(local_folder(model)) if model else tiny_lm()
     tokens = measure.tokenizer(path)
     with progress() as bar:
@@ -110,16 +123,16 @@ def measure_all(chosen: tuple[str, ...], text: Path | None, model: str | None) -
         reference = measure.Remembered(loaded)
         rows = [measure_one(loaded, reference, inputs, tokens, path)]
         bar.advance(task)
-        for name in chosen:
+        for name, config in configs.items():
             bar.update(task, description=name)
             with tempfile.TemporaryDirectory() as folder:
-                quantized = saved_and_reloaded(path, name, folder, inputs[:1])
+                quantized = saved_and_reloaded(path, config, folder, inputs[:1])
                 rows.append(measure_one(quantized, reference, inputs, tokens, folder, name))
             bar.advance(task)
     return rows, inputs.shape[0] * (inputs.shape[1] - 1)
 
 
-def saved_and_reloaded(path: str, name: str, folder: str, inputs: Any) -> Any:
+def saved_and_reloaded(path: str, config: Any, folder: str, inputs: Any) -> Any:
     """A model quantized on loading, saved to a folder, and loaded from there.
 
     Raises:
@@ -130,13 +143,13 @@ def saved_and_reloaded(path: str, name: str, folder: str, inputs: Any) -> Any:
     from quanto_hf.cli import measure
 
     with torch.no_grad():
-        first = measure.load(path, name)
+        first = measure.load(path, config)
         wanted = first(input_ids=inputs).logits
         first.save_pretrained(folder)
         del first
         second = measure.load(folder)
         if not torch.equal(second(input_ids=inputs).logits, wanted):
-            raise RuntimeError(f"the {name} model answers differently after it was saved and reloaded")
+            raise RuntimeError(f"the {config.weights} model answers differently after it was saved and reloaded")
     return second
 
 

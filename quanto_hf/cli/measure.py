@@ -18,10 +18,11 @@ LENGTH = 256
 KEPT_BYTES = 512 << 20
 
 
-def load(model: str, weights: str | None = None) -> Any:
+def load(model: str, weights: str | QuantoConfig | None = None) -> Any:
     """A causal language model, float or quantized as it was saved, or quantized now to a number type."""
+    config = QuantoConfig(weights=weights) if isinstance(weights, str) else weights
     # not quantization_config=None, with which transformers forgets the config of a saved quantized model
-    quantized = {} if weights is None else {"quantization_config": QuantoConfig(weights=weights)}
+    quantized = {} if config is None else {"quantization_config": config}
     return AutoModelForCausalLM.from_pretrained(model, **quantized)
 
 

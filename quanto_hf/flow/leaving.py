@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from quanto_hf.flow.patterns import any_names
+from quanto_hf.flow.refuse import DTYPES
 from quanto_hf.nn.qattention import QAttentionOutput
 from quanto_hf.nn.registry import entry_of, slots_of
 from quanto_hf.nn.slots import find, label
@@ -49,7 +50,8 @@ def _goes_with(model: nn.Module, owner: str, module: nn.Module, chosen: dict[str
 
 
 def _why_no_gain(weight: Any, shape: tuple[int, ...], scheme: Any) -> str | None:
-    if not scheme.by_rows or not weight.numel():
+    # another dtype is refused by name, and not left as it is
+    if not scheme.by_rows or not weight.numel() or weight.dtype not in DTYPES:
         return None
     packed = sum(spec.nbytes for spec in scheme.tensors(shape, weight.dtype).values())
     if packed < weight.nbytes:

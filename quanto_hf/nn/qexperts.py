@@ -138,8 +138,14 @@ class RoutedExperts(StackedExperts):
         """
         tokens, k = top_k_index.shape
         x = hidden_states.reshape(tokens, hidden_states.shape[-1])
-        rows = x if k == 1 else x.repeat_interleave(k, dim=0)
-        made = self._routed(rows, top_k_index.reshape(-1)) * top_k_weights.reshape(-1, 1)
+        experts, weights = top_k_index.reshape(-1), top_k_weights.reshape(-1, 1)
+        if tokens == 1:
+            made = self._routed(x.expand(k, -1).contiguous(), experts) * weights
+        else:
+            # rows of an expert side by side: no product has to gather them
+            order = torch.argsort(experts, stable=True)
+            made = self._routed(x[order // k], experts[order]) * weights[order]
+            made = torch.empty_like(made).index_copy(0, order, made)
         return made.view(tokens, k, made.shape[-1]).sum(dim=1).to(hidden_states.dtype).view_as(hidden_states)
 
     def _routed(self, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:

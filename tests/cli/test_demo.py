@@ -33,6 +33,14 @@ def test_two_types_with_a_plot(text, tmp_path):
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_a_row_with_embeddings_takes_less(text):
+    result = demo("--weights", "int4", "--embeddings", "int8", "--text", text)
+    assert result.exit_code == 0, result.stderr
+    rows = {line.split("│")[1].strip(): line.split("│") for line in result.stdout.splitlines() if line.startswith("│")}
+    alone, both = rows["int4"], rows["int4, embeddings int8"]
+    assert float(both[3].split()[0]) < float(alone[3].split()[0]) and float(both[7]) < 2 * float(alone[7])
+
+
 def test_a_wrong_type_is_told_before_anything_is_loaded():
     result = demo("--weights", "int3")
     assert result.exit_code == 1

@@ -54,11 +54,14 @@ def default_skips(
 
 
 def output_heads(model: Any) -> set[str]:
-    """Names of the modules that transformers knows as the output head: a linear layer, or a list of some."""
+    """Names of the modules that transformers knows as the output head (a linear layer, or a list of some), and of
+    linear layers with the weight of an embedding (the second head of LUKE, over entities)."""
     output = model.get_output_embeddings()
-    if not isinstance(output, nn.Module):
-        return set()
-    parts = set(output.modules())
+    parts = set(output.modules()) if isinstance(output, nn.Module) else set()
+    for pair in model.all_tied_weights_keys.items():
+        tied = [model.get_submodule(name.rpartition(".")[0]) for name in pair]
+        if any(isinstance(module, nn.Embedding) for module in tied):
+            parts.update(module for module in tied if isinstance(module, nn.Linear))
     return {name for name, module in model.named_modules() if module in parts}
 
 
