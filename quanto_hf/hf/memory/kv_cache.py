@@ -82,7 +82,9 @@ def kv_cache(model: Any, dtype: torch.dtype, context: int, batch: int = 1) -> KV
 
 def _per_token(config: Any, compressed: bool) -> tuple[int, str]:
     """Numbers that one layer keeps per token, and how they come about."""
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        return 0, "no attention, whose states are not counted"
     if latent := getattr(config, "kv_lora_rank", None):
         rope = config.qk_rope_head_dim
         if compressed:

@@ -87,3 +87,10 @@ def test_a_model_that_generates_without_layers_that_cache_has_none():
 
     found = kv_cache(Spells(), torch.float32, 16)
     assert found.nbytes == 0 and "nothing is cached" in found.assumed
+
+
+def test_states_instead_of_keys_and_values_are_not_counted():
+    # without attention there are no heads in the config
+    config = tf.RwkvConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, attention_hidden_size=64)
+    found = kv_cache(tf.RwkvForCausalLM(config), torch.float32, 16)
+    assert found.nbytes == 0 and "no attention" in found.assumed
