@@ -84,7 +84,7 @@ def main() -> None:
     ask.add_argument("--sample", action="store_true", help="only those of tests/zoo/sample.py")
     ask.add_argument("--weights", default=",".join(CONFIGS), help="of the tiny models, with commas between")
     ask.add_argument("--jobs", type=int, default=2)
-    ask.add_argument("--limit", type=float, default=60.0, help="seconds of a processor for one family")
+    ask.add_argument("--limit", type=float, default=90.0, help="seconds of a processor for one family")
     ask.add_argument("--out", type=Path)
     given = ask.parse_args()
     if given.what == "page":

@@ -19,6 +19,7 @@ class Care:
         tiny: values of the tiny config; a dict changes a part of it.
         inputs: arguments of the forward pass, by the tiny config.
         steps: sizes to try; empty is all.
+        calm: whether the initial weights stay, where others give endless outputs.
         left: why the family is left out; empty if it is not.
         why: the reason for the rest.
     """
@@ -28,6 +29,7 @@ class Care:
     tiny: dict[str, Any] = field(default_factory=dict)
     inputs: Callable[[Any], dict[str, Any]] | None = None
     steps: tuple[Step, ...] = ()
+    calm: bool = False
     left: str = ""
     why: str = ""
 
@@ -87,6 +89,16 @@ def _codebooks(config: Any) -> dict[str, Any]:
     }
 
 
+def _two_pictures(config: Any) -> dict[str, Any]:
+    return {"pixel_values": torch.randn(1, 2, 3, 64, 64, generator=torch.Generator().manual_seed(1))}
+
+
+def _page(config: Any) -> dict[str, Any]:
+    """Text with its boxes."""
+    ids = torch.randint(200, 300, (1, 16), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "decoder_input_ids": ids, "bbox": torch.tensor([0.1, 0.1, 0.2, 0.2]).expand(1, 16, 4)}
+
+
 def _patches(config: Any) -> dict[str, Any]:
     """Text, and a picture cut into patches."""
     draw, side = torch.Generator().manual_seed(1), config.vision_config.patch_size
@@ -113,7 +125,7 @@ CARE: dict[str, Care] = {
     "musicgen_melody": Care(inputs=_codebooks, why="the decoder takes a row per codebook"),
     "vivit": Care(tiny={"num_frames": 4, "image_size": 64}, why="3136 tokens"),
     "dbrx": Care(config={"attn_config": {"rope_theta": 5e5, "kv_n_heads": 8, "clip_qkv": 8}}, why="no default"),
-    "reformer": Care(config={"is_decoder": True}, why="its default is an encoder, which its only head does not take"),
+    "reformer": Care(cls="ReformerModelWithLMHead", config={"is_decoder": True}, why="the default cannot be masked"),
     "inkling": Care(cls="InklingForCausalLM", why="the model with sound cannot be saved (transformers 5.23)"),
     "deepseek_v2": Care(config={"num_experts_per_tok": 2}, why="no default"),
     "aya_vision": Care(config={"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
@@ -127,11 +139,11 @@ CARE: dict[str, Care] = {
     "align": Care(tiny={"vision_config": {"image_size": 64}}, why="pictures of 600 pixels"),
     "esm": Care(config={"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32}, why="no default"),
     "dots1": Care(config={"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2}, why="no default"),
-    "ernie4_5_vl_moe": Care(steps=(Step(8, heads=True),), why="sections of a head that add up to its width"),
+    "ernie4_5_vl_moe": Care(steps=(Step(4, heads=True),), why="sections of a head that add up to its width"),
     **{name: Care(config={"text_config": {"rope_parameters": {**ROPE, "mrope_section": [8, 12, 12],
                                                               "partial_rotary_factor": 0.5}}},
                   steps=(Step(8, heads=True), Step(4, heads=True)), why="the default rotates parts that do not add up")
-       for name in ("glm4v", "glm46v", "glm4v_moe", "glm_image", "glm_ocr")},
+       for name in ("glm4v", "glm46v", "glm_image", "glm_ocr")},
     **{name: Care(tiny={"vision_config": {"image_size": 112}}, why="pictures of 1540 pixels")
        for name in ("mistral3", "mistral_large4", "lighton_ocr")},
     "pixtral": Care(tiny={"image_size": 112}, why="pictures of 1024 pixels"),
@@ -143,6 +155,31 @@ CARE: dict[str, Care] = {
         config={"text_config": {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 256,
                                 "indexer_budget": 2048, "indexer_compress_ratio": 4}}, why="no default"),
     "siglip2": Care(inputs=_patches, why="pictures are cut before"),
+    "glm4v_moe": Care(
+        config={"text_config": {"head_dim": 128, "rope_parameters": {**ROPE, "mrope_section": [8, 12, 12],
+                                                                     "partial_rotary_factor": 0.5}}},
+        steps=(Step(8, heads=True),), why="the default rotates parts that do not add up"),
+    "moonshine_streaming": Care(config={"num_key_value_heads": 8}, why="no default"),
+    "granite4_vision": Care(config={"deepstack_layer_map": [[-2, 0]], "downsample_rate": "4/8",
+                                    "spatial_target_layers": [1]}, steps=(Step(8), Step(4)), why="no default"),
+    "vibevoice_acoustic_tokenizer": Care(tiny={"num_filters": 4}, why="widths that double six times"),
+    "vibevoice": Care(tiny={"audio_config": {"num_filters": 4}, "semantic_model_config": {"num_filters": 4}},
+                      why="widths that double six times"),
+    "vibevoice_asr": Care(tiny={"acoustic_tokenizer_encoder_config": {"num_filters": 4},
+                                "semantic_tokenizer_encoder_config": {"num_filters": 4}},
+                          why="widths that double six times"),
+    "molmo2": Care(tiny={"adapter_config": {"vision_feature_layer": [1, 0]}}, why="it takes two layers of the tower"),
+    "diffusion_gemma": Care(
+        config={"text_config": {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}},
+        why="no default"),
+    "emu3": Care(config={"vocabulary_map": IMAGES}, tiny={"vocabulary_map": IMAGES, "vq_config": {"base_channels": 32}},
+                 why="no default; norms of 32 groups"),
+    **{name: Care(inputs=_two_pictures, why="two pictures to compare") for name in ("lightglue", "superglue")},
+    "kimi_k25": Care(steps=(Step(8, heads=True),), why="heads of an even width"),
+    **{name: Care(config={"vocab_size": 32}, why="no default") for name in ("wav2vec2_bert", "wav2vec2_conformer")},
+    "vits": Care(calm=True, why="other weights make it speak for minutes"),
+    "xmod": Care(config={"default_language": "en_XX"}, why="no default"),
+    "udop": Care(inputs=_page, why="boxes in parts of the page"),
     "deepseek_ocr2": Care(
         config={"text_config": {"num_experts_per_tok": 6, "num_hidden_layers": 12, "n_group": 1, "topk_group": 1,
                                 "mlp_layer_types": ["dense", *["sparse"] * 11]}}, why="no default"),

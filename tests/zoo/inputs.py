@@ -97,6 +97,12 @@ class Maker:
         corners[..., 2:] += 20
         return corners if wide else corners / 64
 
+    def series(self) -> list[torch.Tensor]:
+        """The past of time series, with and without channels."""
+        length = find(self.config, "context_length", default=32)
+        channels = find(self.config, "num_input_channels", default=1)
+        return [self.noise(BATCH, length, channels), self.noise(BATCH, length)]
+
     def codes(self) -> torch.Tensor:
         """Ids of each codebook of sound."""
         books = find(self.config, "n_codebooks", "num_codebooks", "num_quantizers", default=8)
@@ -118,6 +124,7 @@ class Maker:
             "state": lambda: [self.noise(1, find(self.config, "max_state_dim", default=32))],
             "audio_values": self.waves,
             "spectrogram": self.features,
+            "past_values": self.series,
             "bbox": lambda: [self.boxes(True)],
             "pixel_mask": lambda: [torch.ones(1, *self.side(), dtype=torch.int64)],
             "attention_mask": lambda: [torch.ones(BATCH, TEXT, dtype=torch.int64)],

@@ -44,7 +44,7 @@ def life(name: str, kinds: list[str]) -> dict[str, Any]:
         found["class"] = one.model_class.__name__
         model, calls, step, said = build(one, care)
     except Exception as error:
-        return {**found, "float": short(error)}
+        return {**found, "float": f"{error}" if isinstance(error, Unbuilt) else short(error)}
     found.update(step=list(step), parameters=sum(p.numel() for p in model.parameters()), runs=bool(calls))
     found["inputs"] = {
         part: {key: list(x.shape) for key, x in inputs.items() if torch.is_tensor(x)} for part, inputs in calls.items()
@@ -91,7 +91,8 @@ def build(one: Family, care: Care) -> tuple[Any, Calls, Step, str]:
         except Exception as error:
             unbuilt = unbuilt or short(error)
             continue
-        lively(model)
+        if not care.calm:
+            lively(model)
         built += 1
         calls, why = working(model, care.inputs(model.config) if care.inputs else {})
         if "" in calls:

@@ -15,10 +15,10 @@ HEAD = """# Which models, and how much of them
 
 Every family of models of transformers {version}, written by `python -m tests.zoo` from a walk through all of them.
 "Packed" is the share of the numbers in matrices, convolutions included, that are stored in fewer bits, at the published
-size of the family (the default config of transformers), with {columns}. "Life" is that of a tiny
-random model with the same parts: it is quantized while it loads, runs, its footprint is what `plan` says, and it is
-saved and reloaded with the same tensors and outputs, in int4, and in int8 with embeddings in int8; "gen" means that it
-generates as well.
+size of the family (the default config of transformers), with {columns}.
+"Life" is that of a tiny random model with the same parts: it is quantized while it loads, runs, its footprint is what
+`plan` says, and it is saved and reloaded with the same tensors and outputs, in int4, and in int8 with embeddings in
+int8; "gen" means that it generates as well.
 
 ## Twelve published models
 
@@ -100,9 +100,13 @@ def _reasons(plans: dict[str, Any], kind: str) -> list[str]:
     for name, plan in plans.items():
         for what, reason, share in plan["kinds"].get(kind, {}).get("left", ()):
             if share >= 0.005:
-                found[reason].append((share, f"{name} ({what})"))
+                # of what it is tied to, only that
+                reason = re.sub(r"tied to [\w.]+\w", "tied to another", reason)
+                found[_cell(reason)].append((share, f"{name} ({what})"))
     ordered = sorted(found.items(), key=lambda item: -len(item[1]))
-    return [f"| {why} | {len(all_)} | {max(all_)[1]} {max(all_)[0]:.0%} |" for why, all_ in ordered]
+    return [
+        f"| {why} | {len({name for _, name in all_})} | {max(all_)[1]} {max(all_)[0]:.0%} |" for why, all_ in ordered
+    ]
 
 
 def _row(name: str, life: dict[str, Any], plan: dict[str, Any], kinds: list[str]) -> str:

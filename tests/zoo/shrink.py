@@ -101,7 +101,7 @@ class Shrinker:
         """What a backbone gives whose stages are its layers: as many of the last ones as before, of fewer layers."""
         numbers = [int(name[5:]) for name in values.get("out_features") or () if re.fullmatch(r"stage\d+", str(name))]
         count = len(values.get("stage_names") or ()) - 1
-        if count not in layers or max(numbers, default=0) < 3:
+        if count not in layers or count < 7 or not numbers:
             return {}
         left = layers[count] = max(layers[count], len(numbers))
         return {

@@ -42,6 +42,8 @@ def kv_cache(model: Any, dtype: torch.dtype, context: int, batch: int = 1) -> KV
     from transformers import DynamicCache
 
     config = model.config.get_text_config(decoder=True)
+    if not hasattr(config, "num_hidden_layers"):
+        return KVCache((), context, batch, f"{type(model).__name__} has no layers with a cache: nothing is cached")
     # transformers knows which layers have a window, share the cache of others, or keep a state instead
     layers = DynamicCache(config=model.config).layers
     each = getattr(config, "per_layer_config", None) or [config] * len(layers)
@@ -80,7 +82,9 @@ def kv_cache(model: Any, dtype: torch.dtype, context: int, batch: int = 1) -> KV
 
 def _per_token(config: Any, compressed: bool) -> tuple[int, str]:
     """Numbers that one layer keeps per token, and how they come about."""
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        return 0, "no attention, whose states are not counted"
     if latent := getattr(config, "kv_lora_rank", None):
         rope = config.qk_rope_head_dim
         if compressed:

@@ -1,9 +1,12 @@
 """The planned cache is the one that a forward pass fills."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as tf
 from tiny_models import TINY, build, llama_config, tokens
+from torch import nn
 
 from quanto_hf.hf.memory.kv_cache import kv_cache
 
@@ -72,3 +75,22 @@ def test_what_is_assumed_is_said():
     assert "latents of 16 + 8 values (MLA)" in said["deepseek-v3-mla"]
     assert "does not generate" in kv_cache(build("bert"), torch.bfloat16, 100).assumed
     assert kv_cache(torch.nn.Linear(2, 2), torch.bfloat16, 100).nbytes == 0
+
+
+def test_a_model_that_generates_without_layers_that_cache_has_none():
+    # speech models with CTC call it generating when they look for the best path
+    class Spells(nn.Module):
+        config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(vocab_size=8))
+
+        def can_generate(self):
+            return True
+
+    found = kv_cache(Spells(), torch.float32, 16)
+    assert found.nbytes == 0 and "nothing is cached" in found.assumed
+
+
+def test_states_instead_of_keys_and_values_are_not_counted():
+    # without attention there are no heads in the config
+    config = tf.RwkvConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2, attention_hidden_size=64)
+    found = kv_cache(tf.RwkvForCausalLM(config), torch.float32, 16)
+    assert found.nbytes == 0 and "no attention" in found.assumed
