@@ -44,8 +44,8 @@ def free() -> None:
 
 def give_back() -> None:
     """Give memory that was freed back to the system where the C library keeps it. glibc puts temporaries of up to 32 MB
-    into its heap, between results that stay: up to 180 MB of holes while the experts of a 760 MB model were quantized, and
-    7 MB with this (1 ms)."""
+    into its heap, between results that stay: up to 180 MB of holes while the experts of a 760 MB model were quantized,
+    and 7 MB with this (1 ms)."""
     trim = _trim()
     if trim is not None:
         trim(0)
