@@ -49,8 +49,8 @@ def assign(
 ) -> Assignment:
     """Decide for every slot of a model. Changes nothing.
 
-    Slots with one weight (:class:`quanto_hf.flow.ties.Ties`) get one scheme. They stay float unless ``embeddings`` is
-    given and one of them is an embedding or an output head, or a pattern names one of them.
+    Slots with one weight (:class:`quanto_hf.flow.ties.Ties`) get one scheme, and stay float if one of them does. An
+    embedding and what is tied to it stay float unless ``embeddings`` is given or a pattern names one of them.
 
     Args:
         model: may be on meta.
@@ -182,7 +182,8 @@ def _one_choice(members: Mapping[str, _Slot]) -> Choice:
 
 def _why_left(model: nn.Module, group: list[str], members: Mapping[str, _Slot]) -> str | None:
     """Why a weight that several slots share stays float, or None."""
-    if not any(slot.wanted for slot in members.values()):
+    alike = len(members) == len(group) and all(slot.by_default for slot in members.values())
+    if not alike and not any(slot.wanted for slot in members.values()):
         # the first of the others, for each of them
         for slot in members.values():
             slot.reason = slot.reason or f"its weight is tied to {next(n for n in group if n != slot.full)}"

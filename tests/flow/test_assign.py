@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from quanto_hf import dequantize, freeze, quantize
 from quanto_hf.flow import Choice, apply_assignment, assign, replace_modules
 from quanto_hf.nn import QLinear
 from quanto_hf.nn.registry import QUANTIZE
@@ -97,13 +98,21 @@ def test_a_weight_that_is_tied_to_an_embedding_stays_float():
     assert assignment.left == {"head": "its weight is tied to embed.weight"}
 
 
-def test_two_linear_layers_with_one_weight_both_stay_float():
-    net = nn.ModuleDict({"first": nn.Linear(8, 8), "second": nn.Linear(8, 8)})
+def test_two_linear_layers_with_one_weight_get_one_scheme_or_stay_float_together():
+    net = nn.ModuleDict({"first": nn.Linear(8, 8, bias=False), "second": nn.Linear(8, 8, bias=False)})
     net["second"].weight = net["first"].weight
-    assert assign(net, INT8).left == {
-        "first": "its weight is tied to second.weight",
-        "second": "its weight is tied to first.weight",
-    }
+    assert list(assign(net, INT8).chosen) == ["first", "second"] and not assign(net, INT8).left
+    left = assign(net, INT8, exclude=["second"]).left
+    assert left["second"] == "it matches 'second' of the modules not to convert"
+    assert left["first"].startswith("its weight is tied to second.weight, which stays float: it matches")
+    x = torch.randn(3, 8)
+    quantize(net, "int8")
+    prepared = net["second"](x)
+    freeze(net)
+    assert net["first"].weight_packed is net["second"].weight_packed
+    assert torch.equal(net["first"](x), prepared) and torch.equal(net["second"](x), prepared)
+    dequantize(net)
+    assert type(net["first"]) is nn.Linear and net["first"].weight is net["second"].weight
 
 
 def test_the_out_projection_of_multihead_attention_goes_with_the_attention():
