@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, PrefixChange, WeightConverter
 
 from quanto_hf.nn import QuantizedWeight
 from quanto_hf.nn.slots import WEIGHT
@@ -76,8 +76,10 @@ def split_on_saving(model: Any) -> Iterator[None]:
         return
     every = get_model_conversion_mapping(model, add_legacy=False)
     before = getattr(model, "_weight_conversions", None)
+    # of a model that was not loaded transformers does not know either whether a prefix is to be added
+    known = [entry for entry in every if not isinstance(entry, PrefixChange)] if before is None else before
     # those that it was loaded with are not there for ever
-    conversions = [entry for entry in (every if before is None else before) if not _is_packed(entry)]
+    conversions = [entry for entry in known if not _is_packed(entry)]
     if config.split_experts:
         packed = packed_conversions(every, model)
         named = {entry._original_target_patterns[0].rpartition(".")[2] for entry in every if _merges_experts(entry)}

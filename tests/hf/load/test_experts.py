@@ -132,6 +132,14 @@ def test_a_float_model_made_of_a_packed_one_is_saved_like_the_original(folders, 
     torch.testing.assert_close(answer(load(tmp_path)), wanted)
 
 
+def test_experts_that_were_quantized_in_memory_are_saved_and_load_again(folders, tmp_path):
+    model = load(folders["mixtral"] / "published")
+    del model._weight_conversions  # as of one that no file was read for
+    quanto_hf.freeze(quanto_hf.quantize(model, "int8"))
+    model.save_pretrained(tmp_path)
+    assert experts_of(again := load(tmp_path)) and torch.equal(answer(again), answer(model))
+
+
 def test_generate_answers_the_same_with_every_cache_and_implementation(folders):
     model = load(folders["qwen3_moe"] / "published", quantization_config=QuantoConfig("int4"))
     wanted = model.generate(IDS, max_new_tokens=5, do_sample=False)
